@@ -1,0 +1,232 @@
+"""``SparseTrainingCallback``: sparse training in a Lightning ``Trainer``."""
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import nn
+
+from sparsetrain.checkpoint import CHECKPOINT_KEY, detach_pruned, require_same_weights, restore_pruned_
+from sparsetrain.methods import Method, resolve_method
+from sparsetrain.training import SparseTraining
+
+SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+PRUNED_WEIGHTS = "pruned_weights"
+
+
+class SparseTrainingCallback(Callback):
+    """Train with 2:4 sparsity: add it to a ``Trainer``, change nothing else.
+
+    The run's length comes from the trainer. When the fit ends, the layers are plain ``nn.Linear`` again, with zeros if
+    the run ends sparse. Checkpoints hold the sparse model (``load_from_checkpoint`` needs no callback) and, under
+    ``checkpoint["sparsetrain"]``, what resuming bit for bit needs; with ``save_weights_only=True`` they hold the dense
+    masters instead.
+
+    Args:
+        method: A preset's name, a ``Method``, or a mapping: ``preset`` with its arguments, or the fields of ``Method``.
+        targets: Which layers become sparse: ``"all-linear"``, ``"mlp"``, ends of layer names or regular expressions.
+        exclude: Which do not.
+        backend: Who computes the products with masked weights.
+        total_steps: Optimizer steps of the whole run; None asks the trainer.
+        watch_dense: Search masks in dense phases as well, without applying them, to log how often they would flip.
+        track_age: Keep and log the age of mask entries (one byte a weight).
+        per_layer_metrics: Log the metrics of every layer under ``sparsity/layer/<name>/``.
+        print_table: Print the table of all linear layers, with the reasons of those that stay dense.
+
+    Raises:
+        ValueError: If the method is unknown or has a bad value.
+
+    Logged to every logger and to ``trainer.callback_metrics``, at refreshes and at the trainer's logging steps:
+
+    =====================================  =========================================================================
+    ``sparsity/flip_rate``                 mask entries changed at the last refresh, a fraction; on the progress bar
+    ``sparsity/virtual_flip_rate``         the same in a dense phase, of masks that are not applied
+    ``sparsity/flip_rate_ratio``           the first over the second
+    ``sparsity/kept_fraction``             Σ|W⊙M| / Σ|W|
+    ``sparsity/kept_fraction_at_refresh``  the same, of the weights that the last mask search saw
+    ``sparsity/approximation_error``       mean |W - W⊙M|
+    ``sparsity/kept_magnitude_mean``       mean |w| of kept entries
+    ``sparsity/pruned_magnitude_mean``     mean |w| of pruned entries
+    ``sparsity/pruned_count``              pruned entries, of ``sparsity/total_count``
+    ``sparsity/nonfinite_count``           NaN and infinite weights
+    ``sparsity/violations``                groups of four that do not keep exactly two; must be 0
+    ``sparsity/sparse_layers``             layers whose mask is in force
+    ``sparsity/sparse_flops_share``        share of the linear layers' GEMM FLOPs that can run sparse now
+    ``sparsity/age_mean``                  refreshes since an entry flipped, with ``track_age``
+    ``sparsity/refresh_ms``                milliseconds of the last mask search
+    ``sparsity/clock``                     successful optimizer steps
+    =====================================  =========================================================================
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> callback = SparseTrainingCallback(method="fst", targets="mlp")
+        >>> trainer = Trainer(max_steps=100, callbacks=[callback], logger=False, enable_progress_bar=False)
+    """
+
+    def __init__(
+        self,
+        method: str | Method | dict[str, Any] = "fst",
+        targets: str | list[str] = "all-linear",
+        exclude: str | list[str] | tuple[str, ...] = (),
+        backend: str = "masked",
+        total_steps: int | None = None,
+        watch_dense: bool = True,
+        track_age: bool = False,
+        per_layer_metrics: bool = False,
+        print_table: bool = False,
+    ) -> None:
+        self.method = resolve_method(method)
+        self.targets = targets
+        self.exclude = exclude
+        self.backend = backend
+        self.total_steps = total_steps
+        self.watch_dense = watch_dense
+        self.track_age = track_age
+        self.per_layer_metrics = per_layer_metrics
+        self.print_table = print_table
+        self.training: SparseTraining | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._final: dict[str, Any] | None = None
+        self._logged_clock = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before anything is built."""
+        if stage != "fit":
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, SparseTrainingCallback) for callback in callbacks) > 1:
+            raise MisconfigurationException(
+                "trainer has more than one SparseTrainingCallback: use one, with all targets, so that one clock runs."
+            )
+        strategy = type(trainer.strategy).__name__
+        if strategy in SHARDED_STRATEGIES:
+            raise MisconfigurationException(
+                f"strategy is {strategy}: SparseTrainingCallback needs whole weights on every rank, "
+                "so use 'ddp' or one device."
+            )
+        if self.training is not None:  # an earlier fit was interrupted
+            self.training.detach()
+        self.training = self._loaded = self._final = None
+        self._logged_clock = -1
+        # a checkpoint of another model must be refused before any of its weights is copied
+        register: Any = pl_module.register_load_state_dict_pre_hook
+        self._guard = register(_refuse_foreign_weights)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the layers sparse and start, or go on from the checkpoint that was loaded."""
+        self._guard.remove()
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, WeightAveraging) for callback in callbacks) and any(
+            True for _ in pl_module.buffers()
+        ):
+            raise MisconfigurationException(
+                "WeightAveraging pairs buffers by position and would mix the model's buffers with the masks: "
+                "remove WeightAveraging, or the model's buffers."
+            )
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self.training = SparseTraining(
+            pl_module,
+            trainer.optimizers,
+            self.method,
+            self.total_steps or _estimated_steps(trainer, self.method),
+            self.targets,
+            self.exclude,
+            backend=self.backend,
+            lr_schedulers=schedulers,
+            watch_dense=self.watch_dense,
+            track_age=self.track_age,
+            state=self._loaded,
+            verbose=False,
+        )
+        self._restore_pruned()
+        rank_zero_info(self.training.report.summary())
+        if self.print_table and trainer.is_global_zero:
+            self.training.report.print_table()
+        description = {"method": self.method.describe(), "targets": self.targets, "exclude": list(self.exclude)}
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"sparsity": description})
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what the last optimizer step changed."""
+        training = self.training
+        if training is None or training.clock == self._logged_clock:
+            return
+        if not (training.refreshed or trainer._logger_connector.should_update_logs):
+            return
+        self._logged_clock = training.clock
+        metrics = training.metrics(self.per_layer_metrics)
+        flip_rate = metrics.pop("flip_rate", metrics.get("virtual_flip_rate"))
+        pl_module.log_dict({f"sparsity/{key}": value for key, value in metrics.items()}, on_step=True, on_epoch=False)
+        if flip_rate is not None:
+            pl_module.log("sparsity/flip_rate", flip_rate, on_step=True, on_epoch=False, prog_bar=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give plain layers back; keep what a checkpoint saved from now on needs for resuming."""
+        if self.training is not None:
+            weights = dict(pl_module.state_dict())
+            self._final = self._state(weights)
+            self.training.finish()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the sparse model into ``state_dict`` and everything else under ``checkpoint["sparsetrain"]``."""
+        if self._final is not None:
+            checkpoint[CHECKPOINT_KEY] = self._final
+        elif self.training is not None and not self.training.finished:
+            checkpoint["state_dict"] = dict(checkpoint["state_dict"])
+            checkpoint[CHECKPOINT_KEY] = self._state(checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the state for ``on_fit_start``; if a fit is running (learning-rate finder), go back to it at once."""
+        self._loaded = checkpoint.get(CHECKPOINT_KEY)
+        if self._loaded is None:
+            rank_zero_warn(
+                f"checkpoint has no {CHECKPOINT_KEY!r} state, so sparse training starts at step 0 of its schedule."
+            )
+        elif self.training is not None and not self.training.finished:
+            self.training.load_state_dict(self._loaded)
+            self._restore_pruned()
+
+    @property
+    def ended_sparse(self) -> bool:
+        """Whether the last fit ended with masks in force."""
+        return self._final is not None and self.training is not None and self.training.phase != "dense"
+
+    def final_violations(self) -> int:
+        """Count the groups of four that do not keep exactly two, in the masks that the last fit ended with."""
+        if not self.ended_sparse:
+            return 0
+        assert self._final is not None
+        assert self.training is not None
+        count = self.training.masks.pattern.count_violations
+        return sum(int(count(codes)) for codes in self._final["codes"].values())
+
+    def _state(self, weights: dict[str, Any]) -> dict[str, Any]:
+        assert self.training is not None
+        pruned = detach_pruned(weights, self.training.masks.layers)
+        return {**self.training.state_dict(), PRUNED_WEIGHTS: {name: values.cpu() for name, values in pruned.items()}}
+
+    def _restore_pruned(self) -> None:
+        if self._loaded is not None and self.training is not None:
+            restore_pruned_(self.training.masks.layers, self._loaded["codes"], self._loaded.get(PRUNED_WEIGHTS, {}))
+        self._loaded = None
+
+
+def _estimated_steps(trainer: Trainer, method: Method) -> int | None:
+    if not method.schedule.needs_total:
+        return None
+    steps = trainer.estimated_stepping_batches
+    if steps == float("inf") or steps < 1:
+        raise MisconfigurationException(
+            f"trainer has max_steps={trainer.max_steps} and max_epochs={trainer.max_epochs}, so the run has no length, "
+            "but the schedule has fractions: set max_steps, or SparseTrainingCallback(total_steps=...)."
+        )
+    return int(steps)
+
+
+def _refuse_foreign_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    strict = bool(rest[1]) if len(rest) > 1 else True  # rest is local_metadata, strict, missing, unexpected, errors
+    require_same_weights(module, state_dict, strict)

@@ -1,0 +1,1 @@
+"""Recipes: models, data, YAML files and the command line that train with sparsetrain."""

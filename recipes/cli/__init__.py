@@ -1,0 +1,1 @@
+"""The ``sparsetrain`` command line; importing it does not import torch."""

@@ -1,0 +1,44 @@
+"""``sparsetrain fit``: LightningCLI over recipes."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.cli import LightningCLI
+
+from sparsetrain.extras import require
+
+from .main import find_recipe
+
+
+def fit(arguments: Sequence[str]) -> int:
+    """Train what the command line and its recipe describe.
+
+    Args:
+        arguments: As for LightningCLI's ``fit``; ``--config`` may name a recipe of the package.
+    """
+    run_cli(["fit", *arguments])
+    return 0
+
+
+def run_cli(arguments: Sequence[str], **options: Any) -> LightningCLI:
+    """Run LightningCLI on a command line in which ``--config`` may name a recipe of the package."""
+    require("jsonargparse", "recipes", "the command line")
+    sys.argv = ["sparsetrain", *with_recipe_paths(arguments)]
+    return LightningCLI(save_config_kwargs={"overwrite": True}, **options)
+
+
+def with_recipe_paths(arguments: Sequence[str]) -> list[str]:
+    """Replace the names of recipes behind ``--config`` and ``-c`` by their paths."""
+    resolved = []
+    expects_name = False
+    for argument in arguments:
+        key, equals, name = argument.partition("=")
+        if expects_name:
+            resolved.append(find_recipe(argument))
+        elif key == "--config" and equals:
+            resolved.append(f"--config={find_recipe(name)}")
+        else:
+            resolved.append(argument)
+        expects_name = argument in ("--config", "-c")
+    return resolved

@@ -1,0 +1,84 @@
+"""``sparsetrain``: dispatches to its subcommands, and turns errors into one sentence."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """examples:
+  sparsetrain recipes
+  sparsetrain fit --config gpt_from_scratch.yaml
+  sparsetrain fit --config gpt_from_scratch.yaml --trainer.max_steps=2000 --data.source=my_text.txt
+  sparsetrain prune --checkpoint dense.ckpt --steps 300
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return the exit code: 0 for success, 1 for an interrupted run, 2 for a wrong input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments[:1] if arguments[:1] != ["--debug"] else arguments[:2])
+    rest += arguments[2 if options.debug else 1 :]
+    try:
+        if options.command == "recipes":
+            return _list_recipes()
+        if options.command == "fit":
+            from .fit import fit
+
+            return fit(rest)
+        from .prune import prune
+
+        return prune(rest)
+    except KeyboardInterrupt:
+        return 1
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"sparsetrain: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    from sparsetrain import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="sparsetrain",
+        description="Train with transposable 2:4 sparsity.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sparsetrain {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{recipes,fit,prune}")
+    commands.add_parser("recipes", help="list the recipes that come with the package")
+    commands.add_parser(
+        "fit", add_help=False, help="train a recipe (LightningCLI: --config, --trainer.*, --print_config)"
+    )
+    commands.add_parser("prune", add_help=False, help="prune a checkpoint or a recipe once, retrain, report")
+    return parser
+
+
+def recipe_files() -> dict[str, Path]:
+    """Return the recipes that come with the package: file name to path."""
+    return {path.name: path for path in sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> str:
+    """Return the path of a recipe given as a path, or as the name of one that comes with the package.
+
+    Raises:
+        FileNotFoundError: If there is neither.
+    """
+    if Path(name).is_file():
+        return name
+    shipped = recipe_files()
+    for candidate in (name, f"{name}.yaml"):
+        if candidate in shipped:
+            return str(shipped[candidate])
+    raise FileNotFoundError(f"config {name!r} is no file and no recipe: pass a path, or one of {', '.join(shipped)}.")
+
+
+def _list_recipes() -> int:
+    for name, path in recipe_files().items():
+        print(f"{name:32} {path.read_text().splitlines()[0].lstrip('# ')}")
+    return 0

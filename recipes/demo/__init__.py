@@ -1,0 +1,1 @@
+"""The demo: one small GPT, trained dense, sparse from scratch, and pruned and retrained."""

@@ -1,0 +1,121 @@
+"""The demo's table, plot and report."""
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sparsetrain import __version__
+from sparsetrain.extras import require
+
+from ..history import History
+
+COLUMNS = (
+    "run", "validation loss", "gap to dense", "kept fraction", "flip rate", "violations", "final weights", "seconds",
+)  # fmt: skip
+NOTES = (
+    "Validation loss is in nats per byte. Kept fraction (Σ|W⊙M| / Σ|W|) and flip rate (mask entries changed since the "
+    "search before) are those of the last mask search whose masks were applied; a mask that never moves has no flip "
+    "rate. Seconds are training time on this machine, validation included; on a CPU the masked products are dense, so sparse "
+    "runs are not faster here."
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run of the demo ended with.
+
+    Args:
+        name: Of the run.
+        loss: Final validation loss, nats per byte.
+        seconds: Of training.
+        history: Its validations and mask searches.
+        violations: Groups of four that do not keep two, in masks in force at the end.
+        sparse: Whether the final weights are 2:4.
+    """
+
+    name: str
+    loss: float
+    seconds: float
+    history: History
+    violations: int
+    sparse: bool
+
+    def row(self, dense_loss: float) -> tuple[str, ...]:
+        """Return the run's cells of the table."""
+        refresh = self.history.last_in_force()
+        metrics = refresh.metrics if refresh else {}
+        moves = refresh is not None and refresh.phase == "sparse"
+        return (
+            self.name,
+            f"{self.loss:.4f}",
+            f"{self.loss - dense_loss:+.4f}",
+            f"{metrics['kept_fraction_at_refresh']:.3f}" if refresh else "–",
+            f"{metrics['flip_rate']:.4f}" if moves and "flip_rate" in metrics else "–",
+            str(self.violations),
+            "2:4" if self.sparse else "dense",
+            f"{self.seconds:.0f}",
+        )
+
+
+def print_table(results: list[Result]) -> None:
+    """Print one line per run."""
+    table = Table(*COLUMNS)
+    for result in results:
+        table.add_row(*result.row(results[0].loss))
+    Console(width=120).print(table)
+
+
+def write_report(results: list[Result], path: Path, command: str, steps: int) -> None:
+    """Write the table with its conditions as Markdown."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    lines = [
+        "# sparsetrain demo",
+        "",
+        f"`{command.strip()}`: {steps} steps each, {device}, {platform.system()}, torch {torch.__version__}, "
+        f"sparsetrain {__version__}.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
+        *("| " + " | ".join(result.row(results[0].loss)) + " |" for result in results),
+        "",
+        NOTES,
+        "",
+        "![validation loss and flip rate](curves.png)",
+        "",
+    ]
+    path.write_text("\n".join(lines))
+
+
+def write_plot(results: list[Result], path: Path) -> None:
+    """Draw validation loss and flip rate over steps."""
+    matplotlib = require("matplotlib", "recipes", "the demo's plot")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (losses, flips) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for index, result in enumerate(results):
+        color = f"C{index}"
+        points = result.history.validations
+        losses.plot([p.step for p in points], [p.loss for p in points], "o-", color=color, label=result.name, ms=4)
+        for phases, style in ((("sparse",), "o-"), (("dense",), ":")):
+            chosen = [
+                (r.step, r.metrics.get("flip_rate" if r.phase == "sparse" else "virtual_flip_rate"))
+                for r in result.history.refreshes
+                if r.phase in phases
+            ]
+            chosen = [(step, rate) for step, rate in chosen if rate is not None]
+            if chosen:
+                label = f"{result.name} ({'applied' if phases == ('sparse',) else 'virtual'})"
+                flips.plot(*zip(*chosen, strict=True), style, color=color, label=label, ms=3)
+    losses.set(xlabel="optimizer steps", ylabel="validation loss (nats per byte)", title="Validation loss")
+    flips.set(xlabel="optimizer steps", ylabel="flip rate", title="Mask entries changed per search", yscale="log")
+    for axes in (losses, flips):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,159 @@
+"""A decoder-only transformer whose linear layers are all plain ``nn.Linear``."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INIT_STD = 0.02
+ROPE_BASE = 10_000.0
+
+
+class GPT(nn.Module):
+    """Pre-norm decoder-only transformer.
+
+    Args:
+        vocabulary: Number of tokens.
+        width: Size of the residual stream, a multiple of ``2 * heads``.
+        depth: Number of blocks.
+        heads: Attention heads of a block.
+        context: Longest sequence.
+        positions: ``"rope"`` rotates queries and keys; ``"learned"`` adds an embedding.
+        mlp: ``"swiglu"`` or ``"gelu"``.
+        hidden: Size of the MLP's hidden layer; None is 4·width for GELU and, for SwiGLU, 8/3·width
+            rounded up to a multiple of 32.
+        tied: Share the head's weight with the token embedding.
+
+    Raises:
+        ValueError: If a size does not fit.
+
+    Example:
+        >>> model = GPT(width=32, depth=1, heads=2, context=8)
+        >>> model(torch.zeros(2, 8, dtype=torch.long)).shape
+        torch.Size([2, 8, 256])
+    """
+
+    def __init__(
+        self,
+        vocabulary: int = 256,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        context: int = 128,
+        positions: Literal["rope", "learned"] = "rope",
+        mlp: Literal["swiglu", "gelu"] = "swiglu",
+        hidden: int | None = None,
+        tied: bool = True,
+    ) -> None:
+        super().__init__()
+        if width % (2 * heads):
+            raise ValueError(
+                f"width is {width}: it must be a multiple of 2 * heads = {2 * heads}, so change width or heads."
+            )
+        if positions not in ("rope", "learned"):
+            raise ValueError(f"positions is {positions!r}: it must be 'rope' or 'learned'.")
+        if mlp not in ("swiglu", "gelu"):
+            raise ValueError(f"mlp is {mlp!r}: it must be 'swiglu' or 'gelu'.")
+        hidden = hidden or (4 * width if mlp == "gelu" else 32 * math.ceil(width * 8 / 3 / 32))
+        self.context = context
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Embedding(context, width) if positions == "learned" else None
+        self.blocks = nn.ModuleList(
+            Block(width, heads, hidden, gated=mlp == "swiglu", rotary=positions == "rope") for _ in range(depth)
+        )
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self._initialise(depth)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits ``[batch, time, vocabulary]`` for token ids ``[batch, time]``."""
+        time = tokens.shape[1]
+        if time > self.context:
+            raise ValueError(
+                f"tokens have {time} positions: at most context = {self.context} are allowed, so cut them."
+            )
+        x = self.embedding(tokens)
+        if self.position is not None:
+            x = x + self.position.weight[:time]
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    def _initialise(self, depth: int) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                # residual branches add up over the depth, so their last layers start smaller
+                residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * depth) if residual else INIT_STD)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream ``[batch, time, width]``."""
+
+    def __init__(self, width: int, heads: int, hidden: int, gated: bool, rotary: bool) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(width)
+        self.attention = Attention(width, heads, rotary)
+        self.mlp_norm = nn.RMSNorm(width)
+        self.mlp = MLP(width, hidden, gated)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the residual stream after the block."""
+        x = x + self.attention(self.attention_norm(x))
+        x = x + self.mlp(self.mlp_norm(x))
+        return x
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, width: int, heads: int, rotary: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.rotary = rotary
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix positions: ``[batch, time, width]`` to the same."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [batch, heads, time, size]
+        if self.rotary:
+            q, k = rotate(q), rotate(k)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed: Tensor = self.out(y.transpose(1, 2).flatten(-2))
+        return mixed
+
+
+class MLP(nn.Module):
+    """SwiGLU or GELU feed-forward layer."""
+
+    def __init__(self, width: int, hidden: int, gated: bool) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.gate = nn.Linear(width, hidden, bias=False) if gated else None
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform every position: ``[..., width]`` to the same."""
+        hidden = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        y: Tensor = self.down(hidden)
+        return y
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotate pairs of features by angles that grow with the position (RoPE, arXiv 2104.09864).
+
+    Args:
+        x: ``[batch, heads, time, size]``, size even.
+    """
+    time, half = x.shape[-2], x.shape[-1] // 2
+    frequency = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = torch.arange(time, device=x.device, dtype=torch.float32)[:, None] * frequency  # [time, half]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

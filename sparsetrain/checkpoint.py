@@ -1,0 +1,117 @@
+"""Checkpoints that hold the sparse model and everything needed to go on training it.
+
+In a sparse phase the model computes with ``W⊙M`` while the optimizer owns a dense ``W``. :func:`detach_pruned` puts
+``W⊙M`` into a state dict, so that whoever loads it has the model that was evaluated, and returns the pruned values;
+:func:`restore_pruned_` puts them back, bit for bit.
+"""
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .kernels.tile_codes.reference import unpack_codes
+from .linear import SparseLinear
+
+CHECKPOINT_KEY = "sparsetrain"
+"""Where a Lightning checkpoint holds the state of sparse training."""
+
+
+@torch.no_grad()
+def detach_pruned(state_dict: MutableMapping[str, Any], layers: Mapping[str, SparseLinear]) -> dict[str, Tensor]:
+    """Replace the masters of masked layers in a state dict by masked copies, and return the pruned values.
+
+    Args:
+        state_dict: Changed in place; its tensors are not.
+        layers: Layer name to layer; those whose mask is not in force are left alone.
+
+    Returns:
+        Layer name to the pruned entries of its weight, in row-major order.
+    """
+    pruned = {}
+    for name, layer in layers.items():
+        key = f"{name}.weight"
+        if layer.is_masked and key in state_dict:
+            master = state_dict[key]
+            out = ~layer.mask.to(master.device)
+            pruned[name] = master[out].clone()
+            state_dict[key] = master.masked_fill(out, 0)
+    return pruned
+
+
+@torch.no_grad()
+def restore_pruned_(layers: Mapping[str, nn.Linear], codes: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+    """Put pruned values back into the weights.
+
+    Args:
+        layers: Layer name to layer.
+        codes: Layer name to the tile codes under which the values were pruned.
+        pruned: What :func:`detach_pruned` returned.
+
+    Raises:
+        ValueError: If the values do not fit the layers; nothing is changed then.
+    """
+    masks = {}
+    for name, values in pruned.items():
+        if name not in layers or name not in codes:
+            raise ValueError(
+                f"checkpoint holds pruned values of {name!r}, which is no sparse layer here: use the same targets."
+            )
+        masks[name] = ~unpack_codes(codes[name])
+        if masks[name].shape != layers[name].weight.shape or int(masks[name].sum()) != values.numel():
+            raise ValueError(f"checkpoint's pruned values of {name!r} do not fit its mask: the checkpoint is damaged.")
+    for name, values in pruned.items():
+        weight = layers[name].weight
+        weight[masks[name].to(weight.device)] = values.to(weight.device, weight.dtype)
+
+
+def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read the masks out of a checkpoint of a run with ``SparseTrainingCallback``.
+
+    Args:
+        checkpoint: What ``torch.load(path)`` returned.
+
+    Returns:
+        Layer name to bool mask ``[O, I]``.
+
+    Raises:
+        ValueError: If the checkpoint holds no state of sparse training.
+
+    Example:
+        >>> codes = {"fc": torch.full((1, 1), 0x3C3C, dtype=torch.int16)}
+        >>> read_masks({"sparsetrain": {"codes": codes}})["fc"].sum().item()
+        8
+    """
+    if CHECKPOINT_KEY not in checkpoint:
+        raise ValueError(
+            f"checkpoint has no key {CHECKPOINT_KEY!r}: it must come from a run with SparseTrainingCallback "
+            "that saved more than weights."
+        )
+    return {name: unpack_codes(codes) for name, codes in checkpoint[CHECKPOINT_KEY]["codes"].items()}
+
+
+def require_same_weights(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+    """Check that a state dict is of this model, before anything is loaded.
+
+    Args:
+        model: Any module.
+        state_dict: What would be loaded into it.
+        strict: Names must be the same too.
+
+    Raises:
+        ValueError: If a shape differs or, with ``strict``, a name is only on one side.
+    """
+    own = model.state_dict()
+    for name, value in state_dict.items():
+        if name in own and isinstance(value, Tensor) and value.shape != own[name].shape:
+            raise ValueError(
+                f"checkpoint is of another model: {name!r} is {tuple(value.shape)} there and {tuple(own[name].shape)} "
+                "here; build the model with the checkpoint's hyper-parameters."
+            )
+    if strict and (lonely := set(state_dict) ^ set(own)):
+        name = min(lonely)
+        raise ValueError(
+            f"checkpoint is of another model: {name!r} is only in the {'model' if name in own else 'checkpoint'}; "
+            "build the model with the checkpoint's hyper-parameters."
+        )

@@ -1,0 +1,64 @@
+"""Gradient rules: what of a masked layer's weight gradient reaches kept and pruned entries."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .kernels.tile_codes.reference import unpack_codes
+
+
+@dataclass(frozen=True)
+class GradientRule:
+    """The weight gradient is ``kept·M⊙G + pruned·(1-M)⊙G`` with ``G = dYᵀ·X``.
+
+    Args:
+        kept: Factor on kept entries.
+        pruned: Factor on pruned entries: 1 is the straight-through estimator, 0 masks the gradient.
+
+    Example:
+        >>> GradientRule(kept=1.0, pruned=0.5)
+        GradientRule(kept=1.0, pruned=0.5)
+    """
+
+    kept: float = 1.0
+    pruned: float = 1.0
+
+    def apply(self, gradient: Tensor, codes: Tensor) -> Tensor:
+        """Return the scaled gradient ``[O, I]`` for tile codes ``[O/4, I/4]``."""
+        if self.kept == self.pruned:
+            return gradient if self.kept == 1 else gradient * self.kept
+        pruned = ~unpack_codes(codes)
+        if self.pruned == 0:
+            scaled = gradient.masked_fill(pruned, 0)
+            return scaled if self.kept == 1 else scaled * self.kept
+        return (gradient * self.kept).where(~pruned, gradient * self.pruned)
+
+
+def scaled(kept: float, pruned: float) -> GradientRule:
+    """Return the rule that scales the gradient of kept and of pruned entries.
+
+    Example:
+        >>> scaled(1.0, 0.25).pruned
+        0.25
+    """
+    return GradientRule(float(kept), float(pruned))
+
+
+GRADIENT_RULES = {"ste": GradientRule(1.0, 1.0), "masked": GradientRule(1.0, 0.0)}
+
+
+def resolve_gradient_rule(rule: str | GradientRule) -> GradientRule:
+    """Return a rule from its name (``"ste"``, ``"masked"``), or the rule itself.
+
+    Raises:
+        ValueError: If no rule has that name.
+
+    Example:
+        >>> resolve_gradient_rule("masked")
+        GradientRule(kept=1.0, pruned=0.0)
+    """
+    if isinstance(rule, GradientRule):
+        return rule
+    if rule not in GRADIENT_RULES:
+        raise ValueError(f"gradient is {rule!r}: it must be 'ste', 'masked' or scaled(kept, pruned).")
+    return GRADIENT_RULES[rule]

@@ -1,0 +1,203 @@
+"""``sparse_linear`` and ``SparseLinear``: a linear layer whose products see the masked weight."""
+
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from .backends import BACKENDS, resolve_backend
+from .gradient_rules import GradientRule, resolve_gradient_rule
+from .kernels.masked_update.reference import apply_mask_
+from .kernels.tile_codes.reference import unpack_codes
+from .tiles import KEEP_ALL, require_tiles
+
+PhaseKind = Literal["dense", "sparse", "frozen"]
+"""dense: no mask; sparse: the mask is refreshed while training; frozen: the mask is fixed."""
+
+
+class SparseLinearFunction(torch.autograd.Function):
+    """``Y = X·(W⊙M)ᵀ + b``, ``dX = dY·(W⊙M)``, ``dW`` by a gradient rule, ``db = ΣdY``."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, rule: tuple[float, float], backend: str
+    ) -> Tensor:
+        """Compute the forward product."""
+        return BACKENDS[backend].forward(input, weight, codes, bias)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what the two gradient products need; the masked weight is not among it."""
+        input, weight, codes, _, rule, backend = inputs
+        ctx.save_for_backward(input, weight, codes)
+        ctx.rule, ctx.backend = rule, backend  # type: ignore[attr-defined]
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
+        """Compute the gradients that are asked for."""
+        (output_gradient,) = cast(tuple[Tensor], output_gradients)
+        input, weight, codes = ctx.saved_tensors
+        input_gradient = weight_gradient = bias_gradient = None
+        rows = output_gradient.reshape(-1, weight.shape[0])  # [tokens, O]
+        if ctx.needs_input_grad[0]:
+            input_gradient = BACKENDS[ctx.backend].input_gradient(output_gradient, weight, codes)
+        if ctx.needs_input_grad[1]:
+            dense = rows.t().matmul(input.reshape(-1, weight.shape[1]))
+            weight_gradient = GradientRule(*ctx.rule).apply(dense, codes)
+        if ctx.needs_input_grad[3]:
+            bias_gradient = rows.sum(0)
+        return input_gradient, weight_gradient, None, bias_gradient, None, None
+
+
+def sparse_linear(
+    input: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gradient: str | GradientRule = "ste",
+    backend: str = "masked",
+) -> Tensor:
+    """Apply a linear layer with the weight masked by tile codes; differentiable in input, weight and bias.
+
+    Under autocast the operands are cast as ``torch.nn.functional.linear`` casts them.
+
+    Args:
+        input: ``[..., I]``.
+        weight: ``[O, I]``, the dense master.
+        codes: int16 ``[O/4, I/4]``; for a bool mask pass ``encode_tiles(mask)``.
+        bias: ``[O]`` or None.
+        gradient: Rule of the weight gradient: ``"ste"``, ``"masked"`` or ``scaled(kept, pruned)``.
+        backend: Who computes the products with the masked weight.
+
+    Returns:
+        ``[..., O]``.
+
+    Raises:
+        ValueError: If the codes do not fit the weight, or a name is unknown.
+
+    Example:
+        >>> codes = torch.full((1, 1), 0xF, dtype=torch.int16)  # keeps the first of four rows
+        >>> sparse_linear(torch.ones(4), torch.ones(4, 4), codes).tolist()
+        [4.0, 0.0, 0.0, 0.0]
+
+    Source: straight-through gradients as in SR-STE, arXiv 2102.04010; transposable masks make the input gradient
+    sparse too, arXiv 2102.08124.
+    """
+    expected = (weight.shape[0] // 4, weight.shape[1] // 4)
+    if codes.dtype != torch.int16 or tuple(codes.shape) != expected:
+        raise ValueError(
+            f"codes is {codes.dtype} {tuple(codes.shape)} but weight is {tuple(weight.shape)}: "
+            f"codes must be int16 {expected}, as encode_tiles(mask) gives."
+        )
+    rule = resolve_gradient_rule(gradient)
+    name = resolve_backend(backend).name
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+    result = SparseLinearFunction.apply(input, weight, codes, bias, (rule.kept, rule.pruned), name)  # type: ignore[no-untyped-call]
+    return cast(Tensor, result)
+
+
+class SparseLinear(nn.Linear):
+    """An ``nn.Linear`` with a mask: same parameters, same ``state_dict``, codes in a non-persistent buffer.
+
+    Usually made in place by :func:`sparsetrain.sparsify_`. A forward never changes the mask.
+
+    Args:
+        in_features: I, a multiple of 4.
+        out_features: O, a multiple of 4.
+        bias: Whether there is a bias.
+        device: As in ``nn.Linear``.
+        dtype: As in ``nn.Linear``.
+
+    Raises:
+        ValueError: If a size is not a multiple of 4.
+
+    Example:
+        >>> layer = SparseLinear(8, 4)
+        >>> layer.set_codes_(torch.full((1, 2), 0x3C3C, dtype=torch.int16))
+        >>> layer.mask.sum().item(), sorted(layer.state_dict())
+        (16, ['bias', 'weight'])
+    """
+
+    mask_codes: Tensor
+    phase: PhaseKind
+    gradient: GradientRule
+    backend: str
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        require_tiles("weight", (out_features, in_features))
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._add_mask("sparse", "masked")
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask as bool ``[O, I]``, whether or not it is in force."""
+        return unpack_codes(self.mask_codes)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the mask is in force."""
+        return self.phase != "dense"
+
+    @torch.no_grad()
+    def set_codes_(self, codes: Tensor) -> None:
+        """Copy tile codes ``[O/4, I/4]`` into the buffer, in place, so that compiled graphs stay valid."""
+        self.mask_codes.copy_(codes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer: ``[..., I]`` to ``[..., O]``."""
+        if self.phase == "dense":
+            return F.linear(input, self.weight, self.bias)
+        return sparse_linear(
+            input, self.weight, self.mask_codes, self.bias, gradient=self.gradient, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the layer as ``nn.Linear`` does, and its phase."""
+        return f"{super().extra_repr()}, phase={self.phase}"
+
+    def _add_mask(self, phase: PhaseKind, backend: str) -> None:
+        shape = (self.out_features // 4, self.in_features // 4)
+        codes = torch.full(shape, KEEP_ALL, dtype=torch.int16, device=self.weight.device)
+        self.register_buffer("mask_codes", codes, persistent=False)
+        self.phase = phase
+        self.gradient = resolve_gradient_rule("ste")
+        self.backend = backend
+
+
+def to_sparse_(layer: nn.Linear, phase: PhaseKind = "sparse", backend: str = "masked") -> SparseLinear:
+    """Turn an exact ``nn.Linear`` into a :class:`SparseLinear` in place; its mask keeps everything."""
+    layer.__class__ = SparseLinear
+    sparse = cast(SparseLinear, layer)
+    sparse._add_mask(phase, backend)
+    return sparse
+
+
+def to_dense_(layer: SparseLinear, zeros: bool = True) -> nn.Linear:
+    """Turn a :class:`SparseLinear` back into ``nn.Linear`` in place; with ``zeros``, a mask in force is written."""
+    if zeros and layer.is_masked:
+        apply_mask_(layer.weight.data, layer.mask_codes)
+    del layer.mask_codes
+    for name in ("phase", "gradient", "backend"):
+        layer.__dict__.pop(name, None)
+    dense = cast(nn.Linear, layer)
+    dense.__class__ = nn.Linear
+    return dense
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # autocast leaves float64 and integers alone
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor

@@ -1,0 +1,51 @@
+"""Restart of the learning-rate schedule for a retrain phase."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class LRRestart:
+    """Remembers learning rates and scheduler states as they are now, and brings them back.
+
+    Args:
+        optimizers: The optimizers whose groups hold the learning rates.
+        schedulers: Their schedulers, at their first step.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+        >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        >>> restart = LRRestart([optimizer], [scheduler])
+        >>> optimizer.step(); scheduler.step(); restart.restart()
+        >>> optimizer.param_groups[0]["lr"], scheduler.last_epoch
+        (1.0, 0)
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], schedulers: Sequence[LRScheduler]) -> None:
+        self._optimizers = list(optimizers)
+        self._schedulers = list(schedulers)
+        self._rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in self._optimizers]
+        self._states = [copy.deepcopy(scheduler.state_dict()) for scheduler in self._schedulers]
+
+    def restart(self) -> None:
+        """Bring back the learning rates and scheduler states of the first step."""
+        for scheduler, state in zip(self._schedulers, self._states, strict=True):
+            scheduler.load_state_dict(copy.deepcopy(state))
+        for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                if hasattr(group["lr"], "fill_"):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered."""
+        return {"rates": copy.deepcopy(self._rates), "states": copy.deepcopy(self._states)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self._rates, self._states = copy.deepcopy(state["rates"]), copy.deepcopy(state["states"])

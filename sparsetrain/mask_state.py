@@ -1,0 +1,171 @@
+"""The masks of a run and what is known of their history: refresh, flips, ages, violations."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .criteria import Criterion
+from .distributed import require_equal_codes
+from .kernels.tile_codes.reference import unpack_codes
+from .linear import SparseLinear
+from .metrics import magnitude_sums
+from .patterns import Pattern
+from .tiles import count_flips
+
+MAX_AGE = 255
+
+
+class MaskState:
+    """Masks of a model's sparse layers.
+
+    Args:
+        layers: Layer name to layer.
+        pattern: What the masks look like.
+        criterion: What ranks the entries.
+        track_age: Keep for every entry the refreshes since it last flipped (one byte a weight, up to 255).
+    """
+
+    def __init__(
+        self, layers: Mapping[str, SparseLinear], pattern: Pattern, criterion: Criterion, track_age: bool = False
+    ) -> None:
+        self.layers = dict(layers)
+        self.pattern = pattern
+        self.criterion = criterion
+        self.exists = False
+        self.refresh_ms = 0.0
+        self.flips: dict[str, Tensor] = {}
+        self.virtual_flips: dict[str, Tensor] = {}
+        self.sums_at_refresh: Tensor | None = None
+        self.ages = {
+            name: torch.zeros(layer.weight.shape, dtype=torch.uint8, device=layer.weight.device)
+            for name, layer in self.layers.items()
+            if track_age
+        }
+
+    @property
+    def codes(self) -> dict[str, Tensor]:
+        """Layer name to int16 tile codes ``[O/4, I/4]``."""
+        return {name: layer.mask_codes for name, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def refresh(self, clock: int, virtual: bool) -> None:
+        """Search new masks from the masters.
+
+        Args:
+            clock: Successful optimizer steps so far.
+            virtual: The masks are not in force; their flips are counted apart.
+
+        Raises:
+            RuntimeError: If data-parallel ranks found different masks.
+        """
+        start = time.perf_counter()
+        flips = {}
+        for name, layer in self.layers.items():
+            new = self.pattern.search(self.criterion.scores(layer.weight, layer=name, clock=clock))
+            if self.exists:
+                flips[name] = count_flips(layer.mask_codes, new)
+                if name in self.ages:
+                    age = self.ages[name]
+                    age.add_(age < MAX_AGE).masked_fill_(unpack_codes(layer.mask_codes ^ new), 0)
+            layer.set_codes_(new)
+        if self.exists:
+            self.flips, self.virtual_flips = (self.flips, flips) if virtual else (flips, self.virtual_flips)
+        self.exists = True
+        self.sums_at_refresh = torch.stack([sums.cpu() for sums in self.magnitude_sums().values()]).sum(0)
+        self.refresh_ms = 1e3 * (time.perf_counter() - start)
+        require_equal_codes(self.codes)
+
+    def flip_rate(self, layer: str | None = None, virtual: bool = False) -> float | None:
+        """Return the last refresh's flips as a fraction of the entries, of one layer or of all; None before one."""
+        flips = self.virtual_flips if virtual else self.flips
+        names = list(flips) if layer is None else [layer]
+        if not flips:
+            return None
+        entries = sum(self.layers[name].weight.numel() for name in names)
+        return float(torch.stack([flips[name].cpu() for name in names]).sum()) / entries
+
+    def violations(self) -> int:
+        """Count the groups of four, in masks that are in force, that do not keep exactly two; must be 0."""
+        counts = [self.pattern.count_violations(layer.mask_codes) for layer in self.layers.values() if layer.is_masked]
+        return int(torch.stack(counts).sum()) if counts else 0
+
+    def magnitude_sums(self) -> dict[str, Tensor]:
+        """Return the five sums of :func:`sparsetrain.metrics.magnitude_sums` for every layer."""
+        return {name: magnitude_sums(layer.weight, layer.mask) for name, layer in self.layers.items()}
+
+    def age_mean(self) -> float | None:
+        """Return the mean number of refreshes since an entry last flipped, or None if ages are not tracked."""
+        if not self.ages:
+            return None
+        total = sum(float(age.sum(dtype=torch.int64)) for age in self.ages.values())
+        return total / sum(age.numel() for age in self.ages.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of everything that the next refresh and the metrics depend on."""
+
+        def plain(flips: dict[str, Tensor]) -> dict[str, int]:
+            return {name: int(count) for name, count in flips.items()}
+
+        return {
+            "pattern": self.pattern.name,
+            "exists": self.exists,
+            "codes": {name: codes.detach().cpu().clone() for name, codes in self.codes.items()},
+            "flips": plain(self.flips),
+            "virtual_flips": plain(self.virtual_flips),
+            "sums_at_refresh": None if self.sums_at_refresh is None else self.sums_at_refresh.tolist(),
+            "ages": {name: age.cpu().clone() for name, age in self.ages.items()},
+            "criterion": self.criterion.state_dict(),
+        }
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` if a state is damaged or of another model; changes nothing."""
+        if state["pattern"] != self.pattern.name:
+            raise ValueError(
+                f"state has pattern {state['pattern']!r} but the method has {self.pattern.name!r}: "
+                "resume with the same method."
+            )
+        saved, here = set(state["codes"]), set(self.layers)
+        if saved != here:
+            missing, extra = sorted(here - saved), sorted(saved - here)
+            raise ValueError(
+                "state is of another model or selection: "
+                + "; ".join(
+                    text
+                    for text in (
+                        f"it has no layer {', '.join(map(repr, missing[:3]))}" if missing else "",
+                        f"the model has no sparse layer {', '.join(map(repr, extra[:3]))}" if extra else "",
+                    )
+                    if text
+                )
+                + "; resume with the same model and targets."
+            )
+        for name, codes in state["codes"].items():
+            expected = tuple(self.layers[name].mask_codes.shape)
+            if not isinstance(codes, Tensor) or codes.dtype != torch.int16 or tuple(codes.shape) != expected:
+                found = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
+                raise ValueError(
+                    f"state's codes of layer {name!r} are {found} but must be torch.int16 {expected}: "
+                    "resume with the same model."
+                )
+            if state["exists"] and int(self.pattern.count_violations(codes)):
+                raise ValueError(
+                    f"state's codes of layer {name!r} are no {self.pattern.name} masks: the checkpoint is damaged."
+                )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self.check_state_dict(state)
+        self.exists = bool(state["exists"])
+        for name, layer in self.layers.items():
+            layer.set_codes_(state["codes"][name].to(layer.weight.device))
+        self.flips = {name: torch.tensor(count) for name, count in state["flips"].items()}
+        self.virtual_flips = {name: torch.tensor(count) for name, count in state["virtual_flips"].items()}
+        sums = state["sums_at_refresh"]
+        self.sums_at_refresh = None if sums is None else torch.tensor(sums, dtype=torch.float64)
+        for name, age in self.ages.items():
+            if name in state["ages"]:
+                age.copy_(state["ages"][name])
+        self.criterion.load_state_dict(state["criterion"])

@@ -1,0 +1,161 @@
+"""Masks from scores: transposable 2:4 (exact) and row-wise N:M, and the predicates that check them."""
+
+import torch
+from torch import Tensor
+
+from .kernels.mask_search.reference import search_row_wise, search_transposable
+from .kernels.tile_codes.reference import unpack_codes
+from .tiles import _require_dtype, require_tiles
+
+
+def transposable_codes(scores: Tensor) -> Tensor:
+    """Return the tile codes of :func:`transposable_mask`.
+
+    Args:
+        scores: ``[..., O, I]``, any floating dtype; O and I multiples of 4.
+
+    Returns:
+        int16 ``[..., O/4, I/4]``.
+
+    Raises:
+        TypeError: If the scores are not floating point.
+        ValueError: If O or I is not a multiple of 4.
+
+    Example:
+        >>> import torch
+        >>> transposable_codes(torch.rand(8, 16)).shape
+        torch.Size([2, 4])
+    """
+    _require_floating(scores)
+    require_tiles("scores", scores.shape)
+    *batch, rows, columns = scores.shape
+    if scores.numel() == 0:
+        return torch.empty(*batch, rows // 4, columns // 4, dtype=torch.int16, device=scores.device)
+    return search_transposable(scores.reshape(-1, columns)).view(*batch, rows // 4, columns // 4)
+
+
+def transposable_mask(scores: Tensor) -> Tensor:
+    """Return the transposable 2:4 mask that keeps the largest sum of scores: exact, per 4×4 tile.
+
+    Exactly two entries of every row and every column of a tile are kept. Scores may be signed; for a weight pass
+    ``weight.abs()``. NaN and infinities rank as ±2^100, so the mask is always valid. Deterministic: ties go to the
+    first of the row pairings (01)(23), (02)(13), (03)(12), then to the first split of the columns, 01|23, 02|13, 03|12.
+
+    Args:
+        scores: ``[..., O, I]``, any floating dtype; O and I multiples of 4. Ranked in float32 (float64 in float64).
+
+    Returns:
+        bool, same shape.
+
+    Raises:
+        TypeError: If the scores are not floating point.
+        ValueError: If O or I is not a multiple of 4.
+
+    Example:
+        >>> import torch
+        >>> mask = transposable_mask(torch.randn(8, 8).abs())
+        >>> is_transposable(mask), is_transposable(mask.T)
+        (True, True)
+
+    Source: the complementary-pair identity; derivation in ``kernels/mask_search/README.md``. The pattern is from
+    Hubara et al., "Accelerated Sparse Neural Training", arXiv 2102.08124.
+    """
+    return unpack_codes(transposable_codes(scores))
+
+
+def nm_mask(scores: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tensor:
+    """Return the mask of the n largest of every m consecutive scores along one dimension.
+
+    On ties the earlier entry is kept. NaN and infinities rank as ±2^100.
+
+    Args:
+        scores: Any shape, any floating dtype; the size along ``dim`` a multiple of m.
+        n: Entries kept of each group, 0 to m.
+        m: Size of a group.
+        dim: The dimension the groups lie along.
+
+    Returns:
+        bool, same shape.
+
+    Raises:
+        TypeError: If the scores are not floating point.
+        ValueError: If n, m, ``dim`` or the size along ``dim`` does not fit.
+
+    Example:
+        >>> import torch
+        >>> nm_mask(torch.tensor([[4.0, 1.0, 3.0, 2.0]])).tolist()
+        [[True, False, True, False]]
+    """
+    _require_floating(scores)
+    _require_nm("scores", scores, n, m, dim)
+    moved = scores.movedim(dim, -1)
+    return search_row_wise(moved, n, m).movedim(-1, dim).contiguous()
+
+
+def is_transposable(mask: Tensor) -> bool:
+    """Say whether every aligned 4×4 tile keeps exactly two entries of each of its rows and columns.
+
+    Args:
+        mask: bool ``[..., O, I]``.
+
+    Raises:
+        TypeError: If the mask is not bool.
+        ValueError: If O or I is not a multiple of 4.
+
+    Example:
+        >>> import torch
+        >>> is_transposable(torch.ones(4, 4, dtype=torch.bool))
+        False
+    """
+    _require_dtype("mask", mask, torch.bool)
+    require_tiles("mask", mask.shape)
+    return _exactly(mask, 2, 4, -1) and _exactly(mask, 2, 4, -2)
+
+
+def is_nm(mask: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> bool:
+    """Say whether exactly n of every m consecutive entries along ``dim`` are kept.
+
+    Args:
+        mask: bool, any shape; the size along ``dim`` a multiple of m.
+        n: Entries kept of each group.
+        m: Size of a group.
+        dim: The dimension the groups lie along.
+
+    Raises:
+        TypeError: If the mask is not bool.
+        ValueError: If n, m, ``dim`` or the size along ``dim`` does not fit.
+
+    Example:
+        >>> import torch
+        >>> is_nm(torch.tensor([True, False, False, True]))
+        True
+    """
+    _require_dtype("mask", mask, torch.bool)
+    _require_nm("mask", mask, n, m, dim)
+    return _exactly(mask, n, m, dim)
+
+
+def _exactly(mask: Tensor, n: int, m: int, dim: int) -> bool:
+    groups = mask.movedim(dim, -1)
+    return bool((torch.unflatten(groups, -1, (-1, m)).sum(-1) == n).all()) if mask.numel() else True
+
+
+def _require_floating(scores: Tensor) -> None:
+    if not scores.is_floating_point():
+        raise TypeError(
+            f"scores has dtype {scores.dtype}: scores must be floating point, so convert them with .float()."
+        )
+
+
+def _require_nm(name: str, tensor: Tensor, n: int, m: int, dim: int) -> None:
+    if m < 1 or not 0 <= n <= m:
+        raise ValueError(f"n:m is {n}:{m}: m must be at least 1 and n between 0 and m.")
+    if not -tensor.dim() <= dim < tensor.dim():
+        raise ValueError(
+            f"dim is {dim} but {name} has shape {tuple(tensor.shape)}: dim must name one of its dimensions."
+        )
+    if tensor.shape[dim] % m:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}: its size along dim {dim} must be a multiple of m = {m}, "
+            "so pad it or choose another m."
+        )

@@ -1,0 +1,89 @@
+"""Hooks on optimizers: change final gradients before a step, and count successful steps after it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .kernels.masked_update.reference import apply_mask_
+
+AdjustGradients = Callable[[Optimizer, "Tensor | None"], None]
+
+
+class StepHooks:
+    """Calls ``adjust`` with unscaled, clipped gradients before every step, and ``advance`` after a successful one.
+
+    Three callers are told apart. A plain loop calls ``step()``: gradients are final, so ``adjust`` runs at once.
+    Lightning runs backward and clipping in a closure inside ``step(closure)``: the closure is wrapped, so ``adjust``
+    runs at its end. A fused optimizer under a gradient scaler is called with scaled gradients and skips by itself:
+    ``adjust`` is given the scale, and a step that found infinities is not counted.
+
+    With several optimizers, the clock advances when each has stepped since the last advance.
+
+    Args:
+        optimizers: The optimizers to hang on.
+        adjust: Called with the optimizer and the scale of its gradients (a scalar tensor, or None for 1).
+        advance: Called after each completed round of steps.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], adjust: AdjustGradients, advance: Callable[[], None]) -> None:
+        self._optimizers = list(optimizers)
+        self._adjust = adjust
+        self._advance = advance
+        self.stepped: set[int] = set()
+        self._handles = [
+            handle
+            for optimizer in self._optimizers
+            for handle in (
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            )
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
+        if closure is None:
+            self._adjust(optimizer, getattr(optimizer, "grad_scale", None))
+            return None
+
+        def closure_then_adjust() -> Any:
+            result = closure()
+            self._adjust(optimizer, getattr(optimizer, "grad_scale", None))
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure_then_adjust}
+        return (args[0], closure_then_adjust, *args[2:]), kwargs
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        self.stepped.add(self._optimizers.index(optimizer))
+        if len(self.stepped) == len(self._optimizers):
+            self.stepped.clear()
+            self._advance()
+
+
+def owned_parameters(optimizer: Optimizer) -> set[int]:
+    """Return the ids of an optimizer's parameters."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+@torch.no_grad()
+def clear_pruned_moments_(optimizers: Sequence[Optimizer], weight: Tensor, codes: Tensor) -> None:
+    """Write zeros into the pruned entries of every optimizer state that has the weight's shape."""
+    for optimizer in optimizers:
+        for value in optimizer.state.get(weight, {}).values():
+            if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
+                apply_mask_(value, codes)

@@ -1,0 +1,173 @@
+"""Schedules: ordered phases in optimizer steps or fractions of the run, resolved to a timeline of steps."""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import get_args
+
+from .linear import PhaseKind
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training.
+
+    Args:
+        kind: ``"dense"`` (no mask), ``"sparse"`` (mask refreshed every period) or ``"frozen"`` (mask fixed).
+        length: Optimizer steps (int), a fraction of the run (float), or None for what the others leave.
+
+    Raises:
+        ValueError: If the kind is unknown or the length is out of range.
+
+    Example:
+        >>> Phase("dense", 0.15)
+        Phase(kind='dense', length=0.15)
+    """
+
+    kind: PhaseKind
+    length: int | float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(PhaseKind):
+            raise ValueError(f"phase kind is {self.kind!r}: it must be one of {list(get_args(PhaseKind))}.")
+        require_length("length", self.length, optional=True)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A schedule in steps.
+
+    Args:
+        kinds: Kind of each phase.
+        starts: First step of each phase; the first is 0.
+    """
+
+    kinds: tuple[PhaseKind, ...]
+    starts: tuple[int, ...]
+
+    def at(self, step: int) -> tuple[PhaseKind, int]:
+        """Return the kind and first step of the phase that the forward of ``step`` (0-based) belongs to."""
+        index = bisect_right(self.starts, step) - 1
+        return self.kinds[index], self.starts[index]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Phases in order.
+
+    Args:
+        phases: At least one; at most one without a length. The last goes on if training does.
+
+    Raises:
+        ValueError: If there is no phase or more than one has no length.
+
+    Example:
+        >>> Schedule((Phase("dense", 10), Phase("sparse"))).resolve(100).at(10)
+        ('sparse', 10)
+    """
+
+    phases: tuple[Phase, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phases", tuple(self.phases))
+        if not self.phases:
+            raise ValueError("schedule has no phases: give it at least one Phase.")
+        if sum(phase.length is None for phase in self.phases) > 1:
+            raise ValueError("schedule has more than one phase without a length: give all but one a length.")
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether the length of the run must be known."""
+        return any(
+            isinstance(phase.length, float) or (phase.length is None and phase is not self.phases[-1])
+            for phase in self.phases
+        )
+
+    def resolve(self, total_steps: int | None) -> Timeline:
+        """Return the timeline for a run of ``total_steps`` optimizer steps.
+
+        Raises:
+            ValueError: If the length is needed but unknown, or the phases do not fit into it.
+        """
+        if total_steps is not None and (not isinstance(total_steps, int) or total_steps < 1):
+            raise ValueError(
+                f"total_steps is {total_steps!r}: it must be a positive int, or None for schedules in steps."
+            )
+        if total_steps is None and self.needs_total:
+            raise ValueError(
+                "total_steps is None but the schedule has fractions: pass total_steps, or give phases in steps."
+            )
+        lengths = [self._steps(phase.length, total_steps) for phase in self.phases]
+        known = sum(length for length in lengths if length is not None)
+        if total_steps is not None and known > total_steps:
+            raise ValueError(
+                f"the schedule's phases take {known} steps but total_steps is {total_steps}: "
+                "shorten them or train longer."
+            )
+        kinds: list[PhaseKind] = []
+        starts: list[int] = []
+        step = 0
+        for phase, length in zip(self.phases, lengths, strict=True):
+            rest = length is None
+            steps = length if length is not None else (total_steps or 0) - known
+            if steps > 0 or (rest and total_steps is None) or (phase is self.phases[-1] and not kinds):
+                kinds.append(phase.kind)
+                starts.append(step)
+            step += steps
+        return Timeline(tuple(kinds), tuple(starts))
+
+    @staticmethod
+    def _steps(length: int | float | None, total_steps: int | None) -> int | None:
+        if isinstance(length, float):
+            assert total_steps is not None
+            return round(length * total_steps)
+        return length
+
+
+def from_scratch(warmup: int | float = 0.0, tail: int | float = 1 / 6) -> Schedule:
+    """Train sparse between a dense head and a dense tail.
+
+    Args:
+        warmup: Length of the dense head, in steps (int) or as a fraction (float).
+        tail: Length of the dense tail, likewise.
+
+    Raises:
+        ValueError: If a length is out of range.
+
+    Example:
+        >>> from_scratch(warmup=0.15).resolve(600)
+        Timeline(kinds=('dense', 'sparse', 'dense'), starts=(0, 90, 500))
+    """
+    require_length("warmup", warmup)
+    require_length("tail", tail)
+    phases = [Phase("dense", warmup), Phase("sparse"), Phase("dense", tail)]
+    return Schedule(tuple(phase for phase in phases if phase.length != 0))
+
+
+def dense_prune_retrain(prune_at: int | float = 0.5) -> Schedule:
+    """Train dense, prune once, retrain with the mask frozen.
+
+    Args:
+        prune_at: When to prune, in steps (int) or as a fraction (float); 0 prunes before the first step.
+
+    Raises:
+        ValueError: If it is out of range.
+
+    Example:
+        >>> dense_prune_retrain(0.5).resolve(600)
+        Timeline(kinds=('dense', 'frozen'), starts=(0, 300))
+    """
+    require_length("prune_at", prune_at)
+    phases = [Phase("dense", prune_at), Phase("frozen")]
+    return Schedule(tuple(phase for phase in phases if phase.length != 0))
+
+
+def require_length(name: str, length: int | float | None, optional: bool = False) -> None:
+    """Raise ``ValueError`` unless ``length`` is a number of steps or a fraction."""
+    if length is None and optional:
+        return
+    number = isinstance(length, int | float) and not isinstance(length, bool)
+    if not number or not (0 <= length <= 1 if isinstance(length, float) else length >= 0):  # type: ignore[operator]
+        raise ValueError(
+            f"{name} is {length!r}: it must be an int of at least 0 (optimizer steps) or a float from 0 to 1 "
+            "(fraction of the run)."
+        )

@@ -1,0 +1,239 @@
+"""Selection: which linear layers of a model become sparse, and why the others stay dense."""
+
+import difflib
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .linear import SparseLinear
+
+MLP_PARTS = frozenset(
+    {"mlp", "ffn", "ff", "feed_forward", "feedforward", "ffwd", "moe", "experts", "densereludense", "intermediate"}
+    | {"fc1", "fc2", "linear1", "linear2", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc"}
+    | {"w1", "w2", "w3", "wi", "wi_0", "wi_1", "wo"}
+)
+"""Components of a layer's name that put it into the target ``"mlp"``."""
+
+ATTENTION_PARTS = frozenset(["attn", "attention", "self_attn", "self_attention", "cross_attn", "cross_attention"])
+"""Components of a layer's name that keep it out of the target ``"mlp"``."""
+
+HEAD_PARTS = frozenset(["head", "lm_head", "classifier", "output_head", "embed_out", "score"])
+"""Last components of a layer's name that keep it out of the target ``"all-linear"``."""
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """One linear layer's fate.
+
+    Args:
+        name: The layer's name in the model.
+        shape: ``(O, I)``.
+        reason: Why it stays dense; empty for a sparse layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str = ""
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the layer becomes sparse."""
+        return not self.reason
+
+    @property
+    def count(self) -> int:
+        """Entries of the weight."""
+        return self.shape[0] * self.shape[1] if len(self.shape) == 2 else 0
+
+
+@dataclass(frozen=True)
+class SelectionReport:
+    """Every linear layer of a model: sparse, or dense with the reason.
+
+    Args:
+        choices: One per layer, in the model's order.
+        pattern: The pattern of the sparse layers.
+
+    Example:
+        >>> report = select_layers(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)))
+        >>> print(report.summary())
+        sparse layers: 1 of 2 || sparse weights: 64 of 88 (72.7 %) || pattern: transposable 2:4
+    """
+
+    choices: tuple[LayerChoice, ...]
+    pattern: str = "transposable"
+
+    @property
+    def sparse(self) -> tuple[LayerChoice, ...]:
+        """The layers that become sparse."""
+        return tuple(choice for choice in self.choices if choice.is_sparse)
+
+    @property
+    def dense(self) -> tuple[LayerChoice, ...]:
+        """The layers that stay dense."""
+        return tuple(choice for choice in self.choices if not choice.is_sparse)
+
+    def summary(self) -> str:
+        """Return one line that counts layers and weights."""
+        sparse, total = (sum(choice.count for choice in group) for group in (self.sparse, self.choices))
+        return (
+            f"sparse layers: {len(self.sparse)} of {len(self.choices)} || "
+            f"sparse weights: {sparse:,} of {total:,} ({100 * sparse / max(total, 1):.1f} %) || "
+            f"pattern: {self.pattern.replace('_', '-')} 2:4"
+        )
+
+    def print_table(self, console: Console | None = None) -> None:
+        """Print every layer with its shape and, where it stays dense, the reason."""
+        table = Table("layer", "shape", "weights", title=self.summary())
+        for choice in self.choices:
+            shape = " × ".join(map(str, choice.shape))
+            table.add_row(choice.name, shape, "sparse" if choice.is_sparse else f"dense: {choice.reason}")
+        (console or Console()).print(table)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def select_layers(
+    model: nn.Module,
+    targets: str | Sequence[str] = "all-linear",
+    exclude: str | Sequence[str] = (),
+    pattern: str = "transposable",
+) -> SelectionReport:
+    """Decide for every linear layer of a model whether it becomes sparse; changes nothing.
+
+    Args:
+        model: Any module.
+        targets: One or several of: ``"all-linear"`` (every linear layer but an output head), ``"mlp"`` (the linear
+            layers of feed-forward blocks), the end of a layer's name (``"fc1"``, ``"mlp.up"``), or a regular
+            expression that matches the whole name.
+        exclude: Ends of names or regular expressions, as in ``targets``; they win over targets.
+        pattern: Named in the report.
+
+    Raises:
+        ValueError: If a target matches no linear layer, is no regular expression, or no layer is left to be sparse.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> [choice.name for choice in select_layers(model, targets=["2"]).sparse]
+        ['2']
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    wanted = _as_list("targets", targets)
+    unwanted = _as_list("exclude", exclude)
+    matches = {target: {name for name in layers if _matches(target, name, "targets")} for target in wanted}
+    for target, names in matches.items():
+        if not names:
+            raise ValueError(_no_match(target, list(layers)))
+    for entry in unwanted:
+        if not any(_matches(entry, name, "exclude") for name in layers):
+            warnings.warn(f"exclude: {entry!r} matches no linear layer of the model.", stacklevel=2)
+    heads = _output_heads(model, layers)
+    owners = _parameter_owners(model)
+    choices = []
+    for name, layer in layers.items():
+        hits = [target for target in wanted if name in matches[target]]
+        if not hits:
+            reason = "not in targets"
+        elif any(_matches(entry, name, "exclude") for entry in unwanted):
+            reason = "excluded"
+        elif name in heads and all(target in ("all-linear", "mlp") for target in hits):
+            reason = "output head (name it in targets to make it sparse)"
+        else:
+            reason = _why_not(name, layer, owners)
+        choices.append(LayerChoice(name, tuple(layer.weight.shape), reason))
+    report = SelectionReport(tuple(choices), pattern)
+    if not report.sparse:
+        reasons = "; ".join(
+            f"{choice.name}: {choice.reason}" for choice in choices if choice.reason != "not in targets"
+        )
+        raise ValueError(f"targets: {targets!r} leaves no layer to make sparse ({reasons}); change targets or exclude.")
+    return report
+
+
+def _as_list(argument: str, value: str | Sequence[str]) -> list[str]:
+    entries = [value] if isinstance(value, str) else list(value)
+    if argument == "targets" and not entries:
+        raise ValueError("targets is empty: pass 'all-linear', 'mlp', the ends of layer names, or regular expressions.")
+    for entry in entries:
+        if not isinstance(entry, str):
+            raise TypeError(f"{argument} holds {entry!r}: its entries must be strings, so pass names of layers.")
+    return entries
+
+
+def _matches(entry: str, name: str, argument: str) -> bool:
+    if entry == "all-linear":
+        return True
+    parts = name.lower().split(".")
+    if entry == "mlp":
+        # an explicit component "mlp" is enough; otherwise a familiar name outside an attention block
+        return bool(MLP_PARTS.intersection(parts)) and not ATTENTION_PARTS.intersection(parts)
+    if name == entry or name.endswith("." + entry):
+        return True
+    try:
+        return re.fullmatch(entry, name) is not None
+    except re.error as error:
+        raise ValueError(
+            f"{argument}: {entry!r} is no regular expression ({error}): pass the end of a layer's name or escape it."
+        ) from None
+
+
+def _no_match(target: str, names: list[str]) -> str:
+    if not names:
+        return f"targets: {target!r} matches nothing, because the model has no nn.Linear layer."
+    close = difflib.get_close_matches(target, [*names, *{name.rpartition(".")[2] for name in names}], n=3, cutoff=0.5)
+    shown = close or names[:5]
+    return (
+        f"targets: {target!r} matches no linear layer; allowed are 'all-linear', 'mlp', the end of a name or a regular "
+        f"expression, and the model has {', '.join(map(repr, shown))}{'' if close or len(names) <= 5 else ', …'}."
+    )
+
+
+def _output_heads(model: nn.Module, layers: dict[str, nn.Linear]) -> set[str]:
+    heads = {name for name in layers if name.rpartition(".")[2].lower() in HEAD_PARTS}
+    for module in model.modules():
+        get_head = getattr(module, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        heads.update(name for name, layer in layers.items() if layer is head)
+    return heads
+
+
+def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[id(parameter)].append(f"{name}.{key}" if name else key)
+    return owners
+
+
+def _why_not(name: str, layer: nn.Linear, owners: dict[int, list[str]]) -> str:
+    if isinstance(layer, SparseLinear):
+        return "already sparse"
+    if type(layer) is not nn.Linear:
+        return f"subclass of nn.Linear ({type(layer).__name__})"
+    if type(layer.weight).__name__ == "DTensor":
+        return "sharded weight (DTensor)"
+    for dimension, size in (("out_features", layer.out_features), ("in_features", layer.in_features)):
+        if size % 4:
+            return f"{dimension} {size} is not a multiple of 4"
+    others = [owner for owner in owners[id(layer.weight)] if owner != f"{name}.weight".lstrip(".")]
+    return f"tied to {others[0]}" if others else ""
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
+    """Yield the name and module of every :class:`SparseLinear` of a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            yield name, module
+
+
+def linear_weight_count(modules: Iterable[nn.Module]) -> int:
+    """Count the weights of all linear layers."""
+    return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))

@@ -1,0 +1,103 @@
+"""``sparsify_`` makes a model's linear layers sparse in place; ``export_dense_`` gives plain ``nn.Linear`` back."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .backends import resolve_backend
+from .criteria import Criterion, resolve_criterion
+from .gradient_rules import GradientRule, resolve_gradient_rule
+from .linear import PhaseKind, SparseLinear, to_dense_, to_sparse_
+from .patterns import resolve_pattern
+from .selection import SelectionReport, select_layers, sparse_layers
+
+
+def sparsify_(
+    model: nn.Module,
+    targets: str | Sequence[str] = "all-linear",
+    exclude: str | Sequence[str] = (),
+    *,
+    pattern: str = "transposable",
+    criterion: str | Criterion = "magnitude",
+    gradient: str | GradientRule = "ste",
+    backend: str = "masked",
+    phase: PhaseKind = "sparse",
+    verbose: bool = True,
+) -> SelectionReport:
+    """Make linear layers sparse in place: parameters, names, hooks, ties and ``state_dict`` keys stay as they were.
+
+    Weights are not changed; the layers' products see them through the mask. If anything fails, the model is left as
+    it was. For a schedule, use :class:`sparsetrain.SparseTraining`, which calls this function.
+
+    Args:
+        model: Any module; its ``nn.Linear`` layers are candidates.
+        targets: As in :func:`sparsetrain.select_layers`.
+        exclude: As in :func:`sparsetrain.select_layers`.
+        pattern: ``"transposable"`` or ``"row_wise"``.
+        criterion: What ranks the entries: ``"magnitude"``, ``"random"`` or a :class:`sparsetrain.Criterion`.
+        gradient: Rule of the weight gradient: ``"ste"``, ``"masked"`` or ``scaled(kept, pruned)``.
+        backend: Who computes the products with the masked weight.
+        phase: ``"dense"`` installs the layers without searching masks.
+        verbose: Print the one-line summary.
+
+    Returns:
+        Every linear layer, with the reason where it stays dense.
+
+    Raises:
+        ValueError: If a name is unknown, a target matches nothing, or no layer is left.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> report = sparsify_(model, targets=["0"])
+        sparse layers: 1 of 2 || sparse weights: 128 of 256 (50.0 %) || pattern: transposable 2:4
+        >>> model[0].mask.float().mean().item()
+        0.5
+    """
+    resolve_backend(backend)
+    rule, criterion, search = resolve_gradient_rule(gradient), resolve_criterion(criterion), resolve_pattern(pattern)
+    report = select_layers(model, targets, exclude, pattern)
+    modules = dict(model.named_modules())
+    chosen = {choice.name: modules[choice.name] for choice in report.sparse}
+    codes: dict[str, Tensor] = {}
+    if phase != "dense":
+        for name, layer in chosen.items():
+            assert isinstance(layer, nn.Linear)
+            codes[name] = search.search(criterion.scores(layer.weight, layer=name, clock=0))
+    done: list[SparseLinear] = []
+    try:
+        for name, layer in chosen.items():
+            assert isinstance(layer, nn.Linear)
+            done.append(to_sparse_(layer, phase, backend))
+            done[-1].gradient = rule
+            if name in codes:
+                done[-1].set_codes_(codes[name])
+    except BaseException:
+        for sparse in done:
+            to_dense_(sparse, zeros=False)
+        raise
+    if verbose:
+        print(report.summary())
+    return report
+
+
+def export_dense_(model: nn.Module, *, zeros: bool = True) -> list[str]:
+    """Turn every :class:`SparseLinear` back into ``nn.Linear`` in place.
+
+    Args:
+        model: Any module.
+        zeros: Write zeros into the pruned entries of layers whose mask is in force, so that the plain model computes
+            what the sparse one did. False keeps the dense masters.
+
+    Returns:
+        The names of the layers that were sparse.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = sparsify_(model, verbose=False)
+        >>> export_dense_(model), type(model[0]).__name__, (model[0].weight == 0).sum().item()
+        (['0'], 'Linear', 32)
+    """
+    layers = list(sparse_layers(model))
+    for _, layer in layers:
+        to_dense_(layer, zeros)
+    return [name for name, _ in layers]

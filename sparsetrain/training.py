@@ -1,0 +1,309 @@
+"""``SparseTraining``: the engine that runs a method's schedule on a model, from the optimizer's own steps."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .criteria import resolve_criterion
+from .gradient_rules import resolve_gradient_rule
+from .kernels.masked_update.reference import add_masked_decay_, apply_mask_
+from .linear import PhaseKind
+from .lr_restart import LRRestart
+from .mask_state import MaskState
+from .methods.method import Method
+from .methods.presets import resolve_method
+from .metrics import PruneMetrics, total_metrics
+from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
+from .patterns import resolve_pattern
+from .selection import SelectionReport, linear_weight_count, select_layers, sparse_layers
+from .sparsify import export_dense_, sparsify_
+
+STATE_VERSION = 1
+
+
+class SparseTraining:
+    """Sparse training in the user's own loop: make it after the optimizer, then train as before.
+
+    It hangs on the optimizer, so a successful optimizer step is the only clock: accumulation, skipped steps,
+    evaluation and recomputation do not count. In every step, gradients that are unscaled and clipped get the masked
+    decay (sparse phase) or the mask (frozen phase); after it, the clock advances, the phase follows the schedule,
+    frozen masks are applied to the weights again, and masks that are due are searched.
+
+    Args:
+        model: Any module; changed in place.
+        optimizer: The optimizer that owns the model's weights, or several.
+        method: A preset's name, a :class:`Method`, or a mapping of a preset's arguments.
+        total_steps: Optimizer steps of the whole run; needed if the schedule has fractions.
+        targets: Which layers become sparse, as in :func:`sparsetrain.select_layers`.
+        exclude: Which do not.
+        backend: Who computes the products with masked weights.
+        lr_schedulers: Needed by methods that restart the learning-rate schedule.
+        watch_dense: Search masks in dense phases as well, without applying them, to log how often they would flip.
+        track_age: Keep the age of every mask entry (one byte a weight).
+        state: What an earlier :meth:`state_dict` returned, to go on from there; as good as :meth:`load_state_dict`
+            afterwards, without a first mask search.
+        verbose: Print the one-line summary of the selection.
+
+    Raises:
+        ValueError: If a value is not allowed, a target matches nothing, a trainable weight is in no optimizer, masked
+            decay meets a master below float32, or the state is of another model. The model is left as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> training = SparseTraining(model, optimizer, "fst", total_steps=12, verbose=False)
+        >>> for _ in range(12):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(4, 8)).square().mean().backward()
+        ...     optimizer.step()
+        >>> training.clock, training.phase
+        (12, 'dense')
+        >>> training.finish()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        method: str | Method | Mapping[str, Any] = "fst",
+        total_steps: int | None = None,
+        targets: str | Sequence[str] = "all-linear",
+        exclude: str | Sequence[str] = (),
+        *,
+        backend: str = "masked",
+        lr_schedulers: Sequence[LRScheduler] = (),
+        watch_dense: bool = True,
+        track_age: bool = False,
+        state: Mapping[str, Any] | None = None,
+        verbose: bool = True,
+    ) -> None:
+        self.model = model
+        self.method = resolve_method(method)
+        self.total_steps = total_steps
+        self.timeline = self.method.schedule.resolve(total_steps)
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        report = select_layers(model, targets, exclude, self.method.pattern)
+        self._check(report, optimizers, lr_schedulers)
+        self.report: SelectionReport = sparsify_(
+            model, targets, exclude, pattern=self.method.pattern, backend=backend, phase="dense", verbose=False
+        )
+        self.clock = 0
+        self.phase: PhaseKind = "dense"
+        self._phase_start = 0
+        self._last_refresh = -1
+        self._watch_dense = watch_dense
+        pattern, criterion = resolve_pattern(self.method.pattern), resolve_criterion(self.method.criterion)
+        self.masks = MaskState(dict(sparse_layers(model)), pattern, criterion, track_age)
+        self._weights = {name: layer.weight for name, layer in self.masks.layers.items()}
+        self._linear_weights = linear_weight_count(model.modules())
+        owners = [entry for entry in optimizers if owned_parameters(entry) & set(map(id, self._weights.values()))]
+        self._optimizers = owners or optimizers
+        self._owned = {id(entry): owned_parameters(entry) for entry in self._optimizers}
+        self._lr_restart = LRRestart(optimizers, lr_schedulers) if self.method.restart_lr else None
+        self._hooks = StepHooks(self._optimizers, self._adjust_gradients, self._advance)
+        self.finished = False
+        try:
+            if state is None:
+                self._enter(*self.timeline.at(0))
+            else:
+                self.load_state_dict(state)
+        except BaseException:
+            self._hooks.remove()
+            export_dense_(model, zeros=False)
+            raise
+        if verbose:
+            print(self.report.summary())
+
+    @property
+    def refreshed(self) -> bool:
+        """Whether the last step ended with a mask search."""
+        return self._last_refresh == self.clock
+
+    def metrics(self, per_layer: bool = False) -> dict[str, float]:
+        """Measure the masks and what they keep.
+
+        Args:
+            per_layer: Add ``layer/<name>/flip_rate`` and ``layer/<name>/<field of PruneMetrics>``.
+
+        Returns:
+            ``clock`` (steps), ``sparse_layers`` (whose mask is in force), ``sparse_flops_share`` (of the linear layers'
+            three GEMMs), ``violations`` (must be 0), ``refresh_ms`` (host time of the last search), and, once a mask
+            exists, the fields of :class:`PruneMetrics`, ``kept_fraction_at_refresh`` (of the masters as the last search
+            saw them: a frozen mask zeroes what it prunes), ``flip_rate`` and ``virtual_flip_rate`` (of the last refresh in a
+            sparse or dense phase, a fraction of the entries), ``flip_rate_ratio`` (one over the other) and ``age_mean``
+            (refreshes).
+        """
+        active = [layer for layer in self.masks.layers.values() if layer.is_masked]
+        sparse_weights = sum(layer.weight.numel() for layer in active)
+        values: dict[str, float | None] = {
+            "clock": self.clock,
+            "sparse_layers": len(active),
+            "sparse_flops_share": self.masks.pattern.sparse_products * sparse_weights / (3 * self._linear_weights),
+            "violations": self.masks.violations(),
+            "refresh_ms": self.masks.refresh_ms,
+        }
+        if self.masks.exists:
+            sums = self.masks.magnitude_sums()
+            values.update(total_metrics(sums.values()).as_dict())
+            assert self.masks.sums_at_refresh is not None
+            at_refresh = PruneMetrics.from_sums(self.masks.sums_at_refresh.tolist())
+            values["kept_fraction_at_refresh"] = at_refresh.kept_fraction
+            rate, virtual = self.masks.flip_rate(), self.masks.flip_rate(virtual=True)
+            values.update(flip_rate=rate, virtual_flip_rate=virtual, age_mean=self.masks.age_mean())
+            values["flip_rate_ratio"] = rate / virtual if rate is not None and virtual else None
+            if per_layer:
+                for name, entry in sums.items():
+                    fields = PruneMetrics.from_sums(entry.tolist()).as_dict()
+                    values[f"layer/{name}/flip_rate"] = self.masks.flip_rate(name)
+                    values.update({f"layer/{name}/{key}": value for key, value in fields.items()})
+        return {key: float(value) for key, value in values.items() if value is not None}
+
+    def refresh(self) -> None:
+        """Search masks now, whatever the schedule says."""
+        self.masks.refresh(self.clock, virtual=self.phase == "dense")
+        self._last_refresh = self.clock
+
+    def finish(self) -> None:
+        """Remove the hooks and give plain ``nn.Linear`` layers back, with zeros if the run ends sparse."""
+        if not self.finished:
+            self._hooks.remove()
+            export_dense_(self.model)
+            self.finished = True
+
+    def detach(self) -> None:
+        """Remove the hooks and give plain ``nn.Linear`` layers back with their dense masters, as if interrupted."""
+        if not self.finished:
+            self._hooks.remove()
+            export_dense_(self.model, zeros=False)
+            self.finished = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain numbers, strings and tensors; save it beside the model and the optimizer."""
+        return {
+            "version": STATE_VERSION,
+            "clock": self.clock,
+            "total_steps": self.total_steps,
+            "method": self.method.describe(),
+            "stepped": sorted(self._hooks.stepped),
+            "last_refresh": self._last_refresh,
+            "lr_restart": self._lr_restart.state_dict() if self._lr_restart else None,
+            **self.masks.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state: clock, phase, masks and statistics; weights and optimizers are the caller's.
+
+        Raises:
+            ValueError: If the state is damaged or of another model; nothing is changed then.
+        """
+        self._check_state(state)
+        self.masks.load_state_dict(state)
+        self.clock = state["clock"]
+        self._last_refresh = state["last_refresh"]
+        self._hooks.stepped = set(state["stepped"])
+        if self._lr_restart and state["lr_restart"]:
+            self._lr_restart.load_state_dict(state["lr_restart"])
+        self._set_phase(*self.timeline.at(self.clock))
+
+    def _check(
+        self, report: SelectionReport, optimizers: Sequence[Optimizer], lr_schedulers: Sequence[LRScheduler]
+    ) -> None:
+        if not optimizers:
+            raise ValueError("optimizer is an empty list: pass the optimizer that owns the model's weights.")
+        owned = set().union(*map(owned_parameters, optimizers))
+        for choice in report.sparse:
+            weight = self.model.get_submodule(choice.name).weight
+            assert isinstance(weight, Tensor)
+            if self.method.decay and weight.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"layer {choice.name!r} has a {weight.dtype} weight but decay is {self.method.decay}: masked decay "
+                    "needs a float32 master, so keep the weights in float32 (autocast may compute lower) or set decay=0."
+                )
+            if weight.requires_grad and id(weight) not in owned:
+                raise ValueError(
+                    f"layer {choice.name!r} has a trainable weight that no optimizer owns: "
+                    "pass every optimizer, or exclude the layer."
+                )
+        if self.method.restart_lr and not lr_schedulers:
+            raise ValueError(
+                "method has restart_lr=True but lr_schedulers is empty: pass the learning-rate schedulers."
+            )
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        needed = {"version", "clock", "method", "stepped", "last_refresh", "lr_restart", "pattern", "exists", "codes",
+                  "flips", "virtual_flips", "sums_at_refresh", "ages", "criterion"}  # fmt: skip
+        missing = needed - set(state)
+        if missing:
+            raise ValueError(
+                f"state has no {sorted(missing)[0]!r}: it must be what SparseTraining.state_dict() returned."
+            )
+        if state["version"] != STATE_VERSION:
+            raise ValueError(
+                f"state has version {state['version']!r} but this sparsetrain reads {STATE_VERSION}: "
+                "use the version that wrote it."
+            )
+        if not isinstance(state["clock"], int) or state["clock"] < 0:
+            raise ValueError(
+                f"state has clock {state['clock']!r}: it must be an int of at least 0; the checkpoint is damaged."
+            )
+        self.masks.check_state_dict(state)
+        for what, saved, here in (
+            ("method", state["method"], self.method.describe()),
+            ("total_steps", state.get("total_steps"), self.total_steps),
+        ):
+            if saved != here:
+                warnings.warn(f"resuming with another {what}: {here} instead of {saved}.", stacklevel=4)
+
+    def _adjust_gradients(self, optimizer: Optimizer, scale: Tensor | None) -> None:
+        """Item 1 of a step: gradients are unscaled (or ``scale`` says by how much they are not) and clipped."""
+        if self._lr_restart and self.phase == "frozen" and self.clock == self._phase_start:
+            self._lr_restart.restart()
+        if self.phase == "dense" or (self.phase == "sparse" and not self.method.decay):
+            return
+        decay = self.method.decay if scale is None else self.method.decay * scale
+        for name, weight in self._weights.items():
+            if weight.grad is None or id(weight) not in self._owned[id(optimizer)]:
+                continue
+            codes = self.masks.layers[name].mask_codes
+            if self.phase == "sparse":
+                add_masked_decay_(weight.grad, weight.detach(), codes, decay)
+            else:
+                if resolve_gradient_rule(self.method.frozen_gradient).pruned == 0:
+                    apply_mask_(weight.grad, codes)
+
+    def _advance(self) -> None:
+        """Item 3 of a step: clock, phase, frozen masks, refresh."""
+        self.clock += 1
+        kind, start = self.timeline.at(self.clock)
+        if start != self._phase_start:
+            self._enter(kind, start)
+        elif kind == "frozen":
+            self._apply_masks()
+        elif (self.clock - start) % self.method.refresh_every == 0 and (kind == "sparse" or self._watch_dense):
+            self.refresh()
+
+    def _enter(self, kind: PhaseKind, start: int) -> None:
+        keep_mask = kind == "frozen" and self.phase != "dense"
+        self._set_phase(kind, start)
+        if not keep_mask and (kind != "dense" or self._watch_dense):
+            self.refresh()
+        if kind == "frozen":
+            self._apply_masks()
+            if self.method.clear_moments:
+                for name, weight in self._weights.items():
+                    clear_pruned_moments_(self._optimizers, weight, self.masks.layers[name].mask_codes)
+
+    def _set_phase(self, kind: PhaseKind, start: int) -> None:
+        self.phase, self._phase_start = kind, start
+        rule = resolve_gradient_rule(self.method.frozen_gradient if kind == "frozen" else self.method.gradient)
+        for layer in self.masks.layers.values():
+            layer.phase, layer.gradient = kind, rule
+
+    def _apply_masks(self) -> None:
+        for name, weight in self._weights.items():
+            apply_mask_(weight.data, self.masks.layers[name].mask_codes)

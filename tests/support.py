@@ -1,0 +1,79 @@
+"""Oracles and small models shared by the tests; nothing here uses the code under test to compute an expectation."""
+
+import itertools
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+ROWS = [row for row in itertools.product([0, 1], repeat=4) if sum(row) == 2]
+PATTERNS = np.array([p for p in itertools.product(ROWS, repeat=4) if (np.sum(p, axis=0) == 2).all()])  # [90, 4, 4]
+
+
+def tiles_of(matrix: Tensor) -> Tensor:
+    """``[O, I]`` to ``[tiles, 16]``."""
+    rows, columns = matrix.shape
+    return matrix.reshape(rows // 4, 4, columns // 4, 4).transpose(1, 2).reshape(-1, 16)
+
+
+def brute_force_sums(scores: Tensor) -> Tensor:
+    """Largest kept sum of every tile over the 90 patterns, in float64."""
+    patterns = torch.from_numpy(PATTERNS.reshape(90, 16)).double()
+    return (tiles_of(scores.double()) @ patterns.T).amax(1)
+
+
+def brute_force_mask(scores: np.ndarray) -> np.ndarray:
+    """Best mask of a float64 matrix, one tile at a time."""
+    mask = np.zeros(scores.shape, dtype=bool)
+    for i, j in itertools.product(range(0, scores.shape[0], 4), range(0, scores.shape[1], 4)):
+        sums = (PATTERNS * scores[i : i + 4, j : j + 4]).sum((1, 2))
+        mask[i : i + 4, j : j + 4] = PATTERNS[sums.argmax()]
+    return mask
+
+
+def mlp(width: int = 16, hidden: int = 32, seed: int = 0, bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(width, hidden, bias), nn.Tanh(), nn.Linear(hidden, width, bias))
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0, clip: float | None = None
+) -> None:
+    """Plain loop; the batch of a step depends on the step alone."""
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+        (model(x) - x.flip(1)).square().mean().backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+
+
+class Regression(LightningModule):
+    """A small Lightning module with an unordered data set: batches depend on their index alone."""
+
+    def __init__(self, width: int = 16, hidden: int = 32, lr: float = 1e-2) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = mlp(width, hidden)
+        self.extra = nn.Linear(width, 3)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        (x,) = batch
+        loss = (self.net(x) - x.flip(1)).square().mean() + self.extra(x).square().mean()
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        (x,) = batch
+        self.log("val/loss", (self.net(x) - x.flip(1)).square().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
+
+
+def batches(count: int = 64, batch_size: int = 4) -> DataLoader:
+    x = torch.randn(count, 16, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x), batch_size)
