@@ -131,12 +131,12 @@ class SparseTraining:
             per_layer: Add ``layer/<name>/flip_rate`` and ``layer/<name>/<field of PruneMetrics>``.
 
         Returns:
-            ``clock`` (steps), ``sparse_layers`` (whose mask is in force), ``sparse_flops_share`` (of the linear layers'
-            three GEMMs), ``violations`` (must be 0), ``refresh_ms`` (host time of the last search), and, once a mask
-            exists, the fields of :class:`PruneMetrics`, ``kept_fraction_at_refresh`` (of the masters as the last search
-            saw them: a frozen mask zeroes what it prunes), ``flip_rate`` and ``virtual_flip_rate`` (of the last refresh in a
-            sparse or dense phase, a fraction of the entries), ``flip_rate_ratio`` (one over the other) and ``age_mean``
-            (refreshes).
+            Always: ``clock`` (steps), ``sparse_layers`` (whose mask is in force), ``sparse_flops_share`` (of the linear
+            layers' GEMMs), ``violations`` (must be 0), ``refresh_ms`` (host time of the last search). Once a mask
+            exists: the fields of :class:`PruneMetrics`; ``kept_fraction_at_refresh``, of the masters that the last search
+            saw, because a frozen mask zeroes what it prunes; ``flip_rate`` and ``virtual_flip_rate``, the fraction of
+            entries that changed at the last refresh of a sparse or dense phase; ``flip_rate_ratio``, the first over the
+            second; ``age_mean`` (refreshes).
         """
         active = [layer for layer in self.masks.layers.values() if layer.is_masked]
         sparse_weights = sum(layer.weight.numel() for layer in active)
@@ -222,7 +222,7 @@ class SparseTraining:
             if self.method.decay and weight.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
                     f"layer {choice.name!r} has a {weight.dtype} weight but decay is {self.method.decay}: masked decay "
-                    "needs a float32 master, so keep the weights in float32 (autocast may compute lower) or set decay=0."
+                    "needs a float32 master, so keep float32 weights (autocast may compute lower) or set decay=0."
                 )
             if weight.requires_grad and id(weight) not in owned:
                 raise ValueError(

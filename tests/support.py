@@ -1,6 +1,8 @@
 """Oracles and small models shared by the tests; nothing here uses the code under test to compute an expectation."""
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ def train(
     for step in range(start, start + steps):
         optimizer.zero_grad()
         x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+        x = x.to(next(model.parameters()).dtype)
         (model(x) - x.flip(1)).square().mean().backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -74,6 +77,25 @@ class Regression(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
 
 
-def batches(count: int = 64, batch_size: int = 4) -> DataLoader:
+class ResumableBatches(DataLoader):
+    """Batches in order; its position is part of Lightning's checkpoints."""
+
+    taken = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, batch in enumerate(super().__iter__()):
+            if index >= self.taken:
+                self.taken += 1
+                yield batch
+        self.taken = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.taken = state["taken"]
+
+
+def batches(count: int = 64, batch_size: int = 4) -> ResumableBatches:
     x = torch.randn(count, 16, generator=torch.Generator().manual_seed(0))
-    return DataLoader(TensorDataset(x), batch_size)
+    return ResumableBatches(TensorDataset(x), batch_size)

@@ -19,9 +19,9 @@ COLUMNS = (
 )  # fmt: skip
 NOTES = (
     "Validation loss is in nats per byte. Kept fraction (Σ|W⊙M| / Σ|W|) and flip rate (mask entries changed since the "
-    "search before) are those of the last mask search whose masks were applied; a mask that never moves has no flip "
-    "rate. Seconds are training time on this machine, validation included; on a CPU the masked products are dense, so sparse "
-    "runs are not faster here."
+    "search before) are those of the last mask search whose masks were applied; a frozen mask has no flip rate. "
+    "Seconds are training time, validation included; on a CPU the masked products are dense, so sparse runs are not "
+    "faster there."
 )
 
 

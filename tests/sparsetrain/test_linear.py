@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
@@ -111,7 +112,7 @@ def test_gradients_pass_gradcheck_where_the_mask_is_fixed() -> None:
 
 def test_compiles_into_one_graph_and_follows_a_refresh_without_recompiling() -> None:
     layer, _ = layer_and_oracle("ste", torch.float32)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     x = torch.randn(3, 24)
     compiled(x)

@@ -1,0 +1,95 @@
+"""Timing, peak memory and CSV rows for the benchmarks."""
+
+import csv
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import triton
+
+import sparsetrain
+
+FIELDS = (
+    "kernel_name", "kernel_provider", "metric_name", "metric_unit", "x_name", "x_value", "y_value_20", "y_value_50",
+    "y_value_80", "device", "threads", "torch_version", "triton_version", "sparsetrain_version", "commit", "timestamp",
+)  # fmt: skip
+
+
+def milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
+    """Time a call after one warm-up; returns every time in milliseconds."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def extra_megabytes(call: Callable[[], object]) -> float:
+    """Return how far a call raises the process's peak memory above what it uses now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _status("VmRSS")
+        call()
+        return (_status("VmHWM") - before) / 1024
+    except OSError:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        call()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """Return the 20 %, 50 % and 80 % quantiles."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[1], statistics.median(values), cuts[7]
+
+
+def append_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    """Append rows with the machine's facts; writes the header into a new file."""
+    facts: dict[str, object] = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch_version": torch.__version__,
+        "triton_version": triton.__version__,
+        "sparsetrain_version": sparsetrain.__version__,
+        "commit": _commit(),
+        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerows({**row, **facts} for row in rows)
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _commit() -> str:
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"

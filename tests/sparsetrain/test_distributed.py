@@ -1,0 +1,67 @@
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from support import mlp
+
+import sparsetrain as st
+from sparsetrain.distributed import require_equal_codes
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _worker(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), USE_LIBUV="0")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(mlp())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    method = st.methods.fst(refresh_every=2, decay=0.01, dense_tail=0)
+    training = st.SparseTraining(model, optimizer, method, 6, verbose=False)
+    for step in range(6):
+        optimizer.zero_grad()
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * step + rank))
+        model(x).square().mean().backward()
+        optimizer.step()
+    torch.save({name: codes.clone() for name, codes in training.masks.codes.items()}, f"{folder}/{rank}.pt")
+    with torch.no_grad():
+        model.module[2].weight.add_(torch.randn(16, 32) * rank)
+    try:
+        training.refresh()
+        message = "no error"
+    except RuntimeError as error:
+        message = str(error)
+    Path(folder, f"{rank}.txt").write_text(message)
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_on_masks_and_a_difference_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    mp.spawn(_worker, (_free_port(), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert list(first) == ["module.0", "module.2"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for rank in (0, 1):
+        message = (tmp_path / f"{rank}.txt").read_text()
+        assert "masks of module.2 differ between data-parallel ranks" in message
+
+
+def test_one_process_compares_nothing() -> None:
+    require_equal_codes({"fc": torch.zeros(1, 1, dtype=torch.int16)})
+
+
+def test_sharded_weights_stay_dense_with_the_reason() -> None:
+    class DTensor(torch.nn.Parameter):
+        pass
+
+    model = mlp()
+    model[0].weight = DTensor(torch.randn(32, 16))
+    with pytest.raises(ValueError, match="sharded weight"):
+        st.select_layers(model, "0")
