@@ -39,7 +39,8 @@ def transposable_mask(scores: Tensor) -> Tensor:
 
     Exactly two entries of every row and every column of a tile are kept. Scores may be signed; for a weight pass
     ``weight.abs()``. NaN and infinities rank as ±2^100, so the mask is always valid. Deterministic: ties go to the
-    first of the row pairings (01)(23), (02)(13), (03)(12), then to the first split of the columns, 01|23, 02|13, 03|12.
+    first of the row pairings (01)(23), (02)(13), (03)(12); then the upper row of a pair prefers columns 01, then 23,
+    then the left column of each half.
 
     Args:
         scores: ``[..., O, I]``, any floating dtype; O and I multiples of 4. Ranked in float32 (float64 in float64).

@@ -133,8 +133,8 @@ class SparseTraining:
         Returns:
             Always: ``clock`` (steps), ``sparse_layers`` (whose mask is in force), ``sparse_flops_share`` (of the linear
             layers' GEMMs), ``violations`` (must be 0), ``refresh_ms`` (host time of the last search). Once a mask
-            exists: the fields of :class:`PruneMetrics`; ``kept_fraction_at_refresh``, of the masters that the last search
-            saw, because a frozen mask zeroes what it prunes; ``flip_rate`` and ``virtual_flip_rate``, the fraction of
+            exists: the fields of :class:`PruneMetrics`; ``kept_fraction_at_refresh``, of the masters the last search
+            saw, as frozen masks zero what they prune; ``flip_rate`` and ``virtual_flip_rate``, the fraction of
             entries that changed at the last refresh of a sparse or dense phase; ``flip_rate_ratio``, the first over the
             second; ``age_mean`` (refreshes).
         """

@@ -1,6 +1,5 @@
 """Exact transposable 2:4 search and row-wise N:M search in plain torch; the derivation is in this folder's README."""
 
-import functools
 import itertools
 
 import torch
@@ -11,9 +10,6 @@ NONFINITE_KEY = 2.0**100
 
 PAIRINGS = (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2)))
 """The three ways to split four rows into two pairs; the first row of a pair is its leader."""
-
-LEADER_NIBBLES = (0b0011, 0b0101, 0b1001)
-"""Columns kept by a leader whose difference is largest along axis h1, h2 or h3 with a positive sign."""
 
 # A chunk's planes should stay in the second-level cache of a CPU; a GPU only needs its memory bounded.
 _TILES_PER_CHUNK = {"cpu": 1 << 15, "cuda": 1 << 22}
@@ -40,8 +36,8 @@ def ranking_keys(scores: Tensor) -> Tensor:
 def search_transposable(scores: Tensor) -> Tensor:
     """Return the tile codes of the best transposable 2:4 mask: the optimum over all 90 patterns of every 4×4 tile.
 
-    Ties go to the first pairing of ``PAIRINGS``, the first axis, and the positive sign. Extra memory is bounded by
-    one chunk of tiles.
+    Ties go to the first pairing of ``PAIRINGS``; then a leader prefers a whole half, and the left column. Extra memory is
+    bounded by one chunk of tiles.
 
     Args:
         scores: ``[O, I]``, any floating dtype and strides; O and I multiples of 4. Larger is kept; signs count.
@@ -59,7 +55,6 @@ def search_transposable(scores: Tensor) -> Tensor:
     if codes.numel() == 0:
         return codes
     tiles = torch.unflatten(torch.unflatten(scores, 1, (tile_columns, 4)), 0, (tile_rows, 4))  # [O/4, 4, I/4, 4]
-    table = _code_table(scores.device)
     limit = _TILES_PER_CHUNK.get(scores.device.type, 1 << 22)
     rows = min(tile_rows, max(1, limit // tile_columns))
     columns = min(tile_columns, limit)
@@ -70,7 +65,7 @@ def search_transposable(scores: Tensor) -> Tensor:
         size = (out.shape[0], out.shape[1])
         if size not in workspaces:
             workspaces[size] = _Workspace(*size, dtype=_key_dtype(scores), device=scores.device)
-        out.copy_(workspaces[size].search(chunk, table))
+        out.copy_(workspaces[size].search(chunk))
     return codes
 
 
@@ -107,75 +102,97 @@ def search_row_wise(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 class _Workspace:
-    """Buffers for one chunk of tiles, and the search that fills them in a fixed order of operations."""
+    """Buffers for one chunk of tiles, and the search that fills them in a fixed order of operations.
+
+    Comparisons and selections run on the keys' bits: non-negative floats order as integers, ``x >> 31`` of a difference
+    is a mask of ones where it is negative, and xor-and-xor selects by such a mask. Torch's ``where`` and comparisons of
+    floats are several times slower on a CPU.
+    """
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.bits = torch.int64 if dtype == torch.float64 else torch.int32
+        self.sign = 63 if dtype == torch.float64 else 31
+
         def planes(*count: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.empty(*count, rows, columns, dtype=kind, device=device)
 
         self.keys = planes(4, 4)  # [row, column]
-        self.pair_sums, self.pair_differences = planes(4, 2), planes(4, 2)
-        self.projections = planes(3, 4)  # [axis, row]: h_k · r_i
-        self.differences = planes(3, 6)  # [axis, pair]; pairs 01 02 03 | 23 13 12
-        self.gains = planes(6)
-        self.totals = planes(3)
-        self.negative = planes(3, 6, kind=torch.bool)
-        self.later_axis = planes(2, 6, kind=torch.bool)
-        self.later_pairing = planes(2, kind=torch.bool)
-        self.index = planes(kind=torch.int32)
-        self.codes = planes(kind=torch.int16)
+        self.sums = planes(4, 2)  # [row, half]: both columns of a half
+        self.contrasts = planes(3, 4)  # [contrast, row]: half against half, left column against right of either half
+        self.differences = planes(3, 6)  # [contrast, pair]; pairs 01 02 03 | 23 13 12
+        self.magnitudes = planes(3, 6)
+        self.totals = planes(3)  # [pairing]
+        self.best_total = planes()
+        self.second, self.third = planes(kind=self.bits), planes(kind=self.bits)  # masks: that pairing is better
+        self.leaders, self.scratch = planes(3, 2, kind=self.bits), planes(3, 2, kind=self.bits)  # [contrast, pair]
 
-    def search(self, tiles: Tensor, table: Tensor) -> Tensor:
-        """Return int16 codes ``[rows, columns]`` for tiles ``[rows, 4, columns, 4]``."""
+    def search(self, tiles: Tensor) -> Tensor:
+        """Return integer codes ``[rows, columns]`` for tiles ``[rows, 4, columns, 4]``."""
         _clamp_(self.keys.copy_(tiles.permute(1, 3, 0, 2)))
-        self._project()
-        self._rank_axes()
-        leaders = self._choose_pairing()
-        self.index.copy_(leaders[0])
-        self.index.add_(leaders[1].to(torch.int32), alpha=32)
-        second, third = self.later_pairing.view(torch.uint8)
-        self.index.add_(second.bitwise_or_(third.mul_(2)).to(torch.int32), alpha=1024)
-        torch.index_select(table, 0, self.index.view(-1), out=self.codes.view(-1))
-        return self.codes
+        self._contrast_rows()
+        self._choose_pairing()
+        return self._assemble(self._leader_nibbles())
 
-    def _project(self) -> None:
-        """Dot every row with h1 = (1,1,-1,-1), h2 = (1,-1,1,-1), h3 = (1,-1,-1,1)."""
-        torch.add(self.keys[:, 0::2], self.keys[:, 1::2], out=self.pair_sums)
-        torch.sub(self.keys[:, 0::2], self.keys[:, 1::2], out=self.pair_differences)
-        torch.sub(self.pair_sums[:, 0], self.pair_sums[:, 1], out=self.projections[0])
-        torch.add(self.pair_differences[:, 0], self.pair_differences[:, 1], out=self.projections[1])
-        torch.sub(self.pair_differences[:, 0], self.pair_differences[:, 1], out=self.projections[2])
-
-    def _rank_axes(self) -> None:
-        """For every pair of rows: the gain max_k |h_k · (r_i - r_j)| and five bits that say where it is attained."""
-        rows, pairs = self.projections, self.differences
+    def _contrast_rows(self) -> None:
+        """Fill the differences of every pair of rows in the three contrasts."""
+        keys, rows, pairs = self.keys, self.contrasts, self.differences
+        torch.add(keys[:, 0::2], keys[:, 1::2], out=self.sums)
+        torch.sub(self.sums[:, 0], self.sums[:, 1], out=rows[0])
+        torch.sub(keys[:, 0], keys[:, 1], out=rows[1])
+        torch.sub(keys[:, 2], keys[:, 3], out=rows[2])
         torch.sub(rows[:, 0:1], rows[:, 1:4], out=pairs[:, 0:3])
         for pair, (i, j) in enumerate(((2, 3), (1, 3), (1, 2)), start=3):
             torch.sub(rows[:, i], rows[:, j], out=pairs[:, pair])
-        torch.lt(pairs, 0, out=self.negative)
-        pairs.abs_()
-        torch.gt(pairs[1], pairs[0], out=self.later_axis[0])
-        torch.maximum(pairs[0], pairs[1], out=self.gains)
-        torch.gt(pairs[2], self.gains, out=self.later_axis[1])
-        torch.maximum(self.gains, pairs[2], out=self.gains)
-        bits = self.negative.view(torch.uint8)
-        axes = self.later_axis.view(torch.uint8)
-        bits[0].bitwise_or_(bits[1].mul_(2)).bitwise_or_(bits[2].mul_(4))
-        bits[0].bitwise_or_(axes[0].mul_(8)).bitwise_or_(axes[1].mul_(16))
 
-    def _choose_pairing(self) -> Tensor:
-        """Return the bits of the two leaders of the best pairing, uint8 ``[2, rows, columns]``."""
-        torch.add(self.gains[:3], self.gains[3:], out=self.totals)
-        torch.gt(self.totals[1], self.totals[0], out=self.later_pairing[0])
-        torch.maximum(self.totals[0], self.totals[1], out=self.totals[0])
-        torch.gt(self.totals[2], self.totals[0], out=self.later_pairing[1])
-        bits = torch.unflatten(self.negative.view(torch.uint8)[0], 0, (2, 3))  # [leader, pairing]
-        chosen = bits[:, 0]
-        for pairing in (1, 2):
-            # torch.where is not vectorised for bytes on a CPU; xor-and-xor selects the same
-            keep_new = self.later_pairing.view(torch.uint8)[pairing - 1] * 255
-            chosen.bitwise_xor_((chosen ^ bits[:, pairing]).bitwise_and_(keep_new))
-        return chosen
+    def _choose_pairing(self) -> None:
+        """Rank the pairings, and select the signed differences of the best one's two leaders."""
+        halves, left, right = torch.abs(self.differences, out=self.magnitudes)
+        gains = torch.maximum(halves, left.add_(right), out=halves)
+        torch.add(gains[:3], gains[3:], out=self.totals)
+        totals, best = self.totals.view(self.bits), self.best_total.view(self.bits)
+        torch.sub(totals[0], totals[1], out=self.second).bitwise_right_shift_(self.sign)
+        torch.maximum(self.totals[0], self.totals[1], out=self.best_total)
+        torch.sub(best, totals[2], out=self.third).bitwise_right_shift_(self.sign)
+        pairs = torch.unflatten(self.differences.view(self.bits), 1, (2, 3))  # [contrast, leader, pairing]
+        torch.bitwise_xor(pairs[:, :, 0], pairs[:, :, 1], out=self.leaders)
+        self.leaders.bitwise_and_(self.second).bitwise_xor_(pairs[:, :, 0])
+        _select_(self.leaders, pairs[:, :, 2], self.third, self.scratch)
+
+    def _leader_nibbles(self) -> Tensor:
+        """Return the columns that the two leaders keep, as integers ``[2, rows, columns]``."""
+        magnitudes, signs = self.scratch, self.leaders
+        _, left, right = torch.abs(signs.view(self.keys.dtype), out=magnitudes.view(self.keys.dtype))
+        left.add_(right)
+        signs.bitwise_right_shift_(self.sign)
+        split = magnitudes[0].sub_(magnitudes[1]).bitwise_right_shift_(self.sign)  # one column of each half is better
+        nibbles = signs[0].bitwise_and_(0b1111).bitwise_xor_(0b0011)
+        one_of_each = signs[1].bitwise_and_(0b0011).bitwise_xor_(signs[2].bitwise_and_(0b1100)).bitwise_xor_(0b0101)
+        return _select_(nibbles, one_of_each, split, magnitudes[2])
+
+    def _assemble(self, nibbles: Tensor) -> Tensor:
+        """Return the codes: a leader's nibble n and its partner's 15 - n, at the bits of their rows."""
+        # n << a | (15 - n) << b is (15 << b) - n * ((1 << b) - (1 << a))
+        factors, spare = self.scratch[0], self.scratch[1, 0]
+        for leader in range(2):
+            steps = [(1 << 4 * pairs[leader][1]) - (1 << 4 * pairs[leader][0]) for pairs in PAIRINGS]
+            self._by_pairing(steps, factors[leader], spare)
+        codes = self._by_pairing(
+            [sum(15 << 4 * partner for _, partner in pairs) for pairs in PAIRINGS], spare, self.scratch[2, 0]
+        )
+        return codes.sub_(nibbles[0].mul_(factors[0])).sub_(nibbles[1].mul_(factors[1]))
+
+    def _by_pairing(self, values: list[int], out: Tensor, spare: Tensor) -> Tensor:
+        """Write the value of the chosen pairing into ``out``."""
+        first, second, third = values
+        torch.bitwise_and(self.second, first ^ second, out=out).bitwise_xor_(first)
+        torch.bitwise_xor(out, third, out=spare)
+        return out.bitwise_xor_(spare.bitwise_and_(self.third))
+
+
+def _select_(old: Tensor, new: Tensor, take_new: Tensor, spare: Tensor) -> Tensor:
+    """Overwrite ``old`` by ``new`` where the mask is all ones; ``spare`` is overwritten too."""
+    torch.bitwise_xor(old, new, out=spare)
+    return old.bitwise_xor_(spare.bitwise_and_(take_new))
 
 
 def _key_dtype(scores: Tensor) -> torch.dtype:
@@ -183,20 +200,5 @@ def _key_dtype(scores: Tensor) -> torch.dtype:
 
 
 def _clamp_(keys: Tensor) -> Tensor:
-    return keys.clamp_(-NONFINITE_KEY, NONFINITE_KEY).nan_to_num_(nan=NONFINITE_KEY)
-
-
-@functools.cache
-def _code_table(device: torch.device) -> Tensor:
-    """Map 12 bits (five per leader, two for the pairing) to the 16-bit tile code."""
-    codes = [_code(index & 31, (index >> 5) & 31, min(index >> 10, 2)) for index in range(4096)]
-    return torch.tensor([code - (code >> 15 << 16) for code in codes], dtype=torch.int16, device=device)
-
-
-def _code(first: int, second: int, pairing: int) -> int:
-    code = 0
-    for bits, (leader, partner) in zip((first, second), PAIRINGS[pairing], strict=True):
-        axis = 2 if bits & 16 else (bits >> 3) & 1
-        nibble = LEADER_NIBBLES[axis] ^ (0b1111 if bits >> axis & 1 else 0)
-        code |= nibble << 4 * leader | (nibble ^ 0b1111) << 4 * partner
-    return code
+    # adding zero turns -0 into +0, so that no difference of keys is -0 and sign bits are signs
+    return keys.clamp_(-NONFINITE_KEY, NONFINITE_KEY).nan_to_num_(nan=NONFINITE_KEY).add_(0.0)

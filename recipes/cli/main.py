@@ -82,3 +82,7 @@ def _list_recipes() -> int:
     for name, path in recipe_files().items():
         print(f"{name:32} {path.read_text().splitlines()[0].lstrip('# ')}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -102,16 +102,11 @@ def write_plot(results: list[Result], path: Path) -> None:
         color = f"C{index}"
         points = result.history.validations
         losses.plot([p.step for p in points], [p.loss for p in points], "o-", color=color, label=result.name, ms=4)
-        for phases, style in ((("sparse",), "o-"), (("dense",), ":")):
-            chosen = [
-                (r.step, r.metrics.get("flip_rate" if r.phase == "sparse" else "virtual_flip_rate"))
-                for r in result.history.refreshes
-                if r.phase in phases
-            ]
-            chosen = [(step, rate) for step, rate in chosen if rate is not None]
-            if chosen:
-                label = f"{result.name} ({'applied' if phases == ('sparse',) else 'virtual'})"
-                flips.plot(*zip(*chosen, strict=True), style, color=color, label=label, ms=3)
+        for phase, style, note in (("sparse", "o-", "applied"), ("dense", ":", "virtual")):
+            label: str | None = f"{result.name} ({note})"
+            for steps, rates in flip_segments(result.history, phase):
+                flips.plot(steps, rates, style, color=color, label=label, ms=3)
+                label = None
     losses.set(xlabel="optimizer steps", ylabel="validation loss (nats per byte)", title="Validation loss")
     flips.set(xlabel="optimizer steps", ylabel="flip rate", title="Mask entries changed per search", yscale="log")
     for axes in (losses, flips):
@@ -119,3 +114,20 @@ def write_plot(results: list[Result], path: Path) -> None:
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def flip_segments(history: History, phase: str) -> list[tuple[list[int], list[float]]]:
+    """Return the steps and flip rates of every unbroken stretch of mask searches in a phase."""
+    segments: list[tuple[list[int], list[float]]] = []
+    broken = True
+    for refresh in history.refreshes:
+        rate = refresh.metrics.get("flip_rate" if phase == "sparse" else "virtual_flip_rate")
+        if refresh.phase != phase or rate is None:
+            broken = True
+            continue
+        if broken:
+            segments.append(([], []))
+            broken = False
+        segments[-1][0].append(refresh.step)
+        segments[-1][1].append(rate)
+    return segments

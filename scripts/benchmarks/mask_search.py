@@ -1,5 +1,6 @@
 """``transposable_mask`` against matmul-90: every tile times the 90 patterns, then argmax."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def run(rows: int, columns: int, repeats: int, csv: Path | None) -> int:
     chunk = min(trials, key=trials.__getitem__)
     times: dict[str, list[float]] = {"transposable_mask": [], "matmul-90": []}
     memory = {
-        "transposable_mask": extra_megabytes(lambda: transposable_mask(scores)),
-        "matmul-90": extra_megabytes(lambda: matmul90(scores, chunk)),
+        "transposable_mask": extra_megabytes(transposable_mask, (rows, columns)),
+        "matmul-90": extra_megabytes(functools.partial(matmul90, chunk=chunk), (rows, columns)),
     }
     for _ in range(repeats):  # in turn, so that a machine that slows down slows both
         times["transposable_mask"] += milliseconds(lambda: transposable_mask(scores), 1)

@@ -1,12 +1,15 @@
 """Timing, peak memory and CSV rows for the benchmarks."""
 
+import contextlib
 import csv
+import multiprocessing
 import platform
 import resource
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,17 +35,26 @@ def milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
     return times
 
 
-def extra_megabytes(call: Callable[[], object]) -> float:
-    """Return how far a call raises the process's peak memory above what it uses now."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = _status("VmRSS")
-        call()
-        return (_status("VmHWM") - before) / 1024
-    except OSError:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        call()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+def extra_megabytes(call: Callable[[torch.Tensor], object], shape: tuple[int, int]) -> float:
+    """Return how far a call on random scores, in a process of its own, raises the memory in use (peak over before)."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_extra_megabytes, call, shape).result()
+
+
+def _extra_megabytes(call: Callable[[torch.Tensor], object], shape: tuple[int, int]) -> float:
+    scores = torch.rand(shape)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak; elsewhere the peak since the start counts
+    before = _status("VmRSS")
+    call(scores)
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    for line in _lines(Path("/proc/self/status")):
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
@@ -71,13 +83,6 @@ def append_csv(path: Path, rows: list[dict[str, object]]) -> None:
         if new:
             writer.writeheader()
         writer.writerows({**row, **facts} for row in rows)
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {key}")
 
 
 def _processor() -> str:

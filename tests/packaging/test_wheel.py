@@ -1,0 +1,45 @@
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECK = """
+import sys
+from pathlib import Path
+target, site = sys.argv[1:]
+sys.path[:] = [target, *[p for p in sys.path if p and "site-packages" not in p], site]
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
+import sparsetrain
+assert Path(sparsetrain.__file__).is_relative_to(target), sparsetrain.__file__
+import sparsetrain.kernels.mask_search.reference, sparsetrain.callbacks, sparsetrain.methods
+from sparsetrain.recipes.cli.main import main, recipe_files
+assert len(recipe_files()) >= 3
+assert Path(sparsetrain.__file__).with_name("py.typed").exists()
+raise SystemExit(main(["recipes"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("sources") / "sparsetrain"
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_a_build_installed_elsewhere_imports(kind: str, sources: Path, tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", str(tmp_path), str(sources)]
+    subprocess.run(build, check=True, capture_output=True)
+    (archive,) = [path for path in tmp_path.iterdir() if path.suffix in (".whl", ".gz")]
+    target = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(target), str(archive)], check=True, capture_output=True)
+    command = [sys.executable, "-c", CHECK, str(target), sysconfig.get_path("purelib")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "gpt_from_scratch.yaml" in done.stdout

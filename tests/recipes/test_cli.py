@@ -1,0 +1,119 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sparsetrain.recipes.cli.main import find_recipe, main, recipe_files
+
+TINY = [
+    "--model.width=32", "--model.depth=1", "--model.heads=2", "--model.context=16", "--data.context=16",
+    "--data.max_bytes=100000", "--data.validation_blocks=64", "--trainer.accelerator=cpu", "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _restore_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+
+
+@pytest.mark.parametrize("name", recipe_files())
+@pytest.mark.filterwarnings("ignore")
+def test_every_recipe_trains(name: str, tmp_path: Path) -> None:
+    short = ["--trainer.max_steps=24", "--trainer.val_check_interval=12", f"--trainer.default_root_dir={tmp_path}"]
+    assert main(["fit", "--config", name, *TINY, *short]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert ("sparsetrain" in saved) == (name != "gpt_dense.yaml")
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["trainer"]["max_steps"] == 24
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pruning_a_checkpoint_reports_dense_pruned_and_retrained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = ["--trainer.max_steps=60", "--trainer.val_check_interval=30", f"--trainer.default_root_dir={tmp_path}"]
+    assert main(["fit", "--config", "gpt_dense", *TINY, *dense]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    out = tmp_path / "out"
+    arguments = [
+        "--checkpoint",
+        str(checkpoint),
+        "--steps",
+        "30",
+        "--output",
+        str(out),
+        "--trainer.val_check_interval=30",
+    ]
+    assert main(["prune", *arguments, *TINY]) == 0
+    shown = capsys.readouterr().out
+    assert "violations: 0" in shown
+    rows = [line.split("|") for line in (out / "report.md").read_text().splitlines() if line.startswith("| ")][1:]
+    losses = [float(row[3]) for row in rows]
+    assert [row[2].strip() for row in rows] == ["dense", "pruned, mask frozen", "pruned, mask frozen", "final model"]
+    assert losses[1] > losses[0]  # pruning costs
+    assert losses[-1] < losses[1]  # retraining recovers
+    weights = torch.load(out / "pruned.ckpt", weights_only=True)["state_dict"]
+    assert (weights["model.blocks.0.mlp.up.weight"] == 0).float().mean() == 0.5
+    assert (weights["model.blocks.0.attention.qkv.weight"] == 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fit", "--config", "nowhere.yaml"], ["'nowhere.yaml'", "gpt_dense.yaml"]),
+        (["prune", "--checkpoint", "nowhere.ckpt"], ["'nowhere.ckpt'", "is no file"]),
+        (["prune", "--pattern", "row_wise"], ["--pattern goes with --checkpoint"]),
+    ],
+)
+def test_a_wrong_input_is_one_sentence_and_exit_code_2(arguments, words, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert "Traceback" not in message
+    with pytest.raises((FileNotFoundError, ValueError)):
+        main(["--debug", *arguments])
+
+
+def test_help_names_every_command() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "sparsetrain.recipes.cli.main", "--help"], capture_output=True, text=True
+    )
+    assert shown.returncode == 0
+    assert all(word in shown.stdout for word in ("recipes", "fit", "prune", "examples:"))
+
+
+def test_recipes_are_listed_with_their_first_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    assert "gpt_from_scratch.yaml" in capsys.readouterr().out
+    assert find_recipe("gpt_dense") == str(recipe_files()["gpt_dense.yaml"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_demo_writes_table_report_plot_checkpoints_and_an_offline_wandb_run(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "sparsetrain.recipes.demo",
+        "--steps",
+        "60",
+        "--width",
+        "32",
+        "--depth",
+        "1",
+        "--context",
+        "32",
+    ]
+    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "dense → prune" in done.stdout
+    for name in ("report.md", "curves.png", "dense.ckpt", "fst.ckpt", "asp_one_shot.ckpt", "csv/fst/metrics.csv"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 3
+    rows = [line.split("|") for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert [row[6].strip() for row in rows] == ["0", "0", "0"]  # violations
+    assert [row[7].strip() for row in rows] == ["dense", "dense", "2:4"]
