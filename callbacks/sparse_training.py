@@ -5,7 +5,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch import callbacks as lightning_callbacks
 from torch import nn
 
 from sparsetrain.checkpoint import CHECKPOINT_KEY, detach_pruned, require_same_weights, restore_pruned_
@@ -14,6 +14,7 @@ from sparsetrain.training import SparseTraining
 
 SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 PRUNED_WEIGHTS = "pruned_weights"
+WEIGHT_AVERAGING: Any = getattr(lightning_callbacks, "WeightAveraging", ())  # newer Lightning has it
 
 
 class SparseTrainingCallback(Callback):
@@ -90,6 +91,7 @@ class SparseTrainingCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._final: dict[str, Any] | None = None
         self._logged_clock = -1
+        self._guard: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything is built."""
@@ -110,15 +112,16 @@ class SparseTrainingCallback(Callback):
             self.training.detach()
         self.training = self._loaded = self._final = None
         self._logged_clock = -1
+        self._release_guard()
         # a checkpoint of another model must be refused before any of its weights is copied
         register: Any = pl_module.register_load_state_dict_pre_hook
         self._guard = register(_refuse_foreign_weights)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the layers sparse and start, or go on from the checkpoint that was loaded."""
-        self._guard.remove()
+        self._release_guard()
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, WeightAveraging) for callback in callbacks) and any(
+        if any(isinstance(callback, WEIGHT_AVERAGING) for callback in callbacks) and any(
             True for _ in pl_module.buffers()
         ):
             raise MisconfigurationException(
@@ -159,7 +162,7 @@ class SparseTrainingCallback(Callback):
             return
         self._logged_clock = training.clock
         metrics = training.metrics(self.per_layer_metrics)
-        flip_rate = metrics.pop("flip_rate", metrics.get("virtual_flip_rate"))
+        flip_rate = metrics.pop("flip_rate", None)
         pl_module.log_dict({f"sparsity/{key}": value for key, value in metrics.items()}, on_step=True, on_epoch=False)
         if flip_rate is not None:
             pl_module.log("sparsity/flip_rate", flip_rate, on_step=True, on_epoch=False, prog_bar=True)
@@ -170,6 +173,10 @@ class SparseTrainingCallback(Callback):
             weights = dict(pl_module.state_dict())
             self._final = self._state(weights)
             self.training.finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no guard behind; the layers stay as they are until the next fit, so that a checkpoint can be saved."""
+        self._release_guard()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the sparse model into ``state_dict`` and everything else under ``checkpoint["sparsetrain"]``."""
@@ -183,9 +190,10 @@ class SparseTrainingCallback(Callback):
         """Keep the state for ``on_fit_start``; if a fit is running (learning-rate finder), go back to it at once."""
         self._loaded = checkpoint.get(CHECKPOINT_KEY)
         if self._loaded is None:
-            rank_zero_warn(
-                f"checkpoint has no {CHECKPOINT_KEY!r} state, so sparse training starts at step 0 of its schedule."
-            )
+            if trainer.state.fn == "fit":
+                rank_zero_warn(
+                    f"checkpoint has no {CHECKPOINT_KEY!r} state, so sparse training starts at step 0 of its schedule."
+                )
         elif self.training is not None and not self.training.finished:
             self.training.load_state_dict(self._loaded)
             self._restore_pruned()
@@ -208,6 +216,11 @@ class SparseTrainingCallback(Callback):
         assert self.training is not None
         pruned = detach_pruned(weights, self.training.masks.layers)
         return {**self.training.state_dict(), PRUNED_WEIGHTS: {name: values.cpu() for name, values in pruned.items()}}
+
+    def _release_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
 
     def _restore_pruned(self) -> None:
         if self._loaded is not None and self.training is not None:

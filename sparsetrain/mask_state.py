@@ -68,7 +68,7 @@ class MaskState:
             if self.exists:
                 flips[name] = count_flips(layer.mask_codes, new)
                 if name in self.ages:
-                    age = self.ages[name]
+                    age = self.ages[name] = self.ages[name].to(new.device)  # the model may have moved
                     age.add_(age < MAX_AGE).masked_fill_(unpack_codes(layer.mask_codes ^ new), 0)
             layer.set_codes_(new)
         if self.exists:

@@ -215,6 +215,10 @@ class SparseTraining:
     ) -> None:
         if not optimizers:
             raise ValueError("optimizer is an empty list: pass the optimizer that owns the model's weights.")
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in self.model.modules()):
+            raise ValueError(
+                "model is wrapped in FSDP: masks need whole weights on every rank, so use DDP or one device."
+            )
         owned = set().union(*map(owned_parameters, optimizers))
         for choice in report.sparse:
             weight = self.model.get_submodule(choice.name).weight

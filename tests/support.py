@@ -47,7 +47,7 @@ def train(
     for step in range(start, start + steps):
         optimizer.zero_grad()
         x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
-        x = x.to(next(model.parameters()).dtype)
+        x = x.to(next(model.parameters()))
         (model(x) - x.flip(1)).square().mean().backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)

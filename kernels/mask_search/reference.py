@@ -36,8 +36,8 @@ def ranking_keys(scores: Tensor) -> Tensor:
 def search_transposable(scores: Tensor) -> Tensor:
     """Return the tile codes of the best transposable 2:4 mask: the optimum over all 90 patterns of every 4×4 tile.
 
-    Ties go to the first pairing of ``PAIRINGS``; then a leader prefers a whole half, and the left column. Extra memory is
-    bounded by one chunk of tiles.
+    Ties go to the first pairing of ``PAIRINGS``; then a leader prefers a whole half, and the left column. Extra memory
+    is bounded by one chunk of tiles.
 
     Args:
         scores: ``[O, I]``, any floating dtype and strides; O and I multiples of 4. Larger is kept; signs count.

@@ -25,7 +25,9 @@ FORMATS = {
     ".parquet": "parquet",
     ".csv": "csv",
 }
-SKIPPED_FOLDERS = frozenset({"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"})
+SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idlelib", "encodings", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+)
 
 
 class Blocks(Dataset[Tensor]):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -64,7 +65,9 @@ class Result:
 
 def print_table(results: list[Result]) -> None:
     """Print one line per run."""
-    table = Table(*COLUMNS)
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, no_wrap=True, justify="right" if index else "left")
     for result in results:
         table.add_row(*result.row(results[0].loss))
     Console(width=120).print(table)

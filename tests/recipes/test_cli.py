@@ -36,7 +36,12 @@ def test_every_recipe_trains(name: str, tmp_path: Path) -> None:
 def test_pruning_a_checkpoint_reports_dense_pruned_and_retrained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dense = ["--trainer.max_steps=60", "--trainer.val_check_interval=30", f"--trainer.default_root_dir={tmp_path}"]
+    dense = [
+        "--trainer.max_steps=150",
+        "--trainer.val_check_interval=75",
+        "--model.learning_rate=0.01",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
     assert main(["fit", "--config", "gpt_dense", *TINY, *dense]) == 0
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     out = tmp_path / "out"
