@@ -109,7 +109,7 @@ class SparseTrainingCallback(Callback):
                 "so use 'ddp' or one device."
             )
         if self.training is not None:  # an earlier fit was interrupted
-            self.training.detach()
+            self.training.finish(zeros=False)
         self.training = self._loaded = self._final = None
         self._logged_clock = -1
         self._release_guard()
@@ -197,20 +197,6 @@ class SparseTrainingCallback(Callback):
         elif self.training is not None and not self.training.finished:
             self.training.load_state_dict(self._loaded)
             self._restore_pruned()
-
-    @property
-    def ended_sparse(self) -> bool:
-        """Whether the last fit ended with masks in force."""
-        return self._final is not None and self.training is not None and self.training.phase != "dense"
-
-    def final_violations(self) -> int:
-        """Count the groups of four that do not keep exactly two, in the masks that the last fit ended with."""
-        if not self.ended_sparse:
-            return 0
-        assert self._final is not None
-        assert self.training is not None
-        count = self.training.masks.pattern.count_violations
-        return sum(int(count(codes)) for codes in self._final["codes"].values())
 
     def _state(self, weights: dict[str, Any]) -> dict[str, Any]:
         assert self.training is not None

@@ -1,5 +1,6 @@
 """``SparseTraining``: the engine that runs a method's schedule on a model, from the optimizer's own steps."""
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -106,7 +107,7 @@ class SparseTraining:
         self._owned = {id(entry): owned_parameters(entry) for entry in self._optimizers}
         self._lr_restart = LRRestart(optimizers, lr_schedulers) if self.method.restart_lr else None
         self._hooks = StepHooks(self._optimizers, self._adjust_gradients, self._advance)
-        self.finished = False
+        self._final: tuple[dict[str, float], dict[str, Any]] | None = None
         try:
             if state is None:
                 self._enter(*self.timeline.at(0))
@@ -138,6 +139,8 @@ class SparseTraining:
             entries that changed at the last refresh of a sparse or dense phase; ``flip_rate_ratio``, the first over the
             second; ``age_mean`` (refreshes).
         """
+        if self._final is not None:
+            return {key: value for key, value in self._final[0].items() if per_layer or not key.startswith("layer/")}
         active = [layer for layer in self.masks.layers.values() if layer.is_masked]
         sparse_weights = sum(layer.weight.numel() for layer in active)
         values: dict[str, float | None] = {
@@ -168,22 +171,27 @@ class SparseTraining:
         self.masks.refresh(self.clock, virtual=self.phase == "dense")
         self._last_refresh = self.clock
 
-    def finish(self) -> None:
-        """Remove the hooks and give plain ``nn.Linear`` layers back, with zeros if the run ends sparse."""
-        if not self.finished:
-            self._hooks.remove()
-            export_dense_(self.model)
-            self.finished = True
+    def finish(self, *, zeros: bool = True) -> None:
+        """Remove the hooks and give plain ``nn.Linear`` layers back; metrics and state stay readable.
 
-    def detach(self) -> None:
-        """Remove the hooks and give plain ``nn.Linear`` layers back with their dense masters, as if interrupted."""
-        if not self.finished:
-            self._hooks.remove()
-            export_dense_(self.model, zeros=False)
-            self.finished = True
+        Args:
+            zeros: Write zeros into what is pruned if the run ends sparse; False keeps the dense masters.
+        """
+        if self.finished:
+            return
+        self._final = self.metrics(per_layer=True), self.state_dict()
+        self._hooks.remove()
+        export_dense_(self.model, zeros=zeros)
+
+    @property
+    def finished(self) -> bool:
+        """Whether :meth:`finish` was called."""
+        return self._final is not None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers, strings and tensors; save it beside the model and the optimizer."""
+        if self._final is not None:
+            return copy.deepcopy(self._final[1])
         return {
             "version": STATE_VERSION,
             "clock": self.clock,

@@ -25,7 +25,13 @@ def run_cli(arguments: Sequence[str], **options: Any) -> LightningCLI:
     """Run LightningCLI on a command line in which ``--config`` may name a recipe of the package."""
     require("jsonargparse", "recipes", "the command line")
     sys.argv = ["sparsetrain", *with_recipe_paths(arguments)]
-    return LightningCLI(save_config_kwargs={"overwrite": True}, **options)
+    # a parser that raises instead of exiting lets the command line print one sentence
+    parser = (
+        {"exit_on_error": False, "fit": {"exit_on_error": False}}
+        if arguments[:1] == ["fit"]
+        else {"exit_on_error": False}
+    )
+    return LightningCLI(save_config_kwargs={"overwrite": True}, parser_kwargs=parser, **options)
 
 
 def with_recipe_paths(arguments: Sequence[str]) -> list[str]:

@@ -34,8 +34,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        print(f"sparsetrain: error: {error}", file=sys.stderr)
+        print(f"sparsetrain: error: {condense(str(error))}", file=sys.stderr)
         return 2
+
+
+def condense(message: str) -> str:
+    r"""Reduce the report of a parser, which tries every type an option may have, to its most telling line.
+
+    Example:
+        >>> condense("Parser key x:\n  Errors:\n    - Problem with y:\n        Option z\n    - Expected None")
+        'Parser key x: Problem with y: Option z'
+    """
+    lines = [line for line in message.splitlines() if line.strip()]
+    if len(lines) < 2:
+        return message
+    found = [line.strip() for line in lines[:1] if line.endswith(":")]
+    start = next((index for index, line in enumerate(lines) if line.strip() == "Errors:"), None)
+    if start is None:
+        return " ".join(line.strip() for line in lines)
+    first = lines[start + 1]
+    depth = len(first) - len(first.lstrip())
+    block = [first.strip().removeprefix("- ")]
+    for line in lines[start + 2 :]:
+        if len(line) - len(line.lstrip()) <= depth:
+            break
+        block.append(line)
+    return " ".join([*found, condense("\n".join(block))])
 
 
 def _parser() -> argparse.ArgumentParser:

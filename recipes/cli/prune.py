@@ -101,7 +101,9 @@ def _report(output: Path, config: str, checkpoint: str | None, callback: Any, hi
     for row in rows:
         table.add_row(*row)
     training = callback.training
-    facts = f"{training.report.summary()} || violations: {callback.final_violations()}"
+    metrics = training.metrics()
+    kept, violations = metrics.get("kept_fraction_at_refresh", 1.0), int(metrics["violations"])
+    facts = f"{training.report.summary()} || kept fraction: {kept:.3f} || violations: {violations}"
     console = Console()
     console.print(table)
     console.print(facts, highlight=False)

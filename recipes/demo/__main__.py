@@ -96,7 +96,9 @@ def _train(name: str, method: Method, data: TextDataModule, options: argparse.Na
     for logger in trainer.loggers:
         logger.finalize("success")
     _finish_wandb()
-    return Result(name, float(final["val/loss"]), seconds, history, callback.final_violations(), callback.ended_sparse)
+    assert callback.training is not None
+    violations, sparse = int(callback.training.metrics()["violations"]), callback.training.phase != "dense"
+    return Result(name, float(final["val/loss"]), seconds, history, violations, sparse)
 
 
 def _loggers(slug: str, output: Path) -> list[Logger]:

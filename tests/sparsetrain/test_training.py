@@ -299,8 +299,11 @@ def test_finish_gives_the_function_of_the_last_step_and_can_be_called_twice() ->
     train(model, optimizer, 5)
     x = torch.randn(3, 16)
     expected = model(x)
+    metrics, state = training.metrics(), training.state_dict()
     training.finish()
     training.finish()
+    assert training.metrics() == metrics
+    assert training.state_dict()["clock"] == state["clock"]
     torch.testing.assert_close(model(x), expected)
     assert all(type(layer) is nn.Linear for layer in (model[0], model[2]))
     train(model, optimizer, 1)
