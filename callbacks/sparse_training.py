@@ -227,5 +227,14 @@ def _estimated_steps(trainer: Trainer, method: Method) -> int | None:
 
 
 def _refuse_foreign_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    strict = bool(rest[1]) if len(rest) > 1 else True  # rest is local_metadata, strict, missing, unexpected, errors
-    require_same_weights(module, state_dict, strict)
+    strict = bool(rest[1])  # rest is local_metadata, strict, missing keys, unexpected keys, errors
+    require_same_weights(module, state_dict, strict and not _may_rename_keys(module))
+
+
+def _may_rename_keys(module: nn.Module) -> bool:
+    children = [child for child in module.modules() if child is not module]
+    own_hooks = len(module._load_state_dict_pre_hooks) > 1 or any(
+        child._load_state_dict_pre_hooks for child in children
+    )
+    plain = nn.Module._load_from_state_dict
+    return own_hooks or any(type(child)._load_from_state_dict is not plain for child in children)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .kernels.tile_codes.reference import unpack_codes
 from .linear import SparseLinear
@@ -102,7 +103,7 @@ def require_same_weights(model: nn.Module, state_dict: Mapping[str, Any], strict
     Raises:
         ValueError: If a shape differs or, with ``strict``, a name is only on one side.
     """
-    own = model.state_dict()
+    own = {name: value for name, value in model.state_dict().items() if not is_lazy(value)}
     for name, value in state_dict.items():
         if name in own and isinstance(value, Tensor) and value.shape != own[name].shape:
             raise ValueError(

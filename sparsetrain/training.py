@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .criteria import resolve_criterion
 from .gradient_rules import resolve_gradient_rule
 from .kernels.masked_update.reference import add_masked_decay_, apply_mask_
-from .linear import PhaseKind
+from .linear import PhaseKind, to_dense_
 from .lr_restart import LRRestart
 from .mask_state import MaskState
 from .methods.method import Method
@@ -22,7 +22,7 @@ from .metrics import PruneMetrics, total_metrics
 from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
 from .patterns import resolve_pattern
 from .selection import SelectionReport, linear_weight_count, select_layers, sparse_layers
-from .sparsify import export_dense_, sparsify_
+from .sparsify import sparsify_
 
 STATE_VERSION = 1
 
@@ -99,7 +99,9 @@ class SparseTraining:
         self._last_refresh = -1
         self._watch_dense = watch_dense
         pattern, criterion = resolve_pattern(self.method.pattern), resolve_criterion(self.method.criterion)
-        self.masks = MaskState(dict(sparse_layers(model)), pattern, criterion, track_age)
+        layers = dict(sparse_layers(model))
+        own = {choice.name: layers[choice.name] for choice in self.report.sparse}
+        self.masks = MaskState(own, pattern, criterion, track_age)
         self._weights = {name: layer.weight for name, layer in self.masks.layers.items()}
         self._linear_weights = linear_weight_count(model.modules())
         owners = [entry for entry in optimizers if owned_parameters(entry) & set(map(id, self._weights.values()))]
@@ -114,8 +116,7 @@ class SparseTraining:
             else:
                 self.load_state_dict(state)
         except BaseException:
-            self._hooks.remove()
-            export_dense_(model, zeros=False)
+            self._restore(zeros=False)
             raise
         if verbose:
             print(self.report.summary())
@@ -180,8 +181,7 @@ class SparseTraining:
         if self.finished:
             return
         self._final = self.metrics(per_layer=True), self.state_dict()
-        self._hooks.remove()
-        export_dense_(self.model, zeros=zeros)
+        self._restore(zeros)
 
     @property
     def finished(self) -> bool:
@@ -284,9 +284,8 @@ class SparseTraining:
             codes = self.masks.layers[name].mask_codes
             if self.phase == "sparse":
                 add_masked_decay_(weight.grad, weight.detach(), codes, decay)
-            else:
-                if resolve_gradient_rule(self.method.frozen_gradient).pruned == 0:
-                    apply_mask_(weight.grad, codes)
+            elif resolve_gradient_rule(self.method.frozen_gradient).pruned == 0:
+                apply_mask_(weight.grad, codes)
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh."""
@@ -309,6 +308,11 @@ class SparseTraining:
             if self.method.clear_moments:
                 for name, weight in self._weights.items():
                     clear_pruned_moments_(self._optimizers, weight, self.masks.layers[name].mask_codes)
+
+    def _restore(self, zeros: bool) -> None:
+        self._hooks.remove()
+        for layer in self.masks.layers.values():
+            to_dense_(layer, zeros)
 
     def _set_phase(self, kind: PhaseKind, start: int) -> None:
         self.phase, self._phase_start = kind, start

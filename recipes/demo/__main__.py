@@ -37,7 +37,9 @@ def main() -> int:
     os.environ.setdefault("WANDB_SILENT", "true")
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    data = TextDataModule(context=options.context, batch_size=16, validation_blocks=512, max_bytes=8_000_000)
+    data = TextDataModule(
+        context=options.context, batch_size=16, validation_blocks=512, max_bytes=8_000_000, seed=options.seed
+    )
     results = []
     for number, (name, method) in enumerate(METHODS.items(), start=1):
         print(f"[{number}/{len(METHODS)}] {name}: {options.steps} steps", file=sys.stderr)
@@ -55,7 +57,7 @@ def _options() -> argparse.Namespace:
         description="Train one small byte-level GPT three ways on Python source code: dense; sparse from scratch; "
         "dense, pruned once, retrained. Uses a GPU if there is one.",
     )
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument("--width", type=int, default=128, help="of the model (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=4, help="blocks of the model (default: %(default)s)")
     parser.add_argument("--context", type=int, default=128, help="bytes of a block (default: %(default)s)")
@@ -87,7 +89,6 @@ def _train(name: str, method: Method, data: TextDataModule, options: argparse.Na
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    data.hparams["seed"] = options.seed
     start = time.perf_counter()
     trainer.fit(model, data)
     seconds = time.perf_counter() - start

@@ -16,7 +16,7 @@ from sparsetrain.extras import require
 from ..history import History
 
 COLUMNS = (
-    "run", "validation loss", "gap to dense", "kept fraction", "flip rate", "violations", "final weights", "seconds",
+    "run", "validation loss", "gap to dense", "kept fraction", "flip rate", "violations", "ends", "seconds",
 )  # fmt: skip
 NOTES = (
     "Validation loss is in nats per byte. Kept fraction (Σ|W⊙M| / Σ|W|) and flip rate (mask entries changed since the "

@@ -288,6 +288,43 @@ def test_a_checkpoint_of_another_model_is_refused_before_any_weight_is_copied(tm
     assert type(module.net[0]) is nn.Linear
 
 
+def test_a_deeper_model_is_refused_but_modules_may_rename_keys(tmp_path: Path) -> None:
+    class Deeper(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = nn.Linear(16, 16)
+
+    class Renaming(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_load_state_dict_pre_hook(self._rename)
+
+        @staticmethod
+        def _rename(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+            for name in [name for name in state_dict if name.startswith("old_")]:
+                state_dict[name.removeprefix("old_")] = state_dict.pop(name)
+
+    fitter = trainer(tmp_path, 2, SparseTrainingCallback(MOVING, targets=[r"net\..*"]))
+    fitter.fit(Deeper(), batches())
+    fitter.save_checkpoint(tmp_path / "deeper.ckpt")
+    module = model()
+    before = copy.deepcopy(module.state_dict())
+    callback = SparseTrainingCallback(MOVING, targets=[r"net\..*"])
+    with pytest.raises(ValueError, match=r"another model: 'more\.bias' is only in the checkpoint"):
+        trainer(tmp_path, 4, callback).fit(module, batches(), ckpt_path=tmp_path / "deeper.ckpt", weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), module.state_dict().values(), strict=True))
+
+    fitter = trainer(tmp_path, 2, SparseTrainingCallback(MOVING, targets=[r"net\..*"]))
+    fitter.fit(model(), batches())
+    fitter.save_checkpoint(tmp_path / "old.ckpt")
+    saved = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    saved["state_dict"] = {f"old_{k}" if k.startswith("net.0") else k: v for k, v in saved["state_dict"].items()}
+    torch.save(saved, tmp_path / "old.ckpt")
+    trainer(tmp_path, 4, callback).fit(Renaming(), batches(), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
+    assert callback.training is not None
+    assert callback.training.clock == 4
+
+
 def test_a_checkpoint_without_state_warns_and_starts_at_step_zero(tmp_path: Path) -> None:
     fitter = trainer(tmp_path, 2)
     fitter.fit(model(), batches())

@@ -391,3 +391,22 @@ def test_resuming_with_another_method_warns() -> None:
         warnings.simplefilter("error")
         model = mlp()
         st.SparseTraining(model, adamw(model), fst(decay=0.1), 12, state=state, verbose=False)
+
+
+def test_layers_that_were_sparse_before_are_left_to_whoever_made_them_so() -> None:
+    model = mlp()
+    st.sparsify_(model, ["0"], verbose=False)
+    training = st.SparseTraining(model, adamw(model), fst(dense_tail=0), 4, targets=["2"], verbose=False)
+    assert list(training.masks.layers) == ["2"]
+    training.finish()
+    assert isinstance(model[0], st.SparseLinear)
+    assert type(model[2]) is nn.Linear
+
+
+def test_the_engine_refuses_models_wrapped_in_fsdp() -> None:
+    class FullyShardedDataParallel(nn.Sequential):
+        pass
+
+    model = FullyShardedDataParallel(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="FSDP"):
+        st.SparseTraining(model, adamw(model), "fst", 4)
