@@ -188,12 +188,14 @@ class SparseTrainingCallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the state for ``on_fit_start``; if a fit is running (learning-rate finder), go back to it at once."""
+        if trainer.state.fn != "fit":
+            self._final = None  # the weights are the checkpoint's now, not those of the last fit
+            return
         self._loaded = checkpoint.get(CHECKPOINT_KEY)
         if self._loaded is None:
-            if trainer.state.fn == "fit":
-                rank_zero_warn(
-                    f"checkpoint has no {CHECKPOINT_KEY!r} state, so sparse training starts at step 0 of its schedule."
-                )
+            rank_zero_warn(
+                f"checkpoint has no {CHECKPOINT_KEY!r} state, so sparse training starts at step 0 of its schedule."
+            )
         elif self.training is not None and not self.training.finished:
             self.training.load_state_dict(self._loaded)
             self._restore_pruned()

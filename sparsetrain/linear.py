@@ -86,6 +86,11 @@ def sparse_linear(
     Source: straight-through gradients as in SR-STE, arXiv 2102.04010; transposable masks make the input gradient
     sparse too, arXiv 2102.08124.
     """
+    if weight.dim() != 2 or input.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            f"input is {tuple(input.shape)} and weight {tuple(weight.shape)}: they must be [..., I] and [O, I] "
+            "with the same I."
+        )
     expected = (weight.shape[0] // 4, weight.shape[1] // 4)
     if codes.dtype != torch.int16 or tuple(codes.shape) != expected:
         raise ValueError(

@@ -215,7 +215,7 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
 def _why_not(name: str, layer: nn.Linear, owners: dict[int, list[str]]) -> str:
     if isinstance(layer, SparseLinear):
-        return "already sparse"
+        return "already sparse (call finish() or export_dense_() first)"
     if type(layer) is not nn.Linear:
         return f"subclass of nn.Linear ({type(layer).__name__})"
     if type(layer.weight).__name__ == "DTensor":

@@ -155,6 +155,7 @@ def test_a_dense_phase_is_a_plain_linear() -> None:
             ["'x'", "masked"],
         ),
         (lambda w: st.SparseLinear(6, 8), ["(8, 6)", "multiples of 4"]),
+        (lambda w: st.sparse_linear(torch.ones(2, 7), w, torch.zeros(2, 2, dtype=torch.int16)), ["(2, 7)", "(8, 8)"]),
     ],
 )
 def test_a_wrong_argument_is_named(call, words) -> None:
