@@ -83,11 +83,11 @@ class ResumableBatches(DataLoader):
     taken = 0
 
     def __iter__(self) -> Iterator[Any]:
+        start = self.taken
         for index, batch in enumerate(super().__iter__()):
-            if index >= self.taken:
-                self.taken += 1
+            if index >= start:
+                self.taken = (index + 1) % len(self)
                 yield batch
-        self.taken = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"taken": self.taken}
