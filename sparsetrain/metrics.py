@@ -66,8 +66,9 @@ def magnitude_sums(weight: Tensor, mask: Tensor) -> Tensor:
         [3.0, 1.0, 1.0, 2.0, 0.0]
     """
     finite = weight.isfinite()
-    magnitude = weight.abs().masked_fill(~finite, 0).to(torch.float64)
-    total, kept = magnitude.sum(), magnitude.masked_fill(~mask, 0).sum()
+    magnitude = weight.abs().masked_fill_(~finite, 0)
+    total = magnitude.sum(dtype=torch.float64)
+    kept = magnitude.masked_fill_(~mask, 0).sum(dtype=torch.float64)
     counts = torch.stack([mask.sum(), torch.full_like(mask.sum(), mask.numel()), (~finite).sum()])
     return torch.cat([torch.stack([kept, total - kept]), counts.to(torch.float64)])
 

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from sparsetrain.extras import require
 
-from .main import find_recipe
+from .recipe_files import find_recipe
 
 
 def fit(arguments: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .main import find_recipe
+from .recipe_files import find_recipe
 
 EPILOG = """Further options go to LightningCLI: --trainer.max_steps, --data.source, --model.width, ...
 

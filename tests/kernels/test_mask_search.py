@@ -86,14 +86,23 @@ def test_every_pattern_splits_into_two_pairs_of_complementary_rows() -> None:
 
 
 def test_ties_follow_the_documented_order() -> None:
-    code = search_transposable(torch.ones(4, 4)).item() & 0xFFFF
-    assert f"{code:04x}" == "c3c3"
-    one_large = torch.zeros(4, 4)
-    one_large[0, 3] = 1
-    assert (
-        unpack_codes(search_transposable(one_large))[0].tolist() == [True, False, False, True]
-        or (unpack_codes(search_transposable(one_large))[0, 3])
-    )
+    corner = torch.zeros(4, 4)
+    corner[0, 3] = 1
+    left = torch.zeros(4, 4)
+    left[0, 0], left[0, 1], left[0, 2], left[0, 3] = 2, 1, 2, 1
+    expected = {
+        "c3c3": torch.ones(4, 4),  # the first pairing, whole halves, columns 01 for the leader
+        "c33c": corner,  # columns 23 or one of each half are as good for row 0: the whole half
+        "c3a5": left,  # one of each half is best for row 0; rows 2 and 3 are free
+    }
+    for code, scores in expected.items():
+        assert f"{search_transposable(scores).item() & 0xFFFF:04x}" == code
+
+
+def test_zeros_of_either_sign_are_the_same_score() -> None:
+    scores = torch.randint(-1, 2, (32, 32)).float()
+    signed = torch.where((scores == 0) & (torch.rand(32, 32) < 0.5), -0.0, scores)
+    assert torch.equal(search_transposable(signed), search_transposable(scores))
 
 
 @pytest.mark.parametrize("limit", [1, 3, 7, 64])

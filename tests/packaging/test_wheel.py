@@ -16,7 +16,8 @@ sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in rep
 import sparsetrain
 assert Path(sparsetrain.__file__).is_relative_to(target), sparsetrain.__file__
 import sparsetrain.kernels.mask_search.reference, sparsetrain.callbacks, sparsetrain.methods
-from sparsetrain.recipes.cli.main import main, recipe_files
+from sparsetrain.recipes.cli.main import main
+from sparsetrain.recipes.cli.recipe_files import recipe_files
 assert len(recipe_files()) >= 3
 assert Path(sparsetrain.__file__).with_name("py.typed").exists()
 raise SystemExit(main(["recipes"]))

@@ -6,7 +6,8 @@ import pytest
 import torch
 import yaml
 
-from sparsetrain.recipes.cli.main import find_recipe, main, recipe_files
+from sparsetrain.recipes.cli.main import main
+from sparsetrain.recipes.cli.recipe_files import find_recipe, recipe_files
 
 TINY = [
     "--model.width=32", "--model.depth=1", "--model.heads=2", "--model.context=16", "--data.context=16",

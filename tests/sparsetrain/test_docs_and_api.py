@@ -1,6 +1,5 @@
 import doctest
 import importlib
-import pkgutil
 import re
 import subprocess
 import sys
@@ -73,14 +72,6 @@ def test_links_in_the_documents_point_to_files() -> None:
     ]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
-
-
-def test_no_submodule_is_forgotten() -> None:
-    assert {module.name for module in pkgutil.iter_modules(sparsetrain.__path__)} >= {
-        "masks",
-        "training",
-        "kernels",
-    } - {"kernels"}
 
 
 def test_a_missing_extra_is_one_sentence_with_the_command() -> None:

@@ -72,26 +72,17 @@ def test_one_shot_equals_an_independent_computation() -> None:
     st.SparseTraining(model, optimizer, asp_one_shot(prune_at=4), total_steps=12, verbose=False)
     train(model, optimizer, 12)
     train(reference, plain, 4)
-    masks = {
-        w: torch.from_numpy(brute_force_mask(w.detach().abs().double().numpy()))
-        for w in (reference[0].weight, reference[2].weight)
-    }
-    for step in range(4, 12):
-        with torch.no_grad():
-            for weight, mask in masks.items():
-                weight *= mask
-                if step == 4:
-                    for key in ("exp_avg", "exp_avg_sq"):
-                        plain.state[weight][key] *= mask
-        for weight, mask in masks.items():
-            handle = weight.register_hook(lambda g, mask=mask: g * mask)
-            masks[weight] = mask
-            weight._handle = handle  # type: ignore[attr-defined]
-        train(reference, plain, 1, start=step)
-        for weight in masks:
-            weight._handle.remove()  # type: ignore[attr-defined]
-    for weight, mask in masks.items():
+    weights = [reference[0].weight, reference[2].weight]
+    masks = [torch.from_numpy(brute_force_mask(w.detach().abs().double().numpy())) for w in weights]
+    for weight, mask in zip(weights, masks, strict=True):
         weight.data *= mask
+        plain.state[weight]["exp_avg"] *= mask
+        plain.state[weight]["exp_avg_sq"] *= mask
+        weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+    for step in range(4, 12):
+        train(reference, plain, 1, start=step)
+        for weight, mask in zip(weights, masks, strict=True):
+            weight.data *= mask
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
