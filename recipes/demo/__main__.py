@@ -57,7 +57,7 @@ def _options() -> argparse.Namespace:
         description="Train one small byte-level GPT three ways on Python source code: dense; sparse from scratch; "
         "dense, pruned once, retrained. Uses a GPU if there is one.",
     )
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument("--width", type=int, default=128, help="of the model (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=4, help="blocks of the model (default: %(default)s)")
     parser.add_argument("--context", type=int, default=128, help="bytes of a block (default: %(default)s)")

@@ -25,6 +25,7 @@ class GPT(nn.Module):
         hidden: Size of the MLP's hidden layer; None is 4·width for GELU and, for SwiGLU, 8/3·width
             rounded up to a multiple of 32.
         tied: Share the head's weight with the token embedding.
+        dropout: Share of attention weights and of each branch's output that is zeroed while training.
 
     Raises:
         ValueError: If a size does not fit.
@@ -46,6 +47,7 @@ class GPT(nn.Module):
         mlp: Literal["swiglu", "gelu"] = "swiglu",
         hidden: int | None = None,
         tied: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if width % (2 * heads):
@@ -56,12 +58,15 @@ class GPT(nn.Module):
             raise ValueError(f"positions is {positions!r}: it must be 'rope' or 'learned'.")
         if mlp not in ("swiglu", "gelu"):
             raise ValueError(f"mlp is {mlp!r}: it must be 'swiglu' or 'gelu'.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1.")
         hidden = hidden or (4 * width if mlp == "gelu" else 32 * math.ceil(width * 8 / 3 / 32))
         self.context = context
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width) if positions == "learned" else None
         self.blocks = nn.ModuleList(
-            Block(width, heads, hidden, gated=mlp == "swiglu", rotary=positions == "rope") for _ in range(depth)
+            Block(width, heads, hidden, gated=mlp == "swiglu", rotary=positions == "rope", dropout=dropout)
+            for _ in range(depth)
         )
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
@@ -95,27 +100,29 @@ class GPT(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream ``[batch, time, width]``."""
 
-    def __init__(self, width: int, heads: int, hidden: int, gated: bool, rotary: bool) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, gated: bool, rotary: bool, dropout: float = 0.0) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
-        self.attention = Attention(width, heads, rotary)
+        self.attention = Attention(width, heads, rotary, dropout)
         self.mlp_norm = nn.RMSNorm(width)
         self.mlp = MLP(width, hidden, gated)
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the residual stream after the block."""
-        x = x + self.attention(self.attention_norm(x))
-        x = x + self.mlp(self.mlp_norm(x))
+        x = x + F.dropout(self.attention(self.attention_norm(x)), self.dropout, self.training)
+        x = x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
         return x
 
 
 class Attention(nn.Module):
     """Causal self-attention."""
 
-    def __init__(self, width: int, heads: int, rotary: bool) -> None:
+    def __init__(self, width: int, heads: int, rotary: bool, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
         self.rotary = rotary
+        self.dropout = dropout
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
@@ -124,7 +131,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [batch, heads, time, size]
         if self.rotary:
             q, k = rotate(q), rotate(k)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         mixed: Tensor = self.out(y.transpose(1, 2).flatten(-2))
         return mixed
 

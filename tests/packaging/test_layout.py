@@ -10,13 +10,13 @@ FLOORS = ("kernels", "callbacks", "recipes")
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def folders_with_python() -> set[str]:
+def folders_to_ship() -> set[str]:
     found = set()
     for floor in ("sparsetrain", *FLOORS):
         prefix = "sparsetrain" if floor == "sparsetrain" else f"sparsetrain.{floor}"
-        for path in (ROOT / floor).rglob("*.py"):
+        for path in (ROOT / floor).rglob("*"):
             parts = path.parent.relative_to(ROOT / floor).parts
-            if not (floor == "sparsetrain" and parts and parts[0] in FLOORS):
+            if path.suffix in (".py", ".yaml") and not (floor == "sparsetrain" and parts and parts[0] in FLOORS):
                 found.add(".".join([prefix, *parts]))
     return found | {"sparsetrain.kernels"}
 
@@ -33,39 +33,81 @@ def test_kernels_never_shadows_the_hub_package_of_that_name() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_every_folder_with_python_is_shipped() -> None:
+def test_every_folder_with_python_or_yaml_is_shipped() -> None:
     setuptools = SETTINGS["tool"]["setuptools"]
-    assert set(setuptools["packages"]) == folders_with_python()
+    assert set(setuptools["packages"]) == folders_to_ship()
     assert setuptools["package-dir"] == {
         "sparsetrain": "sparsetrain",
         **{f"sparsetrain.{floor}": floor for floor in FLOORS},
     }
 
 
-ABOVE = {
-    "kernels": {"lightning", "callbacks", "recipes", "wandb", "datasets", "sparsetrain"},
-    "sparsetrain": {"lightning", "datasets", "wandb", "callbacks", "recipes"},
-    "callbacks": {"recipes", "datasets"},
-}
+BOTTOM_UP = ("kernels", "sparsetrain", "callbacks", "recipes")
+HEAVY = {"lightning", "lightning_fabric", "pytorch_lightning", "datasets", "wandb"}
+FORBIDDEN = {"kernels": HEAVY, "sparsetrain": HEAVY, "callbacks": {"datasets"}, "recipes": set[str]()}
 
 
-@pytest.mark.parametrize("floor", ABOVE)
+def imports(source: str, package: str) -> list[tuple[str, bool]]:
+    """Return every imported name in full, and whether the import was relative; ``package`` holds the module."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, False) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            module = [*base, *([node.module] if node.module else [])]
+            found += [(".".join([*module, alias.name]), node.level > 0) for alias in node.names]
+    return found
+
+
+def floor_of(name: str) -> str:
+    second = [*name.split("."), ""][1]
+    return second if second in FLOORS else "sparsetrain"
+
+
+def complaint(name: str, relative: bool, floor: str) -> str | None:
+    """Return what is wrong with an import in a module of ``floor``, or None."""
+    top = name.split(".")[0]
+    if top != "sparsetrain":
+        if floor == "kernels" and top not in {"torch", "triton"} | sys.stdlib_module_names:
+            return f"{floor} imports {name}: only torch, triton and the standard library are allowed"
+        return f"{floor} imports {name}" if top in FORBIDDEN[floor] else None
+    if BOTTOM_UP.index(floor_of(name)) > BOTTOM_UP.index(floor):
+        return f"{floor} imports {name}, which is a floor above"
+    if floor_of(name) == floor and not relative:
+        return f"{floor} imports {name} of its own floor absolutely: use a relative import"
+    return None
+
+
+@pytest.mark.parametrize("floor", BOTTOM_UP)
 def test_a_floor_imports_floors_below_alone(floor: str) -> None:
+    prefix = "sparsetrain" if floor == "sparsetrain" else f"sparsetrain.{floor}"
     for path in (ROOT / floor).rglob("*.py"):
-        if floor == "sparsetrain" and path.relative_to(ROOT / floor).parts[0] in FLOORS:
+        parts = path.parent.relative_to(ROOT / floor).parts
+        if floor == "sparsetrain" and parts and parts[0] in FLOORS:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            modules = []
-            if isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                modules = [node.module or ""]
-            for module in modules:
-                parts = module.split(".")
-                names = {parts[0]} | ({parts[1]} if parts[0] == "sparsetrain" and len(parts) > 1 else set())
-                assert not names & ABOVE[floor], f"{path.relative_to(ROOT)} imports {module}"
-                if floor == "kernels":
-                    assert parts[0] in {"torch", "triton"} | sys.stdlib_module_names, f"{path.name} imports {module}"
+        for name, relative in imports(path.read_text(), ".".join([prefix, *parts])):
+            wrong = complaint(name, relative, floor)
+            assert wrong is None, f"{path.relative_to(ROOT)}: {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("line", "package"),
+    [
+        ("from .callbacks import SparseTrainingCallback", "sparsetrain"),
+        ("from sparsetrain import recipes", "sparsetrain"),
+        ("from ..recipes.gpt import GPTModule", "sparsetrain.callbacks"),
+        ("from ...masks import nm_mask", "sparsetrain.kernels.tile_codes"),
+        ("import sparsetrain", "sparsetrain.kernels.tile_codes"),
+        ("import numpy", "sparsetrain.kernels.tile_codes"),
+        ("import lightning.pytorch", "sparsetrain"),
+        ("from sparsetrain.recipes.gpt import GPTModule", "sparsetrain.recipes.demo"),
+    ],
+)
+def test_an_import_of_a_floor_above_is_noticed(line: str, package: str) -> None:
+    ((name, relative),) = imports(line, package)
+    assert complaint(name, relative, floor_of(package))
 
 
 def test_no_file_is_longer_than_600_lines() -> None:
@@ -75,5 +117,7 @@ def test_no_file_is_longer_than_600_lines() -> None:
 
 
 def test_the_commands_are_executable() -> None:
-    for name in ("scripts/demo", "scripts/test", "scripts/bench", ".ci/run"):
-        assert (ROOT / name).stat().st_mode & 0o111, name
+    scripts = [path for path in (ROOT / "scripts").iterdir() if path.is_file() and path.read_text().startswith("#!")]
+    assert {path.name for path in scripts} >= {"bench", "demo", "test"}
+    for path in [*scripts, ROOT / ".ci" / "run"]:
+        assert path.stat().st_mode & 0o111, path.name

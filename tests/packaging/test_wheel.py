@@ -8,19 +8,27 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = """
-import sys
+import runpy, sys
 from pathlib import Path
 target, site = sys.argv[1:]
-sys.path[:] = [target, *[p for p in sys.path if p and "site-packages" not in p], site]
+# an editable installation must not lend what the build forgot
+sys.path[:] = [target, *[p for p in sys.path if p and "site-packages" not in p and "__editable__" not in p], site]
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
 import sparsetrain
-assert Path(sparsetrain.__file__).is_relative_to(target), sparsetrain.__file__
-import sparsetrain.kernels.mask_search.reference, sparsetrain.callbacks, sparsetrain.methods
+import sparsetrain.kernels.mask_search.reference, sparsetrain.callbacks, sparsetrain.methods, sparsetrain.recipes
 from sparsetrain.recipes.cli.main import main
 from sparsetrain.recipes.cli.recipe_files import recipe_files
+for name, module in list(sys.modules.items()):
+    if name.split(".")[0] == "sparsetrain":
+        places = getattr(module, "__path__", [module.__file__])
+        assert all(Path(place).is_relative_to(target) for place in places), (name, list(places))
 assert len(recipe_files()) >= 3
-assert Path(sparsetrain.__file__).with_name("py.typed").exists()
-raise SystemExit(main(["recipes"]))
+package = Path(sparsetrain.__file__).parent
+assert (package / "py.typed").exists()
+assert (package / "kernels" / "mask_search" / "README.md").exists()
+assert main(["recipes"]) == 0
+sys.argv = ["sparsetrain", "--help"]
+runpy.run_path(f"{target}/bin/sparsetrain", run_name="__main__")
 """
 
 
@@ -44,3 +52,4 @@ def test_a_build_installed_elsewhere_imports(kind: str, sources: Path, tmp_path:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "gpt_from_scratch.yaml" in done.stdout
+    assert "usage: sparsetrain" in done.stdout

@@ -1,0 +1,30 @@
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "lightning", "triton", "datasets", "wandb", "matplotlib")
+CHECK = """
+import sys
+try:
+    {code}
+except SystemExit as stop:
+    assert not stop.code, stop.code
+loaded = sorted(set({heavy}) & set(sys.modules))
+assert not loaded, loaded
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sparsetrain",
+        "from sparsetrain.recipes.cli.main import main; main(['--help'])",
+        "from sparsetrain.recipes.cli.main import main; main(['--version'])",
+        "from sparsetrain.recipes.cli.main import main; main(['recipes'])",
+    ],
+)
+def test_starting_up_imports_nothing_heavy(code: str) -> None:
+    check = CHECK.format(code=code, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
