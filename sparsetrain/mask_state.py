@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .criteria import Criterion
+from .criteria import Criterion, Magnitude
 from .distributed import require_equal_codes
+from .kernels.mask_search.operator import search_tiles_
+from .kernels.statistics.operator import tile_statistics
 from .kernels.tile_codes.reference import unpack_codes
 from .linear import SparseLinear
-from .metrics import magnitude_sums
-from .patterns import Pattern
-from .tiles import count_flips
+from .patterns import TRANSPOSABLE, Pattern
 
 MAX_AGE = 255
 
@@ -62,21 +62,54 @@ class MaskState:
             RuntimeError: If data-parallel ranks found different masks.
         """
         start = time.perf_counter()
-        flips = {}
-        for name, layer in self.layers.items():
-            new = self.pattern.search(self.criterion.scores(layer.weight, layer=name, clock=clock))
-            if self.exists:
-                flips[name] = count_flips(layer.mask_codes, new)
-                if name in self.ages:
-                    age = self.ages[name] = self.ages[name].to(new.device)  # the model may have moved
-                    age.add_(age < MAX_AGE).masked_fill_(unpack_codes(layer.mask_codes ^ new), 0)
-            layer.set_codes_(new)
+        old = {name: codes.clone() for name, codes in self.codes.items()} if self.exists else {}
+        new = self._search(clock)
+        for name, codes in new.items():
+            if name in old and name in self.ages:
+                age = self.ages[name] = self.ages[name].to(codes.device)  # the model may have moved
+                age.add_(age < MAX_AGE).masked_fill_(unpack_codes(old[name] ^ codes), 0)
+            self.layers[name].set_codes_(codes)
+        statistics = self._statistics(old)
         if self.exists:
+            flips = {name: row[5] for name, row in statistics.items()}
             self.flips, self.virtual_flips = (self.flips, flips) if virtual else (flips, self.virtual_flips)
         self.exists = True
-        self.sums_at_refresh = torch.stack([sums.cpu() for sums in self.magnitude_sums().values()]).sum(0)
+        rows = list(statistics.values())
+        self.sums_at_refresh = torch.stack([row.to(rows[0].device) for row in rows]).sum(0)[:5]
         self.refresh_ms = 1e3 * (time.perf_counter() - start)
         require_equal_codes(self.codes)
+
+    def _search(self, clock: int) -> dict[str, Tensor]:
+        if self.pattern is TRANSPOSABLE and type(self.criterion) is Magnitude:
+            found: dict[str, Tensor] = {}
+            for names in self._by_device():  # all of a device in one call, so that equal layouts share a launch
+                codes = [torch.empty_like(self.layers[name].mask_codes) for name in names]
+                search_tiles_([self.layers[name].weight.detach() for name in names], codes, magnitude=True)
+                found.update(zip(names, codes, strict=True))
+            return {name: found[name] for name in self.layers}
+        return {
+            name: self.pattern.search(self.criterion.scores(layer.weight, layer=name, clock=clock))
+            for name, layer in self.layers.items()
+        }
+
+    def _statistics(self, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the six numbers of ``tile_statistics`` for every layer, on its device."""
+        found: dict[str, Tensor] = {}
+        for names in self._by_device():
+            layers = [self.layers[name] for name in names]
+            rows = tile_statistics(
+                [layer.weight.detach() for layer in layers],
+                [layer.mask_codes for layer in layers],
+                [previous[name] for name in names] if previous else [],
+            )
+            found.update(zip(names, rows, strict=True))
+        return {name: found[name] for name in self.layers}
+
+    def _by_device(self) -> list[list[str]]:
+        devices: dict[torch.device, list[str]] = {}
+        for name, layer in self.layers.items():
+            devices.setdefault(layer.weight.device, []).append(name)
+        return list(devices.values())
 
     def flip_rate(self, layer: str | None = None, virtual: bool = False) -> float | None:
         """Return the last refresh's flips as a fraction of the entries, of one layer or of all; None before one."""
@@ -94,7 +127,7 @@ class MaskState:
 
     def magnitude_sums(self) -> dict[str, Tensor]:
         """Return the five sums of :func:`sparsetrain.metrics.magnitude_sums` for every layer."""
-        return {name: magnitude_sums(layer.weight, layer.mask) for name, layer in self.layers.items()}
+        return {name: row[:5] for name, row in self._statistics({}).items()}
 
     def age_mean(self) -> float | None:
         """Return the mean number of refreshes since an entry last flipped, or None if ages are not tracked."""

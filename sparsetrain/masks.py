@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .kernels.mask_search.reference import search_row_wise, search_transposable
-from .kernels.tile_codes.reference import unpack_codes
+from .kernels.mask_search.operator import search_tiles, search_tiles_with_mask
+from .kernels.mask_search.reference import search_row_wise
 from .tiles import _require_dtype, require_tiles
 
 
@@ -26,12 +26,8 @@ def transposable_codes(scores: Tensor) -> Tensor:
         >>> transposable_codes(torch.rand(8, 16)).shape
         torch.Size([2, 4])
     """
-    _require_floating(scores)
-    require_tiles("scores", scores.shape)
-    *batch, rows, columns = scores.shape
-    if scores.numel() == 0:
-        return torch.empty(*batch, rows // 4, columns // 4, dtype=torch.int16, device=scores.device)
-    return search_transposable(scores.reshape(-1, columns)).view(*batch, rows // 4, columns // 4)
+    codes: Tensor = search_tiles(_as_matrix(scores))
+    return codes.view(*scores.shape[:-2], scores.shape[-2] // 4, scores.shape[-1] // 4)
 
 
 def transposable_mask(scores: Tensor) -> Tensor:
@@ -61,7 +57,8 @@ def transposable_mask(scores: Tensor) -> Tensor:
     Source: the complementary-pair identity; derivation in ``kernels/mask_search/README.md``. The pattern is from
     Hubara et al., "Accelerated Sparse Neural Training", arXiv 2102.08124.
     """
-    return unpack_codes(transposable_codes(scores))
+    mask: Tensor = search_tiles_with_mask(_as_matrix(scores))[1]
+    return mask.view(scores.shape)
 
 
 def nm_mask(scores: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tensor:
@@ -134,6 +131,12 @@ def is_nm(mask: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> bool:
     _require_dtype("mask", mask, torch.bool)
     _require_nm("mask", mask, n, m, dim)
     return _exactly(mask, n, m, dim)
+
+
+def _as_matrix(scores: Tensor) -> Tensor:
+    _require_floating(scores)
+    require_tiles("scores", scores.shape)
+    return scores.detach().reshape(scores.shape[:-1].numel(), scores.shape[-1])  # explicit: there may be no columns
 
 
 def _exactly(mask: Tensor, n: int, m: int, dim: int) -> bool:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .criteria import resolve_criterion
 from .gradient_rules import resolve_gradient_rule
-from .kernels.masked_update.reference import add_masked_decay_, apply_mask_
+from .kernels.masked_update.operator import add_masked_decays_, apply_masks_
 from .linear import PhaseKind, to_dense_
 from .lr_restart import LRRestart
 from .mask_state import MaskState
@@ -277,15 +277,18 @@ class SparseTraining:
             self._lr_restart.restart()
         if self.phase == "dense" or (self.phase == "sparse" and not self.method.decay):
             return
-        decay = self.method.decay if scale is None else self.method.decay * scale
-        for name, weight in self._weights.items():
-            if weight.grad is None or id(weight) not in self._owned[id(optimizer)]:
-                continue
-            codes = self.masks.layers[name].mask_codes
+        masks_gradient = resolve_gradient_rule(self.method.frozen_gradient).pruned == 0
+        for device, weights in self._weights_by_device(self._owned[id(optimizer)]).items():
+            gradients = [weight.grad.detach() for weight in weights.values() if weight.grad is not None]
+            weights = {name: weight for name, weight in weights.items() if weight.grad is not None}
+            codes = [self.masks.layers[name].mask_codes for name in weights]
             if self.phase == "sparse":
-                add_masked_decay_(weight.grad, weight.detach(), codes, decay)
-            elif resolve_gradient_rule(self.method.frozen_gradient).pruned == 0:
-                apply_mask_(weight.grad, codes)
+                # a number is written on the device, never read from it
+                decay = torch.full((), self.method.decay, dtype=torch.float64, device=device)
+                decay = decay if scale is None else decay * scale.to(device)
+                add_masked_decays_(gradients, [weight.detach() for weight in weights.values()], codes, decay)
+            elif masks_gradient:
+                apply_masks_(gradients, codes)
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh."""
@@ -321,5 +324,13 @@ class SparseTraining:
             layer.phase, layer.gradient = kind, rule
 
     def _apply_masks(self) -> None:
+        for weights in self._weights_by_device().values():
+            codes = [self.masks.layers[name].mask_codes for name in weights]
+            apply_masks_([weight.data for weight in weights.values()], codes)
+
+    def _weights_by_device(self, owned: set[int] | None = None) -> dict[torch.device, dict[str, Tensor]]:
+        devices: dict[torch.device, dict[str, Tensor]] = {}
         for name, weight in self._weights.items():
-            apply_mask_(weight.data, self.masks.layers[name].mask_codes)
+            if owned is None or id(weight) in owned:
+                devices.setdefault(weight.device, {})[name] = weight
+        return devices

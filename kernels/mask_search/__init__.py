@@ -1,5 +1,9 @@
 """Mask search: scores in, tile codes or row-wise masks out."""
 
+from .operator import search_tiles, search_tiles_, search_tiles_with_mask
 from .reference import NONFINITE_KEY, ranking_keys, search_row_wise, search_transposable
 
-__all__ = ["NONFINITE_KEY", "ranking_keys", "search_row_wise", "search_transposable"]
+__all__ = [
+    "NONFINITE_KEY", "ranking_keys", "search_row_wise", "search_tiles", "search_tiles_", "search_tiles_with_mask",
+    "search_transposable",
+]  # fmt: skip

@@ -11,8 +11,18 @@ NONFINITE_KEY = 2.0**100
 PAIRINGS = (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2)))
 """The three ways to split four rows into two pairs; the first row of a pair is its leader."""
 
+# A code is c - n0*a - n1*b for the leaders' nibbles n0 and n1, as n << x | (15 - n) << y is (15 << y) - n*((1 << y) -
+# (1 << x)). One row of (a, b, c) for each pairing.
+_CODE_TERMS = tuple(
+    (
+        *((1 << 4 * partner) - (1 << 4 * leader) for leader, partner in pairs),
+        sum(15 << 4 * partner for _, partner in pairs),
+    )
+    for pairs in PAIRINGS
+)
+
 # A chunk's planes should stay in the second-level cache of a CPU; a GPU only needs its memory bounded.
-_TILES_PER_CHUNK = {"cpu": 1 << 15, "cuda": 1 << 22}
+_TILES_PER_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 def ranking_keys(scores: Tensor) -> Tensor:
@@ -116,22 +126,36 @@ class _Workspace:
         def planes(*count: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.empty(*count, rows, columns, dtype=kind, device=device)
 
-        self.keys = planes(4, 4)  # [row, column]
-        self.sums = planes(4, 2)  # [row, half]: both columns of a half
+        self.limit = torch.tensor(NONFINITE_KEY, dtype=dtype).view(self.bits).item()
+        # what a later stage writes shares memory with what it no longer needs: less to keep in the caches
+        first, last = planes(24), planes(18)
+        self.keys = torch.unflatten(first[:16], 0, (4, 4))  # [row, column]
+        self.sums = torch.unflatten(first[16:], 0, (4, 2))  # [row, half]: both columns of a half
         self.contrasts = planes(3, 4)  # [contrast, row]: half against half, left column against right of either half
-        self.differences = planes(3, 6)  # [contrast, pair]; pairs 01 02 03 | 23 13 12
-        self.magnitudes = planes(3, 6)
-        self.totals = planes(3)  # [pairing]
-        self.best_total = planes()
-        self.second, self.third = planes(kind=self.bits), planes(kind=self.bits)  # masks: that pairing is better
-        self.leaders, self.scratch = planes(3, 2, kind=self.bits), planes(3, 2, kind=self.bits)  # [contrast, pair]
+        self.differences = torch.unflatten(last, 0, (3, 6))  # [contrast, pair]; pairs 01 02 03 | 23 13 12
+        self.magnitudes = torch.unflatten(first[:18], 0, (3, 6))
+        self.totals = first[18:21]  # [pairing]
+        self.best_total = first[21]
+        chosen = self.contrasts.view(self.bits)
+        self.second, self.third = chosen[0, 0], chosen[0, 1]  # masks: that pairing is better
+        self.leaders = torch.unflatten(chosen.flatten(0, 1)[2:8], 0, (3, 2))  # [contrast, pair]
+        self.scratch = torch.unflatten(first[:6].view(self.bits), 0, (3, 2))
+        self.factors, self.spare = last[:3].view(self.bits), last[3:6].view(self.bits)
+        self.by_pairing = [torch.tensor(row, dtype=self.bits, device=device).view(3, 1, 1) for row in _CODE_TERMS]
 
     def search(self, tiles: Tensor) -> Tensor:
         """Return integer codes ``[rows, columns]`` for tiles ``[rows, 4, columns, 4]``."""
-        _clamp_(self.keys.copy_(tiles.permute(1, 3, 0, 2)))
+        self.keys.copy_(tiles.permute(1, 3, 0, 2))
+        if self.keys.device.type != "cpu" or not self._are_plain_magnitudes():
+            _clamp_(self.keys)
         self._contrast_rows()
         self._choose_pairing()
         return self._assemble(self._leader_nibbles())
+
+    def _are_plain_magnitudes(self) -> bool:
+        """Whether no key is negative, -0, NaN or above the limit: then clamping changes nothing."""
+        low, high = self.keys.view(self.bits).aminmax()
+        return bool(low.item() >= 0 and high.item() <= self.limit)
 
     def _contrast_rows(self) -> None:
         """Fill the differences of every pair of rows in the three contrasts."""
@@ -164,29 +188,19 @@ class _Workspace:
         _, left, right = torch.abs(signs.view(self.keys.dtype), out=magnitudes.view(self.keys.dtype))
         left.add_(right)
         signs.bitwise_right_shift_(self.sign)
-        split = magnitudes[0].sub_(magnitudes[1]).bitwise_right_shift_(self.sign)  # one column of each half is better
-        nibbles = signs[0].bitwise_and_(0b1111).bitwise_xor_(0b0011)
-        one_of_each = signs[1].bitwise_and_(0b0011).bitwise_xor_(signs[2].bitwise_and_(0b1100)).bitwise_xor_(0b0101)
-        return _select_(nibbles, one_of_each, split, magnitudes[2])
+        split: Tensor = magnitudes.view(self.keys.dtype)[0].sub_(left).view(self.bits).bitwise_right_shift_(self.sign)
+        # 0011 or 1100 for a half; 0101 with the columns of a half exchanged where the right one is better
+        whole: Tensor = signs[0].bitwise_and_(0b1111)
+        each = signs[1].bitwise_and_(0b0011).bitwise_or_(signs[2].bitwise_and_(0b1100)).bitwise_xor_(0b0110)
+        return whole.bitwise_xor_(each.bitwise_xor_(whole).bitwise_and_(split)).bitwise_xor_(0b0011)
 
     def _assemble(self, nibbles: Tensor) -> Tensor:
         """Return the codes: a leader's nibble n and its partner's 15 - n, at the bits of their rows."""
-        # n << a | (15 - n) << b is (15 << b) - n * ((1 << b) - (1 << a))
-        factors, spare = self.scratch[0], self.scratch[1, 0]
-        for leader in range(2):
-            steps = [(1 << 4 * pairs[leader][1]) - (1 << 4 * pairs[leader][0]) for pairs in PAIRINGS]
-            self._by_pairing(steps, factors[leader], spare)
-        codes = self._by_pairing(
-            [sum(15 << 4 * partner for _, partner in pairs) for pairs in PAIRINGS], spare, self.scratch[2, 0]
-        )
-        return codes.sub_(nibbles[0].mul_(factors[0])).sub_(nibbles[1].mul_(factors[1]))
-
-    def _by_pairing(self, values: list[int], out: Tensor, spare: Tensor) -> Tensor:
-        """Write the value of the chosen pairing into ``out``."""
-        first, second, third = values
-        torch.bitwise_and(self.second, first ^ second, out=out).bitwise_xor_(first)
-        torch.bitwise_xor(out, third, out=spare)
-        return out.bitwise_xor_(spare.bitwise_and_(self.third))
+        first, second, third = self.by_pairing
+        terms = torch.bitwise_and(self.second, first ^ second, out=self.factors).bitwise_xor_(first)
+        _select_(terms, third, self.third, self.spare)
+        codes = terms[2].sub_(nibbles[0].mul_(terms[0]))
+        return codes.sub_(nibbles[1].mul_(terms[1]))
 
 
 def _select_(old: Tensor, new: Tensor, take_new: Tensor, spare: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
-"""Masked decay and re-masking in plain torch."""
+"""Masked decay and re-masking in plain torch, in place, without a mask in memory."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..tile_codes.reference import unpack_codes
+
+_TILES_PER_CHUNK = {"cpu": 1 << 16}
 
 
 @torch.no_grad()
@@ -21,7 +25,9 @@ def add_masked_decay_(gradient: Tensor, weight: Tensor, codes: Tensor, decay: fl
         >>> add_masked_decay_(torch.zeros(4, 4), weight, codes, 0.5).sum(dim=1).tolist()
         [0.0, 2.0, 2.0, 2.0]
     """
-    return gradient.add_(weight.masked_fill(unpack_codes(codes), 0) * decay)
+    for rows, kept in _masks(codes):
+        gradient[rows].add_(weight[rows].masked_fill(kept, 0).mul_(decay))
+    return gradient
 
 
 @torch.no_grad()
@@ -32,4 +38,13 @@ def apply_mask_(tensor: Tensor, codes: Tensor) -> Tensor:
         >>> apply_mask_(torch.ones(4, 4), torch.full((1, 1), 0x000F, dtype=torch.int16)).sum().item()
         4.0
     """
-    return tensor.masked_fill_(~unpack_codes(codes), 0)
+    for rows, kept in _masks(codes):
+        tensor[rows].masked_fill_(kept.logical_not_(), 0)
+    return tensor
+
+
+def _masks(codes: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the mask in pieces of whole rows: bounded memory, and quick while it is in the caches."""
+    step = max(1, _TILES_PER_CHUNK.get(codes.device.type, 1 << 22) // max(1, codes.shape[1]))
+    for top in range(0, codes.shape[0], step):
+        yield slice(4 * top, 4 * (top + step)), unpack_codes(codes[top : top + step])

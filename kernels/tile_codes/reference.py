@@ -5,6 +5,7 @@ from torch import Tensor
 
 _SPREAD = 0x00204081  # multiplying a nibble by it puts bit b at bit 8b
 _BYTES = 0x01010101
+_TILES_PER_CHUNK = {"cpu": 1 << 16}  # whose rows stay in the caches
 
 
 @torch.no_grad()
@@ -33,9 +34,18 @@ def unpack_codes(codes: Tensor) -> Tensor:
         [True, False, False, False]
     """
     *batch, tile_rows, tile_columns = codes.shape
-    wide = codes.to(torch.int32)
-    rows = torch.stack([(wide >> 4 * row & 0xF) * _SPREAD & _BYTES for row in range(4)], dim=-2)
-    return rows.view(torch.bool).reshape(*batch, tile_rows * 4, tile_columns * 4)
+    mask = torch.empty(*batch, tile_rows * 4, tile_columns * 4, dtype=torch.bool, device=codes.device)
+    if mask.numel() == 0:
+        return mask
+    rows = mask.view(torch.int32).view(-1, 4, tile_columns)  # the four bytes of a tile's row
+    tiles = codes.reshape(-1, 1, tile_columns)
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=codes.device).view(4, 1)
+    step = max(1, _TILES_PER_CHUNK.get(codes.device.type, 1 << 24) // tile_columns)
+    for top in range(0, tiles.shape[0], step):
+        part = rows[top : top + step]
+        torch.bitwise_right_shift(tiles[top : top + step].to(torch.int32), shifts, out=part)
+        part.bitwise_and_(0xF).mul_(_SPREAD).bitwise_and_(_BYTES)
+    return mask
 
 
 @torch.no_grad()

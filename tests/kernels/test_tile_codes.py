@@ -1,6 +1,5 @@
 import torch
 
-from sparsetrain.kernels.masked_update.reference import add_masked_decay_, apply_mask_
 from sparsetrain.kernels.tile_codes.reference import count_bits, pack_codes, transpose_codes, unpack_codes
 
 
@@ -34,17 +33,3 @@ def test_batches_are_packed_matrix_by_matrix() -> None:
     assert tuple(codes.shape) == (2, 3, 2, 3)
     assert torch.equal(codes[1, 2], pack_codes(mask[1, 2]))
     assert torch.equal(unpack_codes(codes), mask)
-
-
-def test_masked_decay_touches_pruned_entries_alone() -> None:
-    weight, gradient, mask = torch.randn(8, 12), torch.randn(8, 12), torch.rand(8, 12) < 0.5
-    expected = gradient + 0.3 * torch.where(mask, torch.zeros(()), weight)
-    result = add_masked_decay_(gradient, weight, pack_codes(mask), 0.3)
-    assert result is gradient
-    torch.testing.assert_close(gradient, expected)
-
-
-def test_applying_a_mask_removes_non_finite_values_too() -> None:
-    tensor, mask = torch.full((4, 4), float("nan")), torch.eye(4, dtype=torch.bool)
-    tensor[mask] = 2.0
-    assert torch.equal(apply_mask_(tensor, pack_codes(mask)), 2 * torch.eye(4))

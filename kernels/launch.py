@@ -1,0 +1,88 @@
+"""Launching one kernel over many tensors: groups of equal layout, and their places relative to the first."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16  # elements; lets the compiler use the widest loads
+
+
+def groups_of_equal_layout(*columns: Sequence[Tensor]) -> list[list[int]]:
+    """Return the positions whose tensors have the same shapes, strides, dtypes and devices, column by column.
+
+    Args:
+        columns: Lists of equal length; entry i of each belongs together.
+
+    Returns:
+        Lists of positions, in the order in which a layout first appears.
+
+    Example:
+        >>> groups_of_equal_layout([torch.zeros(4), torch.zeros(8), torch.ones(4)])
+        [[0, 2], [1]]
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for position, entry in enumerate(zip(*columns, strict=True)):
+        layout = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in entry)
+        groups.setdefault(layout, []).append(position)
+    return list(groups.values())
+
+
+def members(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the first of several tensors of one dtype and device, and where each begins, counted from it.
+
+    A kernel reaches all of them from one typed pointer. The table of offsets is kept, so that launches on the same
+    memory copy nothing to the device and can be captured in a CUDA graph.
+
+    Returns:
+        The first tensor, and int64 ``[tensors]`` offsets in elements on its device.
+
+    Example:
+        >>> base = torch.zeros(10)
+        >>> members([base, base[3:]])[1].tolist()
+        [0, 3]
+    """
+    return tensors[0], _table(tuple(_offsets(tensors)), tensors[0].device)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which kernels are launched on the tensor's device.
+
+    Example:
+        >>> with on_device_of(torch.zeros(1)):
+        ...     pass
+    """
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def interpreted() -> bool:
+    """Say whether kernels run in Triton's interpreter.
+
+    Example:
+        >>> interpreted() in (True, False)
+        True
+    """
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def are_aligned(*columns: Sequence[Tensor]) -> bool:
+    """Say whether every tensor and its offset from the first of its column is a multiple of ``ALIGNMENT`` elements."""
+    return all(
+        column[0].data_ptr() % 16 == 0 and all(offset % ALIGNMENT == 0 for offset in _offsets(column))
+        for column in columns
+    )
+
+
+def _offsets(tensors: Iterable[Tensor]) -> list[int]:
+    addresses = [(tensor.data_ptr(), tensor.element_size()) for tensor in tensors]
+    first = addresses[0][0]
+    return [(address - first) // size for address, size in addresses]
+
+
+@lru_cache(maxsize=1024)
+def _table(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(offsets, dtype=torch.int64).to(device)

@@ -1,0 +1,120 @@
+"""Masked updates of several tensors as torch operators: Triton on CUDA, the reference elsewhere."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import add_masked_decay_, apply_mask_
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.library.custom_op("sparsetrain::add_masked_decays_", mutates_args={"gradients"})
+def add_masked_decays_(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor
+) -> None:
+    """Add ``decay * (1 - mask) * weight`` to several gradients in place, without a mask in memory.
+
+    Args:
+        gradients: ``[O, I]`` each, any strides; changed in place.
+        weights: The master weights, ``[O, I]`` each.
+        codes: int16 ``[O/4, I/4]`` each, contiguous.
+        decay: λ, one element, on the gradients' device; it is not read on the host.
+
+    Raises:
+        ValueError: If the lists or their entries do not fit; nothing is changed then.
+
+    Example:
+        >>> gradient, codes = torch.zeros(4, 4), torch.full((1, 1), 0x000F, dtype=torch.int16)
+        >>> add_masked_decays_([gradient], [torch.ones(4, 4)], [codes], torch.tensor(0.5))
+        >>> gradient.sum(dim=1).tolist()
+        [0.0, 2.0, 2.0, 2.0]
+
+    Source: Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", arXiv 2404.01847, masked decay on
+    gradients.
+    """
+    _check(codes, gradients=gradients, weights=weights)
+    for gradient, weight, code in zip(gradients, weights, codes, strict=True):
+        add_masked_decay_(gradient, weight, code, decay)
+
+
+@torch.library.custom_op("sparsetrain::apply_masks_", mutates_args={"tensors"})
+def apply_masks_(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
+    """Write zeros into the pruned entries of several tensors in place.
+
+    Args:
+        tensors: ``[O, I]`` each, any dtype and strides; changed in place. What is pruned becomes +0, NaN included.
+        codes: int16 ``[O/4, I/4]`` each, contiguous.
+
+    Raises:
+        ValueError: If the lists or their entries do not fit; nothing is changed then.
+
+    Example:
+        >>> tensor = torch.ones(4, 4)
+        >>> apply_masks_([tensor], [torch.full((1, 1), 0x000F, dtype=torch.int16)])
+        >>> tensor.sum().item()
+        4.0
+    """
+    _check(codes, tensors=tensors)
+    for tensor, code in zip(tensors, codes, strict=True):
+        apply_mask_(tensor, code)
+
+
+@add_masked_decays_.register_fake
+def _(gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor) -> None:
+    _check(codes, gradients=gradients, weights=weights)
+
+
+@apply_masks_.register_fake
+def _(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
+    _check(codes, tensors=tensors)
+
+
+@add_masked_decays_.register_kernel("cuda")
+def _(gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor) -> None:
+    from .triton_kernel import decay_in_place
+
+    _check(codes, gradients=gradients, weights=weights)
+    by_kernel = []
+    for position, pair in enumerate(zip(gradients, weights, strict=True)):
+        if all(_suits_kernel(tensor) for tensor in pair):
+            by_kernel.append(position)
+        else:
+            add_masked_decay_(*pair, codes[position], decay)
+    if by_kernel:
+        changed, sources, masks = ([column[i] for i in by_kernel] for column in (gradients, weights, codes))
+        decay_in_place(changed, sources, masks, decay.to(torch.float32))
+
+
+@apply_masks_.register_kernel("cuda")
+def _(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
+    from .triton_kernel import mask_in_place
+
+    _check(codes, tensors=tensors)
+    by_kernel = [position for position, tensor in enumerate(tensors) if _suits_kernel(tensor)]
+    for position in set(range(len(tensors))) - set(by_kernel):
+        apply_mask_(tensors[position], codes[position])
+    if by_kernel:
+        mask_in_place([tensors[i] for i in by_kernel], [codes[i] for i in by_kernel])
+
+
+def _suits_kernel(tensor: Tensor) -> bool:
+    return tensor.dtype in KERNEL_DTYPES and tensor.stride(1) == 1 and tensor.numel() > 0
+
+
+def _check(codes: Sequence[Tensor], **columns: Sequence[Tensor]) -> None:
+    for name, column in columns.items():
+        if len(column) != len(codes):
+            raise ValueError(f"{name} has {len(column)} tensors but codes has {len(codes)}: pass one codes for each.")
+        for position, (tensor, code) in enumerate(zip(column, codes, strict=True)):
+            if code.dtype != torch.int16 or code.dim() != 2 or not code.is_contiguous():
+                raise ValueError(
+                    f"codes[{position}] is {code.dtype} {tuple(code.shape)}: it must be a contiguous int16 matrix."
+                )
+            shape = (4 * code.shape[0], 4 * code.shape[1])
+            if tuple(tensor.shape) != shape or tensor.device != code.device:
+                raise ValueError(
+                    f"{name}[{position}] is {tuple(tensor.shape)} on {tensor.device}: with codes {tuple(code.shape)} "
+                    f"on {code.device} it must be {shape} on {code.device}."
+                )

@@ -1,0 +1,6 @@
+"""Statistics: weights and masks in, sums over what is kept and pruned out."""
+
+from .operator import tile_statistics
+from .reference import FIELDS, measure
+
+__all__ = ["FIELDS", "measure", "tile_statistics"]

@@ -1,0 +1,182 @@
+"""Packing by the kernel and by the reference against a plain loop, bit for bit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sparsetrain.kernels.mask_search.reference import search_transposable
+from sparsetrain.kernels.pack import operator, reference
+from sparsetrain.kernels.pack.triton_kernel import pack_into
+from sparsetrain.kernels.tile_codes.reference import pack_codes, unpack_codes
+
+SHAPES = [(4, 4), (12, 20), (132, 36), (20, 260)]
+DTYPES = [
+    (torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
+    (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, torch.float32),
+]  # fmt: skip
+
+
+def loop(dense: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and metadata of rows, entry by entry."""
+    rows, columns = dense.shape
+    values = torch.empty(rows, columns // 2, dtype=dense.dtype)
+    meta = np.zeros((rows, -(-columns // 16)), dtype=np.int64)
+    for row in range(rows):
+        for group in range(columns // 4):
+            first, last = mask[row, 4 * group : 4 * group + 4].nonzero().flatten().tolist()
+            values[row, 2 * group] = dense[row, 4 * group + first]
+            values[row, 2 * group + 1] = dense[row, 4 * group + last]
+            meta[row, group // 4] |= (first | last << 2) << 4 * (group % 4)
+    return values, torch.from_numpy(meta.astype(np.uint16).view(np.int16))
+
+
+def weights(kind: str, shape: tuple[int, int]) -> Tensor:
+    if kind == "ties":
+        return torch.randint(-2, 3, shape).float()
+    values = torch.randn(shape)
+    if kind == "nonfinite":
+        for value in (float("nan"), float("inf"), -float("inf"), -0.0, 3e38, 1e-41):
+            values[torch.rand(shape) < 0.05] = value
+    return values
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Bit equality; NaN may have any payload, as a GPU's conversion has its own."""
+    integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(
+        a.view(integer).masked_fill(a.isnan(), 0), b.view(integer).masked_fill(b.isnan(), 0)
+    )
+
+
+def poisoned(weight: Tensor, dtype: torch.dtype, transposed: bool = True) -> list[list[Tensor]]:
+    parts = reference.empty_packed(weight, dtype, transposed)
+    for part in parts:
+        part.view(torch.int16).fill_(0x7B5A)
+    return [[part] for part in parts]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # 3e38 is infinite in float16
+@pytest.mark.parametrize(("source", "target"), DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["gaussian", "ties", "nonfinite"])
+def test_reference_and_kernel_pack_what_a_loop_packs(
+    kind: str, source: torch.dtype, target: torch.dtype, kernel_device: str
+) -> None:
+    torch.manual_seed(0)
+    for shape in SHAPES if kind == "gaussian" else SHAPES[:2]:
+        weight = weights(kind, shape).to(source)
+        codes = search_transposable(weight.abs())
+        mask = unpack_codes(codes)
+        dense = weight.to(target)
+        expected = [*loop(dense, mask), *loop(dense.t(), mask.t())]
+        found = reference.pack(weight, codes, target)
+        assert all(map(same_bits, found, expected)), shape
+        on_device = weight.to(kernel_device)
+        for search in (True, False):
+            packed = poisoned(on_device, target)
+            given = torch.full_like(codes, 0x5A5A).to(kernel_device) if search else codes.to(kernel_device)
+            pack_into([on_device], [given], packed, search)
+            assert torch.equal(given.cpu(), codes), shape
+            assert all(same_bits(part.cpu(), want) for (part,), want in zip(packed, expected, strict=True)), shape
+
+
+def test_one_side_alone_packs_row_wise_masks(kernel_device: str) -> None:
+    weight = torch.randn(12, 84)
+    kept = torch.rand(12, 21, 4).argsort(-1).argsort(-1) < 2
+    mask = kept.view(12, 84)
+    codes = pack_codes(mask)
+    expected = loop(weight, mask)
+    assert all(map(same_bits, reference.pack(weight, codes, torch.float32, transposed=False), expected))
+    packed = poisoned(weight.to(kernel_device), torch.float32, transposed=False)
+    pack_into([weight.to(kernel_device)], [codes.to(kernel_device)], packed, search=False)
+    assert all(same_bits(part.cpu(), want) for (part,), want in zip(packed, expected, strict=True))
+
+
+def test_chunks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(100, 52)
+    codes = search_transposable(weight.abs())
+    whole = reference.pack(weight, codes, torch.bfloat16)
+    monkeypatch.setitem(reference._TILES_PER_CHUNK, "cpu", 1)
+    assert all(map(torch.equal, reference.pack(weight, codes, torch.bfloat16), whole))
+
+
+def test_the_transpose_is_the_mask_of_the_weight_transposed_even_with_ties(kernel_device: str) -> None:
+    weight = torch.randint(0, 2, (64, 132)).float().to(kernel_device)
+    codes = torch.empty(16, 33, dtype=torch.int16, device=kernel_device)
+    packed = poisoned(weight, torch.float16)
+    pack_into([weight], [codes], packed, search=True)
+    values, meta, values_t, meta_t = (part.cpu() for (part,) in packed)
+    ones = torch.ones_like
+    kept, kept_t = reference.unpack_rows(ones(values), meta), reference.unpack_rows(ones(values_t), meta_t)
+    assert torch.equal(kept, kept_t.t())
+    assert torch.equal(kept.bool(), unpack_codes(codes.cpu()))
+
+
+def test_unpacking_gives_the_masked_weight_back() -> None:
+    weight = torch.randn(36, 84)
+    codes, values, meta, values_t, meta_t = operator.search_and_pack(weight, torch.float32)
+    assert torch.equal(reference.unpack_rows(values, meta), weight * unpack_codes(codes))
+    assert torch.equal(reference.unpack_rows(values_t, meta_t).t(), weight * unpack_codes(codes))
+
+
+@pytest.mark.parametrize("start", [0, 1, 8])
+def test_strided_views_are_read_in_place(start: int, kernel_device: str) -> None:
+    view = torch.randn(40, 150, device=kernel_device)[3:31, start : start + 132]
+    codes = torch.empty(7, 33, dtype=torch.int16, device=kernel_device)
+    packed = poisoned(view, torch.bfloat16)
+    pack_into([view], [codes], packed, search=True)
+    expected = reference.pack(view.cpu(), search_transposable(view.cpu().abs()), torch.bfloat16)
+    assert all(same_bits(part.cpu(), want) for (part,), want in zip(packed, expected, strict=True))
+
+
+def test_weights_of_several_layouts_are_packed_in_one_call(kernel_device: str) -> None:
+    sources = [torch.randn(shape, device=kernel_device) for shape in ((8, 16), (12, 20), (8, 16))]
+    codes = [torch.empty(w.shape[0] // 4, w.shape[1] // 4, dtype=torch.int16, device=kernel_device) for w in sources]
+    parts = [poisoned(weight, torch.bfloat16) for weight in sources]
+    packed = [[part[place][0] for part in parts] for place in range(4)]
+    pack_into(sources, codes, packed, search=True)
+    for position, weight in enumerate(sources):
+        expected = operator.search_and_pack(weight.cpu(), torch.bfloat16)
+        found = [codes[position], *(column[position] for column in packed)]
+        assert all(same_bits(part.cpu(), want) for part, want in zip(found, expected, strict=True))
+
+
+def test_operators_pass_opcheck(kernel_device: str) -> None:
+    weight = torch.randn(12, 20, device=kernel_device)
+    parts = operator.search_and_pack(weight, torch.bfloat16)
+    columns = [[torch.empty_like(part)] for part in parts]
+    for call, arguments in (
+        (operator.search_and_pack, (weight, torch.bfloat16)),
+        (operator.search_and_pack, (weight.t(), torch.float32)),
+        (operator.pack_tiles, (weight, parts[0], torch.float16)),
+        (operator.search_and_pack_, ([weight], *columns)),
+        (operator.pack_tiles_, ([weight], [parts[0]], *columns[1:])),
+        (operator.pack_tiles_, ([weight], [parts[0]], *columns[1:3], [], [])),
+    ):
+        torch.library.opcheck(call, arguments)
+    operator.search_and_pack_([weight], *columns)
+    assert all(same_bits(found, want) for (found,), want in zip(columns, parts, strict=True))
+
+
+CODES = torch.zeros(1, 1, dtype=torch.int16)
+TILE = torch.zeros(4, 4)
+BAD: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
+    (operator.search_and_pack, (torch.zeros(6, 4), torch.float16), r"weight is torch.float32 \(6, 4\)"),
+    (operator.search_and_pack, (TILE.double(), torch.float16), "weight is torch.float64"),
+    (operator.search_and_pack, (TILE, torch.int8), "dtype is torch.int8"),
+    (operator.pack_tiles, (TILE, CODES.int(), torch.float16), "codes is torch.int32"),
+    (operator.pack_tiles_, ([TILE], [CODES], [], [], [], []), "have .1, 1, 0, 0, 0, 0. entries"),
+    (operator.pack_tiles_, ([TILE], [CODES], [TILE[:, :2]], [TILE], [], []), r"values\[0\] is torch.float32 \(4, 2\)"),
+]
+
+
+@pytest.mark.parametrize(("call", "arguments", "words"), BAD)
+def test_bad_input_is_one_sentence(call: Callable[..., Any], arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
