@@ -30,7 +30,7 @@ def search_tiles(scores: Tensor, magnitude: bool = False) -> Tensor:
     Source: the complementary-pair identity, derived in this folder's README.
     """
     _check(scores)
-    return search_transposable(scores.abs() if magnitude else scores)
+    return search_transposable(scores, magnitude)
 
 
 @torch.library.custom_op("sparsetrain::search_tiles_with_mask", mutates_args=())
@@ -66,7 +66,7 @@ def search_tiles_(scores: Sequence[Tensor], codes: Sequence[Tensor], magnitude: 
     """
     _check_targets(scores, codes)
     for source, target in zip(scores, codes, strict=True):
-        target.copy_(search_transposable(source.abs() if magnitude else source))
+        target.copy_(search_transposable(source, magnitude))
 
 
 @search_tiles.register_fake
@@ -118,7 +118,7 @@ def _search_on_cuda(
     # the kernel ranks in float32
     wide = [i for i, source in enumerate(scores) if source.dtype == torch.float64]
     for i in wide:
-        codes[i].copy_(search_transposable(scores[i].abs() if magnitude else scores[i]))
+        codes[i].copy_(search_transposable(scores[i], magnitude))
         if masks:
             from ..tile_codes.reference import unpack_codes
 

@@ -1,6 +1,8 @@
 """Exact transposable 2:4 search and row-wise N:M search in plain torch; the derivation is in this folder's README."""
 
 import itertools
+import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ def ranking_keys(scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def search_transposable(scores: Tensor) -> Tensor:
+def search_transposable(scores: Tensor, magnitude: bool = False) -> Tensor:
     """Return the tile codes of the best transposable 2:4 mask: the optimum over all 90 patterns of every 4×4 tile.
 
     Ties go to the first pairing of ``PAIRINGS``; then a leader prefers a whole half, and the left column. Extra memory
@@ -51,6 +53,7 @@ def search_transposable(scores: Tensor) -> Tensor:
 
     Args:
         scores: ``[O, I]``, any floating dtype and strides; O and I multiples of 4. Larger is kept; signs count.
+        magnitude: Rank by ``|score|``, without a copy of the scores.
 
     Returns:
         int16 ``[O/4, I/4]``; bit ``4*row + col`` is set where the entry is kept.
@@ -68,14 +71,11 @@ def search_transposable(scores: Tensor) -> Tensor:
     limit = _TILES_PER_CHUNK.get(scores.device.type, 1 << 22)
     rows = min(tile_rows, max(1, limit // tile_columns))
     columns = min(tile_columns, limit)
-    workspaces: dict[tuple[int, int], _Workspace] = {}
     for top, left in itertools.product(range(0, tile_rows, rows), range(0, tile_columns, columns)):
         chunk = tiles[top : top + rows, :, left : left + columns]
         out = codes[top : top + rows, left : left + columns]
-        size = (out.shape[0], out.shape[1])
-        if size not in workspaces:
-            workspaces[size] = _Workspace(*size, dtype=_key_dtype(scores), device=scores.device)
-        out.copy_(workspaces[size].search(chunk))
+        workspace = _workspace(out.shape[0], out.shape[1], _key_dtype(scores), scores.device)
+        out.copy_(workspace.search(chunk, magnitude))
     return codes
 
 
@@ -143,9 +143,11 @@ class _Workspace:
         self.factors, self.spare = last[:3].view(self.bits), last[3:6].view(self.bits)
         self.by_pairing = [torch.tensor(row, dtype=self.bits, device=device).view(3, 1, 1) for row in _CODE_TERMS]
 
-    def search(self, tiles: Tensor) -> Tensor:
+    def search(self, tiles: Tensor, magnitude: bool) -> Tensor:
         """Return integer codes ``[rows, columns]`` for tiles ``[rows, 4, columns, 4]``."""
         self.keys.copy_(tiles.permute(1, 3, 0, 2))
+        if magnitude:
+            self.keys.abs_()
         if self.keys.device.type != "cpu" or not self._are_plain_magnitudes():
             _clamp_(self.keys)
         self._contrast_rows()
@@ -201,6 +203,19 @@ class _Workspace:
         _select_(terms, third, self.third, self.spare)
         codes = terms[2].sub_(nibbles[0].mul_(terms[0]))
         return codes.sub_(nibbles[1].mul_(terms[1]))
+
+
+_kept = threading.local()
+
+
+def _workspace(*key: Any) -> _Workspace:
+    """Return a workspace; a CPU thread keeps its last one, as new memory costs a third of the search in page faults."""
+    if key[-1].type != "cpu":
+        return _Workspace(*key)
+    if getattr(_kept, "key", None) != key:
+        _kept.key, _kept.workspace = key, _Workspace(*key)
+    workspace: _Workspace = _kept.workspace
+    return workspace
 
 
 def _select_(old: Tensor, new: Tensor, take_new: Tensor, spare: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Packing: a weight and a mask in, the operands of sparse products out."""
 
-from .operator import pack_tiles, pack_tiles_, search_and_pack, search_and_pack_
-from .reference import empty_packed, unpack_rows
+from .operator import pack_tiles, pack_tiles_, search_and_pack, search_and_pack_, unpack_rows
+from .reference import empty_packed
 
 __all__ = ["empty_packed", "pack_tiles", "pack_tiles_", "search_and_pack", "search_and_pack_", "unpack_rows"]

@@ -58,7 +58,7 @@ def search_and_pack(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
         (torch.Size([2, 4]), torch.Size([8, 8]))
     """
     _check(weight, None, dtype)
-    codes = search_transposable(weight.abs())
+    codes = search_transposable(weight, magnitude=True)
     values, meta, values_t, meta_t = reference.pack(weight, codes, dtype)
     return codes, values, meta, values_t, meta_t
 
@@ -110,8 +110,47 @@ def search_and_pack_(
     """
     _check_targets(weights, codes, values, meta, values_t, meta_t)
     for weight, code in zip(weights, codes, strict=True):
-        code.copy_(search_transposable(weight.abs()))
+        code.copy_(search_transposable(weight, magnitude=True))
     pack_tiles_(weights, codes, values, meta, values_t, meta_t)
+
+
+@torch.library.custom_op("sparsetrain::unpack_rows", mutates_args=())
+def unpack_rows(values: Tensor, meta: Tensor) -> Tensor:
+    """Return the dense matrix of packed rows, of W or of Wᵀ.
+
+    Args:
+        values: ``[R, C/2]`` in float32, float16 or bfloat16.
+        meta: int16 ``[R, ceil(C/16)]``, in the order of :func:`pack_tiles`.
+
+    Returns:
+        ``[R, C]`` in the values' dtype; zero where nothing was kept.
+
+    Raises:
+        ValueError: If a shape, dtype or device does not fit.
+
+    Example:
+        >>> unpack_rows(torch.tensor([[2.0, 4.0]]), torch.tensor([[0xD]], dtype=torch.int16)).tolist()
+        [[0.0, 2.0, 0.0, 4.0]]
+    """
+    _check_packed(values, meta)
+    return reference.unpack_rows(values, meta)
+
+
+@unpack_rows.register_fake
+def _(values: Tensor, meta: Tensor) -> Tensor:
+    _check_packed(values, meta)
+    return values.new_empty(values.shape[0], 2 * values.shape[1])
+
+
+@unpack_rows.register_kernel("cuda")
+def _(values: Tensor, meta: Tensor) -> Tensor:
+    from .triton_kernel import unpack_into
+
+    _check_packed(values, meta)
+    dense = values.new_empty(values.shape[0], 2 * values.shape[1])
+    if dense.numel():
+        unpack_into(values.contiguous(), meta.contiguous(), dense)
+    return dense
 
 
 @pack_tiles.register_fake
@@ -202,6 +241,20 @@ def _check(weight: Tensor, codes: Tensor | None, dtype: torch.dtype) -> None:
         raise ValueError(
             f"codes is {codes.dtype} {tuple(codes.shape)} on {codes.device}: it must be torch.int16 {shape} on "
             f"{weight.device}, as for a weight {tuple(weight.shape)}."
+        )
+
+
+def _check_packed(values: Tensor, meta: Tensor) -> None:
+    if values.dim() != 2 or values.shape[1] % 2 or values.dtype not in DTYPES:
+        raise ValueError(
+            f"values is {values.dtype} {tuple(values.shape)}: it must be [R, C/2] in float32, float16 or bfloat16, C a "
+            "multiple of 4."
+        )
+    shape = (values.shape[0], -(-values.shape[1] // 8))
+    if meta.dtype != torch.int16 or tuple(meta.shape) != shape or meta.device != values.device:
+        raise ValueError(
+            f"meta is {meta.dtype} {tuple(meta.shape)} on {meta.device}: with values {tuple(values.shape)} it must be "
+            f"torch.int16 {shape} on {values.device}."
         )
 
 

@@ -87,7 +87,7 @@ def unpack_rows(values: Tensor, meta: Tensor) -> Tensor:
     nibbles = (meta.long()[..., None] >> shifts & 0xF).flatten(1)[:, :groups]
     positions = torch.stack([nibbles & 3, nibbles >> 2], dim=-1)  # [R, C/4, 2]
     dense = torch.zeros(rows, groups, 4, dtype=values.dtype, device=values.device)
-    return dense.scatter_(2, positions, values.view(rows, groups, 2)).view(rows, groups * 4)
+    return dense.scatter_(2, positions, values.reshape(rows, groups, 2)).view(rows, groups * 4)
 
 
 def _kept_masks(codes: Tensor) -> Tensor:

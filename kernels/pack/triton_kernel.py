@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import (
+    join_columns,
     kept_pair,
     load_code,
     member,
@@ -58,6 +59,25 @@ def pack_into(
                 TRANSPOSED=transposed, ALIGNED=are_aligned(sources, targets, *outputs), BY_HAND=interpreted(),
                 ROWS=rows, COLUMNS=columns, num_warps=warps,
             )  # fmt: skip
+
+
+def unpack_into(values: Tensor, meta: Tensor, dense: Tensor) -> None:
+    """Unpack packed rows.
+
+    Args:
+        values: float32, float16 or bfloat16 ``[R, C/2]``, contiguous.
+        meta: int16 ``[R, ceil(C/16)]``, contiguous.
+        dense: The values' dtype, ``[R, C]``, contiguous; overwritten.
+    """
+    rows, groups = dense.shape[0], dense.shape[1] // 4
+    entries = torch.int32 if values.dtype == torch.float32 else torch.int16
+    pairs, written = values.view(PAIRS[values.dtype]), dense.view(entries)
+    grid = (triton.cdiv(rows, ALONE[0]) * triton.cdiv(groups, 4 * ALONE[1]),)
+    with on_device_of(values):
+        unpack_kernel[grid](
+            pairs, meta, written, rows, groups, meta.shape[1], BITS=8 * values.element_size(), ROWS=ALONE[0],
+            GROUPS=4 * ALONE[1], num_warps=ALONE[2],
+        )  # fmt: skip
 
 
 @triton.jit
@@ -150,3 +170,31 @@ def four_nibbles(places, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """``[ROWS, COLUMNS]`` nibbles to ``[ROWS, COLUMNS/4]`` words, in both halves of an integer at once."""
     fours = tl.reshape(places, (ROWS, COLUMNS // 4, 4))
     return tl.sum(fours << (4 * tl.arange(0, 4))[None, None, :], axis=2)
+
+
+@triton.jit
+def unpack_kernel(
+    pairs, meta, dense, rows, groups, words, BITS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr
+):
+    """Write ROWS × GROUPS fours of columns."""
+    blocks = tl.cdiv(groups, GROUPS)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    left = (tl.program_id(0) % blocks) * GROUPS
+    group = left + tl.arange(0, GROUPS)[None, :]
+    inside = (row < rows) & (group < groups)
+    pair = tl.load(pairs + row * groups + group, mask=inside, other=0)
+    word = tl.load(meta + row * words + group // 4, mask=inside, other=0).to(tl.int32)
+    place = (word >> (4 * (group % 4))) & 15
+    first, last = pair.to(dense.dtype.element_ty), (pair >> BITS).to(dense.dtype.element_ty)
+    result = join_columns(
+        entry_at(0, place, first, last), entry_at(1, place, first, last), entry_at(2, place, first, last),
+        entry_at(3, place, first, last), ROWS, GROUPS,
+    )  # fmt: skip
+    column = left * 4 + tl.arange(0, 4 * GROUPS)[None, :]
+    tl.store(dense + row * 4 * groups + column, result, mask=(row < rows) & (column < 4 * groups))
+
+
+@triton.jit
+def entry_at(position: tl.constexpr, place, first, last):
+    """The kept entry at a position, or 0."""
+    return tl.where((place & 3) == position, first, tl.where((place >> 2) == position, last, 0).to(first.dtype))

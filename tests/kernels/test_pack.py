@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsetrain.kernels.mask_search.reference import search_transposable
 from sparsetrain.kernels.pack import operator, reference
-from sparsetrain.kernels.pack.triton_kernel import pack_into
+from sparsetrain.kernels.pack.triton_kernel import pack_into, unpack_into
 from sparsetrain.kernels.tile_codes.reference import pack_codes, unpack_codes
 
 SHAPES = [(4, 4), (12, 20), (132, 36), (20, 260)]
@@ -124,6 +124,19 @@ def test_unpacking_gives_the_masked_weight_back() -> None:
     assert torch.equal(reference.unpack_rows(values_t, meta_t).t(), weight * unpack_codes(codes))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_unpacking_kernel_equals_the_reference(dtype: torch.dtype, kernel_device: str) -> None:
+    for shape in SHAPES:
+        weight = torch.randn(shape, device=kernel_device)
+        _, *parts = operator.search_and_pack(weight, dtype)
+        for values, meta in (parts[:2], parts[2:]):
+            dense = torch.full((values.shape[0], 2 * values.shape[1]), 7.0, dtype=dtype, device=kernel_device)
+            unpack_into(values, meta, dense)
+            assert same_bits(dense.cpu(), reference.unpack_rows(values.cpu(), meta.cpu())), shape
+            assert torch.equal(operator.unpack_rows(values, meta), dense)
+            torch.library.opcheck(operator.unpack_rows, (values, meta))
+
+
 @pytest.mark.parametrize("start", [0, 1, 8])
 def test_strided_views_are_read_in_place(start: int, kernel_device: str) -> None:
     view = torch.randn(40, 150, device=kernel_device)[3:31, start : start + 132]
@@ -169,6 +182,8 @@ BAD: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
     (operator.search_and_pack, (torch.zeros(6, 4), torch.float16), r"weight is torch.float32 \(6, 4\)"),
     (operator.search_and_pack, (TILE.double(), torch.float16), "weight is torch.float64"),
     (operator.search_and_pack, (TILE, torch.int8), "dtype is torch.int8"),
+    (operator.unpack_rows, (TILE, CODES), r"meta is torch.int16 \(1, 1\)"),
+    (operator.unpack_rows, (TILE[:, :3], CODES), r"values is torch.float32 \(4, 3\)"),
     (operator.pack_tiles, (TILE, CODES.int(), torch.float16), "codes is torch.int32"),
     (operator.pack_tiles_, ([TILE], [CODES], [], [], [], []), "have .1, 1, 0, 0, 0, 0. entries"),
     (operator.pack_tiles_, ([TILE], [CODES], [TILE[:, :2]], [TILE], [], []), r"values\[0\] is torch.float32 \(4, 2\)"),

@@ -4,7 +4,7 @@ import torch
 import triton.language as tl
 from compile_only import Case
 
-from sparsetrain.kernels.pack.triton_kernel import ALONE, BOTH, pack_kernel
+from sparsetrain.kernels.pack.triton_kernel import ALONE, BOTH, pack_kernel, unpack_kernel
 
 INPUTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTPUTS = {"fp32": ("i64", tl.float32), "bf16": ("i32", tl.bfloat16), "fp16": ("i32", tl.float16)}
@@ -47,4 +47,17 @@ CASES = [
     case("bf16", "bf16", False, True),
     case("bf16", "bf16", True, False),
     case("fp32", "bf16", False, False),
-]
+    *(
+        Case(
+            f"unpack {dtype}",
+            unpack_kernel,
+            {"pairs": f"*{pair}", "meta": "*i16", "dense": f"*{entry}", "rows": "i32", "groups": "i32", "words": "i32",
+             "BITS": "constexpr", "ROWS": "constexpr", "GROUPS": "constexpr"},
+            {"BITS": bits, "ROWS": ALONE[0], "GROUPS": 4 * ALONE[1]},
+            elements=16 * ALONE[0] * ALONE[1],
+            warps=ALONE[2],
+            aligned=("pairs", "meta", "dense", "groups", "words"),
+        )
+        for dtype, pair, entry, bits in (("bf16", "i32", "i16", 16), ("fp32", "i64", "i32", 32))
+    ),
+]  # fmt: skip
