@@ -115,7 +115,7 @@ class _Workspace:
     """Buffers for one chunk of tiles, and the search that fills them in a fixed order of operations.
 
     Comparisons and selections run on the keys' bits: non-negative floats order as integers, ``x >> 31`` of a difference
-    is a mask of ones where it is negative, and xor-and-xor selects by such a mask. Torch's ``where`` and comparisons of
+    is -1 where it is negative and 0 elsewhere, and a product with it selects. Torch's ``where`` and comparisons of
     floats are several times slower on a CPU.
     """
 
@@ -123,15 +123,18 @@ class _Workspace:
         self.bits = torch.int64 if dtype == torch.float64 else torch.int32
         self.sign = 63 if dtype == torch.float64 else 31
 
-        def planes(*count: int, kind: torch.dtype = dtype) -> Tensor:
-            return torch.empty(*count, rows, columns, dtype=kind, device=device)
+        def planes(count: int) -> Tensor:
+            # rows outermost in memory: two threads that halve an operation keep to their own rows, whatever the planes
+            return torch.empty(rows, count, columns, dtype=dtype, device=device).transpose(0, 1)
 
         self.limit = torch.tensor(NONFINITE_KEY, dtype=dtype).view(self.bits).item()
         # what a later stage writes shares memory with what it no longer needs: less to keep in the caches
         first, last = planes(24), planes(18)
         self.keys = torch.unflatten(first[:16], 0, (4, 4))  # [row, column]
         self.sums = torch.unflatten(first[16:], 0, (4, 2))  # [row, half]: both columns of a half
-        self.contrasts = planes(3, 4)  # [contrast, row]: half against half, left column against right of either half
+        self.contrasts = torch.unflatten(
+            planes(12), 0, (3, 4)
+        )  # [contrast, row]: half against half, left column against right of either half
         self.differences = torch.unflatten(last, 0, (3, 6))  # [contrast, pair]; pairs 01 02 03 | 23 13 12
         self.magnitudes = torch.unflatten(first[:18], 0, (3, 6))
         self.totals = first[18:21]  # [pairing]
@@ -145,19 +148,23 @@ class _Workspace:
 
     def search(self, tiles: Tensor, magnitude: bool) -> Tensor:
         """Return integer codes ``[rows, columns]`` for tiles ``[rows, 4, columns, 4]``."""
+        plain = self._are_plain(tiles, magnitude)
         self.keys.copy_(tiles.permute(1, 3, 0, 2))
         if magnitude:
             self.keys.abs_()
-        if self.keys.device.type != "cpu" or not self._are_plain_magnitudes():
+        if not plain:
             _clamp_(self.keys)
         self._contrast_rows()
         self._choose_pairing()
         return self._assemble(self._leader_nibbles())
 
-    def _are_plain_magnitudes(self) -> bool:
-        """Whether no key is negative, -0, NaN or above the limit: then clamping changes nothing."""
-        low, high = self.keys.view(self.bits).aminmax()
-        return bool(low.item() >= 0 and high.item() <= self.limit)
+    def _are_plain(self, tiles: Tensor, magnitude: bool) -> bool:
+        """Whether clamping would change nothing: no score is NaN, beyond the limit, or (without magnitude) signed."""
+        if tiles.dtype != self.keys.dtype or tiles.device.type != "cpu":
+            return False
+        low, high = (tiles if magnitude else tiles.view(self.bits)).aminmax()
+        limit = NONFINITE_KEY if magnitude else self.limit
+        return bool(low.item() >= (-limit if magnitude else 0) and high.item() <= limit)
 
     def _contrast_rows(self) -> None:
         """Fill the differences of every pair of rows in the three contrasts."""
@@ -180,9 +187,8 @@ class _Workspace:
         torch.maximum(self.totals[0], self.totals[1], out=self.best_total)
         torch.sub(best, totals[2], out=self.third).bitwise_right_shift_(self.sign)
         pairs = torch.unflatten(self.differences.view(self.bits), 1, (2, 3))  # [contrast, leader, pairing]
-        torch.bitwise_xor(pairs[:, :, 0], pairs[:, :, 1], out=self.leaders)
-        self.leaders.bitwise_and_(self.second).bitwise_xor_(pairs[:, :, 0])
-        _select_(self.leaders, pairs[:, :, 2], self.third, self.scratch)
+        _select(pairs[:, :, 0], pairs[:, :, 1], self.second, out=self.leaders)
+        _select(self.leaders, pairs[:, :, 2], self.third, out=self.leaders, spare=self.scratch)
 
     def _leader_nibbles(self) -> Tensor:
         """Return the columns that the two leaders keep, as integers ``[2, rows, columns]``."""
@@ -199,8 +205,8 @@ class _Workspace:
     def _assemble(self, nibbles: Tensor) -> Tensor:
         """Return the codes: a leader's nibble n and its partner's 15 - n, at the bits of their rows."""
         first, second, third = self.by_pairing
-        terms = torch.bitwise_and(self.second, first ^ second, out=self.factors).bitwise_xor_(first)
-        _select_(terms, third, self.third, self.spare)
+        terms = torch.addcmul(first, self.second, second - first, value=-1, out=self.factors)
+        _select(terms, third, self.third, out=terms, spare=self.spare)
         codes = terms[2].sub_(nibbles[0].mul_(terms[0]))
         return codes.sub_(nibbles[1].mul_(terms[1]))
 
@@ -218,10 +224,11 @@ def _workspace(*key: Any) -> _Workspace:
     return workspace
 
 
-def _select_(old: Tensor, new: Tensor, take_new: Tensor, spare: Tensor) -> Tensor:
-    """Overwrite ``old`` by ``new`` where the mask is all ones; ``spare`` is overwritten too."""
-    torch.bitwise_xor(old, new, out=spare)
-    return old.bitwise_xor_(spare.bitwise_and_(take_new))
+def _select(old: Tensor, new: Tensor, take_new: Tensor, out: Tensor, spare: Tensor | None = None) -> Tensor:
+    """Write ``new`` where the mask is all ones, else ``old``; ``spare`` is overwritten, and needed if out is old."""
+    # as integers, which wrap: old - mask * (new - old) with a mask of -1 or 0
+    difference = torch.sub(new, old, out=out if spare is None else spare)
+    return torch.addcmul(old, take_new, difference, value=-1, out=out)
 
 
 def _key_dtype(scores: Tensor) -> torch.dtype:

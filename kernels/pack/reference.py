@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_TILES_PER_CHUNK = {"cpu": 1 << 16}  # whose planes stay in the caches
+_TILES_PER_CHUNK = {"cpu": 1 << 17}  # whose planes stay in the caches
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -43,8 +43,8 @@ def pack(weight: Tensor, codes: Tensor, dtype: torch.dtype, transposed: bool = T
     step = 4 * max(1, _TILES_PER_CHUNK.get(weight.device.type, 1 << 22) // (4 * tile_columns))
     for top in range(0, tile_rows, step):
         chunk = slice(top, top + step)
-        planes = torch.empty(4, 4, *codes[chunk].shape, dtype=dtype, device=weight.device)
-        planes.copy_(tiles[chunk].permute(3, 1, 0, 2))  # [column, row, tile row, tile column]
+        planes = _planes(codes[chunk], dtype)
+        planes.copy_(tiles[chunk].permute(3, 1, 0, 2))
         kept = _kept_masks(codes[chunk])
         wide = kept if bits == torch.int16 else kept.to(bits)
         _write_pairs(planes.view(bits), wide, values[chunk].transpose(0, 1))
@@ -90,9 +90,16 @@ def unpack_rows(values: Tensor, meta: Tensor) -> Tensor:
     return dense.scatter_(2, positions, values.reshape(rows, groups, 2)).view(rows, groups * 4)
 
 
+def _planes(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return uninitialised memory for the entries of tiles, ``[column, row, tile row, tile column]``."""
+    # tile rows outermost in memory: two threads that halve an operation keep to their own rows
+    tile_rows, tile_columns = codes.shape
+    return torch.empty(tile_rows, 4, 4, tile_columns, dtype=dtype, device=codes.device).permute(1, 2, 0, 3)
+
+
 def _kept_masks(codes: Tensor) -> Tensor:
     """Return int16 with all bits set where an entry is kept, ``[column, row, tile row, tile column]``."""
-    masks = torch.empty(4, 4, *codes.shape, dtype=torch.int16, device=codes.device)
+    masks = _planes(codes, torch.int16)
     for row in range(4):
         for column in range(4):
             bit_to_sign = torch.bitwise_left_shift(codes, 15 - 4 * row - column, out=masks[column, row])

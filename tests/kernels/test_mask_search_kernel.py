@@ -1,15 +1,17 @@
 """The Triton search against the reference, bit for bit, on a GPU or in the interpreter."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from support import brute_force_sums, tiles_of
 from torch import Tensor
 
+from sparsetrain.kernels.mask_search import triton_kernel
 from sparsetrain.kernels.mask_search.operator import search_tiles, search_tiles_, search_tiles_with_mask
 from sparsetrain.kernels.mask_search.reference import search_transposable
-from sparsetrain.kernels.mask_search.triton_kernel import search_into
+from sparsetrain.kernels.mask_search.triton_kernel import search_into, search_kernel
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
 
 POISON = 0x5A5A
@@ -95,6 +97,23 @@ def test_tensors_of_several_layouts_are_searched_in_one_call(kernel_device: str)
     search_into(scores, codes, magnitude=True)
     for source, target in zip(scores, codes, strict=True):
         assert torch.equal(target.cpu(), search_transposable(source.cpu().abs()))
+
+
+def test_a_model_of_few_layouts_takes_few_launches(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = []
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            grids.append(grid)
+            return search_kernel[grid]
+
+    monkeypatch.setattr(triton_kernel, "search_kernel", Counted())
+    shapes = [(16, 32), (16, 32), (32, 16)] * 6
+    weights = [torch.randn(shape, device=kernel_device) for shape in shapes]
+    codes = [torch.empty(w.shape[0] // 4, w.shape[1] // 4, dtype=torch.int16, device=kernel_device) for w in weights]
+    search_into(weights, codes, magnitude=True)
+    assert [grid[1] for grid in grids] == [12, 6]
+    assert all(torch.equal(c.cpu(), search_transposable(w.cpu(), True)) for w, c in zip(weights, codes, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
