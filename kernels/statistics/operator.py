@@ -47,17 +47,22 @@ def _(weights: Sequence[Tensor], codes: Sequence[Tensor], previous: Sequence[Ten
     from .triton_kernel import partial_sums
 
     _check(weights, codes, previous)
-    statistics = weights[0].new_empty(len(weights), len(FIELDS), dtype=torch.float64)
     by_kernel = [i for i, weight in enumerate(weights) if weight.dtype in KERNEL_DTYPES and weight.numel()]
-    for i in set(range(len(weights))) - set(by_kernel):
-        statistics[i] = measure(weights[i], codes[i], previous[i] if previous else None)
+    statistics = weights[0].new_empty(len(by_kernel), len(FIELDS), dtype=torch.float64)
     if by_kernel:
         sources = [weights[i] if weights[i].stride(1) == 1 else weights[i].contiguous() for i in by_kernel]
         earlier = [previous[i] for i in by_kernel] if previous else []
-        found = statistics.new_empty(len(by_kernel), len(FIELDS))
-        partial_sums(sources, [codes[i] for i in by_kernel], earlier, found)
-        statistics[by_kernel] = found
-    return statistics
+        partial_sums(sources, [codes[i] for i in by_kernel], earlier, statistics)
+    if len(by_kernel) == len(weights):
+        return statistics
+    measured = iter(statistics)
+    others = set(range(len(weights))) - set(by_kernel)
+    return torch.stack(
+        [
+            measure(weight, codes[i], previous[i] if previous else None) if i in others else next(measured)
+            for i, weight in enumerate(weights)
+        ]
+    )
 
 
 def _check(weights: Sequence[Tensor], codes: Sequence[Tensor], previous: Sequence[Tensor]) -> None:

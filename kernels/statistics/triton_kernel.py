@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import count_bits, load_code, member, split_columns
-from ..launch import are_aligned, groups_of_equal_layout, members, on_device_of
+from ..launch import are_aligned, groups_of_equal_layout, members, on_device_of, table
 
 BLOCK = (4, 128)  # tiles of one program: rows, columns
 WARPS = 4
@@ -42,7 +42,8 @@ def partial_sums(
         kept, pruned = sums.sum(2, dtype=torch.float64)
         kept_count, nonfinite, flips = counts.sum(2).double()
         total = torch.full_like(kept, sources[0].numel())
-        statistics[group] = torch.stack([kept, pruned, kept_count, total, nonfinite, flips], dim=1)
+        rows = torch.stack([kept, pruned, kept_count, total, nonfinite, flips], dim=1)
+        statistics.index_copy_(0, table(tuple(group), statistics.device), rows)
 
 
 @triton.jit
