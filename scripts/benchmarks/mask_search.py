@@ -1,18 +1,15 @@
 """``transposable_mask`` against matmul-90: every tile times the 90 patterns, then argmax."""
 
 import functools
-import itertools
 from pathlib import Path
 
 import torch
+from baselines import CHUNKS, best_chunk, matmul90
 from measure import append_csv, extra_megabytes, milliseconds, quantiles
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from sparsetrain import transposable_mask
-
-CHUNKS = [1 << power for power in range(12, 21)]  # tiles of one matrix product
 
 
 def run(rows: int, columns: int, repeats: int, csv: Path | None) -> int:
@@ -26,8 +23,7 @@ def run(rows: int, columns: int, repeats: int, csv: Path | None) -> int:
             f"transposable_mask keeps {kept}, matmul-90 keeps {best}: the masks are not optimal, so nothing is timed."
         )
         return 1
-    trials = {chunk: quantiles(milliseconds(lambda chunk=chunk: matmul90(scores, chunk), 3))[1] for chunk in CHUNKS}
-    chunk = min(trials, key=trials.__getitem__)
+    chunk = best_chunk(scores)
     times: dict[str, list[float]] = {"transposable_mask": [], "matmul-90": []}
     memory = {
         "transposable_mask": extra_megabytes(transposable_mask, (rows, columns)),
@@ -40,26 +36,6 @@ def run(rows: int, columns: int, repeats: int, csv: Path | None) -> int:
     if csv is not None:
         append_csv(csv, _rows(rows, columns, times, memory))
     return 0
-
-
-def matmul90(scores: Tensor, chunk: int) -> Tensor:
-    """The usual exact search: ``(tiles × 16) · (16 × 90)`` in chunks, argmax, gather."""
-    rows, columns = scores.shape
-    tiles = scores.view(rows // 4, 4, columns // 4, 4).transpose(1, 2).reshape(-1, 16)
-    patterns = _patterns()
-    best = torch.cat([(part @ patterns.T).argmax(1) for part in tiles.split(chunk)])
-    mask = patterns.bool()[best]
-    return mask.view(rows // 4, columns // 4, 4, 4).transpose(1, 2).reshape(rows, columns)
-
-
-def _patterns() -> Tensor:
-    lines = [line for line in itertools.product((0.0, 1.0), repeat=4) if sum(line) == 2]
-    grids = [
-        grid
-        for grid in itertools.product(lines, repeat=4)
-        if all(sum(column) == 2 for column in zip(*grid, strict=True))
-    ]
-    return torch.tensor(grids).view(90, 16)
 
 
 def _print(rows: int, columns: int, chunk: int, times: dict[str, list[float]], memory: dict[str, float]) -> None:

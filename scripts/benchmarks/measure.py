@@ -20,7 +20,8 @@ import sparsetrain
 
 FIELDS = (
     "kernel_name", "kernel_provider", "metric_name", "metric_unit", "x_name", "x_value", "y_value_20", "y_value_50",
-    "y_value_80", "device", "threads", "torch_version", "triton_version", "sparsetrain_version", "commit", "timestamp",
+    "y_value_80", "device", "driver", "threads", "torch_version", "triton_version", "sparsetrain_version", "commit",
+    "timestamp",
 )  # fmt: skip
 
 
@@ -33,6 +34,24 @@ def milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
         call()
         times.append(1e3 * (time.perf_counter() - start))
     return times
+
+
+def cuda_milliseconds(call: Callable[[torch.Tensor], object], inputs: list[torch.Tensor], repeats: int) -> list[float]:
+    """Time a call on a GPU by events, on inputs in turn, so that none is in a cache; warms up on every input."""
+    for argument in inputs:
+        call(argument)
+    torch.cuda.synchronize()
+    events = []
+    for number in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # the host runs ahead meanwhile, so that the time between the events is the device's
+        torch.cuda._sleep(200_000)
+        start.record()
+        call(inputs[number % len(inputs)])
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
 
 
 def extra_megabytes(call: Callable[[torch.Tensor], object], shape: tuple[int, int]) -> float:
@@ -70,6 +89,7 @@ def append_csv(path: Path, rows: list[dict[str, object]]) -> None:
     """Append rows with the machine's facts; writes the header into a new file."""
     facts: dict[str, object] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "driver": _driver(),
         "threads": torch.get_num_threads(),
         "torch_version": torch.__version__,
         "triton_version": triton.__version__,
@@ -90,6 +110,13 @@ def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    with contextlib.suppress(OSError):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.partition("\n")[0]
+    return ""
 
 
 def _lines(path: Path) -> list[str]:
