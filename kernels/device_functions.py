@@ -102,3 +102,12 @@ def rounded_bits(value, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
         return tl.where(value == value, even, 0x7FC0)
     else:
         return value.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
+    """A float32 value in DTYPE, rounded to nearest even."""
+    if BY_HAND and DTYPE == tl.bfloat16:
+        return rounded_bits(value, DTYPE, BY_HAND).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(DTYPE)
