@@ -9,7 +9,7 @@ from ..device_functions import rounded_bits
 from ..launch import interpreted, on_device_of
 
 # one program: metadata words, features, warps. It reads runs of 128 bytes and writes runs of 256 and 32.
-BLOCKS = {torch.float32: (16, 32, 4), torch.float16: (16, 64, 4), torch.bfloat16: (16, 64, 4)}
+BLOCKS = {torch.float32: (16, 32, 4), torch.float16: (16, 64, 8), torch.bfloat16: (16, 64, 8)}
 TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 

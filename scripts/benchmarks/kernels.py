@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from sparsetrain.kernels.gated_activation import gated_activation, gated_activation_backward
 from sparsetrain.kernels.mask_search import search_tiles, search_tiles_, search_tiles_with_mask, search_transposable
 from sparsetrain.kernels.masked_update import add_masked_decays_, apply_masks_
+from sparsetrain.kernels.mvue import ESTIMATORS, mvue
 from sparsetrain.kernels.pack import pack_tiles, pack_tiles_, search_and_pack, search_and_pack_
 from sparsetrain.kernels.pack.reference import pack
 from sparsetrain.kernels.statistics import tile_statistics
@@ -94,6 +96,13 @@ def candidates(device: str, shape: tuple[int, int]) -> tuple[list[Entry], list[s
         entries += [
             Entry("search", "sparsetrain", lambda w: search_tiles(w, True), 2 + 1 / 8, half),
             Entry("search and pack", "sparsetrain", lambda w: search_and_pack(w, half), 2 + 1 / 8 + both, half),
+            Entry("swiglu", "sparsetrain", lambda x: gated_activation(x, x, "swiglu"), 4, half),
+            Entry("swiglu backward", "sparsetrain", lambda x: gated_activation_backward(x, x, x, "swiglu"), 6, half),
+        ]
+        counter = torch.zeros(2, dtype=torch.int64, device=device)
+        entries += [
+            Entry(f"mvue {name}", "sparsetrain", lambda y, name=name: mvue(y, counter, 0, 0, name), 2 + 9 / 8, half)
+            for name in ESTIMATORS
         ]
     chunk = best_chunk(weight.abs()) if device == "cpu" else weight.numel() // 16
     entries.append(Entry("search and mask", "matmul-90", lambda w: matmul90(w, chunk), 5, prepare=torch.abs))

@@ -27,6 +27,7 @@ def case(kind: str, exact: bool) -> Case:
         {"DTYPE": entry, "EXACT": exact, "BY_HAND": False, "WORDS": words, "FEATURES": features},
         elements=16 * words * features,
         warps=warps,
+        vector_bits=128 if kind == "fp32" else 64,  # four entries of 16 rows each in flight
         aligned=("gradient", "counter", "values", "meta", "quads", "words", "features", "stride"),
     )  # fmt: skip
 
