@@ -4,8 +4,8 @@ import difflib
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -35,11 +35,13 @@ class LayerChoice:
         name: The layer's name in the model.
         shape: ``(O, I)``.
         reason: Why it stays dense; empty for a sparse layer.
+        products: Who computes a sparse layer's products; empty if that is not known yet.
     """
 
     name: str
     shape: tuple[int, ...]
     reason: str = ""
+    products: str = ""
 
     @property
     def is_sparse(self) -> bool:
@@ -88,12 +90,21 @@ class SelectionReport:
             f"pattern: {self.pattern.replace('_', '-')} 2:4"
         )
 
+    def with_products(self, layers: Mapping[str, SparseLinear]) -> "SelectionReport":
+        """Return the report with who computes the products of these layers, as decided by now."""
+        choices = (
+            replace(choice, products=layers[choice.name].operands.describe()) if choice.name in layers else choice
+            for choice in self.choices
+        )
+        return replace(self, choices=tuple(choices))
+
     def print_table(self, console: Console | None = None) -> None:
         """Print every layer with its shape and, where it stays dense, the reason."""
         table = Table("layer", "shape", "weights", title=self.summary())
         for choice in self.choices:
             shape = " × ".join(map(str, choice.shape))
-            table.add_row(choice.name, shape, "sparse" if choice.is_sparse else f"dense: {choice.reason}")
+            sparse = f"sparse: {choice.products}" if choice.products else "sparse"
+            table.add_row(choice.name, shape, sparse if choice.is_sparse else f"dense: {choice.reason}")
         (console or Console()).print(table)
 
     def __str__(self) -> str:

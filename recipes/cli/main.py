@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from .recipe_files import recipe_files
 
 EXAMPLES = """examples:
+  sparsetrain doctor
+  sparsetrain doctor --shape 4096x11008 --probe
   sparsetrain recipes
   sparsetrain fit --config gpt_from_scratch.yaml
   sparsetrain fit --config gpt_from_scratch.yaml --trainer.max_steps=2000 --data.source=my_text.txt
@@ -15,7 +17,10 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return the exit code: 0 for success, 1 for an interrupted run, 2 for a wrong input."""
+    """Run a subcommand and return the exit code: 0 for success, 1 for an interrupted run, 2 for a wrong input.
+
+    ``doctor`` returns 1 when nothing will run.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments[:1] if arguments[:1] != ["--debug"] else arguments[:2])
@@ -23,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command == "recipes":
             return _list_recipes()
+        if options.command == "doctor":
+            from .doctor import doctor
+
+            return doctor(rest)
         if options.command == "fit":
             from .fit import fit
 
@@ -74,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sparsetrain {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{recipes,fit,prune}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{doctor,recipes,fit,prune}")
+    commands.add_parser("doctor", add_help=False, help="say which backend will run here, and why the others will not")
     commands.add_parser("recipes", help="list the recipes that come with the package")
     commands.add_parser(
         "fit", add_help=False, help="train a recipe (LightningCLI: --config, --trainer.*, --print_config)"

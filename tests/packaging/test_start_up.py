@@ -22,6 +22,9 @@ assert not loaded, loaded
         "from sparsetrain.recipes.cli.main import main; main(['--help'])",
         "from sparsetrain.recipes.cli.main import main; main(['--version'])",
         "from sparsetrain.recipes.cli.main import main; main(['recipes'])",
+        "from sparsetrain.recipes.cli.main import main; main(['doctor', '--help'])",
+        "from sparsetrain.recipes.cli.main import main; assert main(['doctor']) == 0",
+        "from sparsetrain.recipes.cli.main import main; assert main(['doctor', '--json', '--shape', '64x48']) == 0",
     ],
 )
 def test_starting_up_imports_nothing_heavy(code: str) -> None:

@@ -1,0 +1,31 @@
+"""Backends: who computes the products with a layer's masked weight."""
+
+from .cusparselt.backend import CuSparseLtBackend
+from .cutlass import CutlassBackend
+from .interface import Backend, Operand
+from .masked import MaskedBackend
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (CuSparseLtBackend(), CutlassBackend(), MaskedBackend())
+}
+"""Backends by name, in the order in which a deterministic choice takes them."""
+
+
+def resolve_backend(name: str) -> str:
+    """Return the name of a backend, or ``"auto"``, if there is one of that name.
+
+    Raises:
+        ValueError: If there is none.
+
+    Example:
+        >>> resolve_backend("auto")
+        'auto'
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}: it must be one of {['auto', *sorted(BACKENDS)]}.")
+    return name
+
+
+__all__ = [
+    "BACKENDS", "Backend", "CuSparseLtBackend", "CutlassBackend", "MaskedBackend", "Operand", "resolve_backend",
+]  # fmt: skip

@@ -1,0 +1,68 @@
+"""The ``cutlass`` backend: PyTorch's own sparse products, on compute capability 8.x alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..environment import machine_from_torch
+from ..kernels.layouts import LearnedLayout, cutlass_layout
+from ..requirements import why_not
+from .interface import Operand
+from .tokens import padded_tokens
+
+TOKENS = 8
+"""The operator wants a multiple of it."""
+
+
+@dataclass
+class CutlassOperand(Operand):
+    """Values ``[R, C/2]``, metadata ``[R, C/16]`` in CUTLASS's order, and that order."""
+
+    layout: LearnedLayout | None = None
+
+
+class CutlassBackend:
+    """Products through ``torch.ops.aten._sparse_semi_structured_mm``."""
+
+    name = "cutlass"
+    symmetric = False
+
+    def why_not(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
+        """Say in one sentence why a weight cannot run there, or return None."""
+        if not hasattr(torch.ops.aten, "_sparse_semi_structured_mm"):
+            return f"torch {torch.__version__} has no operator aten::_sparse_semi_structured_mm: use another backend."
+        return why_not(self.name, machine_from_torch(device), str(dtype), shape)
+
+    def algorithms(
+        self, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> Sequence[str]:
+        """Return the one way there is."""
+        return ("",)
+
+    def allocate(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Operand:
+        """Return an operand, not filled."""
+        rows, columns = shape
+        values = torch.zeros(rows, columns // 2, dtype=dtype, device=device)
+        meta = torch.zeros(rows, columns // 16, dtype=torch.int16, device=device)
+        return CutlassOperand(shape, (values, meta), values, layout=cutlass_layout(rows, columns, device))
+
+    def finish_(self, operand: Operand, source: Tensor) -> None:
+        """Put metadata into CUTLASS's order, in place."""
+        assert isinstance(operand, CutlassOperand)
+        assert operand.layout is not None
+        operand.layout.arrange_(source, operand.tensors[1].view(-1))
+
+    def product(
+        self, operand: Operand, rows: Tensor, bias: Tensor | None = None, algorithm: str = "",
+        transposed_output: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Return ``rows·Aᵀ + bias``, or its transpose; tokens are padded if they are no multiple of 8."""
+        values, meta = operand.tensors
+        padded = padded_tokens(rows, TOKENS)
+        result: Tensor = torch.ops.aten._sparse_semi_structured_mm(values, meta, padded.t())
+        result = result[:, : rows.shape[0]]
+        if bias is not None:
+            result = result + bias.unsqueeze(1)
+        return result.contiguous() if transposed_output else result.t().contiguous()

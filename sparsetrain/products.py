@@ -1,0 +1,93 @@
+"""``masked_product``: a dense matrix times a masked weight, or its transpose, by the backend that dispatch chooses."""
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS
+from .dispatch import MASKED, Choice, Problem, Product, bucket, tuner_for
+from .operands import Execution, Operands, operands_of
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+# define and impl instead of custom_op: it costs 5 microseconds less a call on the host
+_LIBRARY = torch.library.Library("sparsetrain", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
+    "masked_product(Tensor rows, Tensor weight, Tensor codes, Tensor? bias, bool transposed, str backend) -> Tensor"
+)
+
+
+def masked_product(
+    rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None = None, transposed: bool = False,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Return ``rows·(W⊙M)ᵀ + bias``, or ``rows·(W⊙M)`` if ``transposed``.
+
+    The packed weight is kept from call to call if the weight belongs to a :class:`sparsetrain.SparseLinear`; it is
+    renewed when weight or codes have changed. Gradients are the business of :func:`sparsetrain.sparse_linear`.
+
+    Args:
+        rows: ``[T, I]``, or ``[T, O]`` if ``transposed``; in the dtype of the product.
+        weight: ``[O, I]``, the dense master, in any dtype.
+        codes: int16 ``[O/4, I/4]``; transposable if ``transposed`` and the backend is sparse.
+        bias: ``[O]`` (``[I]`` if ``transposed``) or None, in any dtype.
+        transposed: Multiply by W instead of Wᵀ.
+        backend: A backend's name, or ``"auto"``.
+
+    Returns:
+        ``[T, O]``, or ``[T, I]`` if ``transposed``, in the dtype of ``rows``, contiguous.
+
+    Raises:
+        ValueError: If the backend cannot run here.
+
+    Example:
+        >>> codes = torch.full((1, 1), 0xF, dtype=torch.int16)  # keeps the first of four rows
+        >>> masked_product(torch.ones(1, 4), torch.ones(4, 4), codes).tolist()
+        [[4.0, 0.0, 0.0, 0.0]]
+    """
+    result: Tensor = torch.ops.sparsetrain.masked_product(rows, weight, codes, bias, transposed, backend)
+    return result
+
+
+def _masked_product(
+    rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, transposed: bool, backend: str
+) -> Tensor:
+    operands = operands_of(weight) or Operands(Execution(backend))
+    choice = choose(operands, rows, weight, bias is not None, transposed, backend)
+    chosen = BACKENDS[choice.backend]
+    operand = operands.get(weight, codes, chosen, transposed, rows.dtype)
+    return chosen.product(operand, rows, operands.bias(bias, rows.dtype), choice.algorithm)
+
+
+def _shape_of_product(
+    rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, transposed: bool, backend: str
+) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1 if transposed else 0])
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("masked_product", _masked_product, _key)  # type: ignore[no-untyped-call]
+torch.library.register_fake("sparsetrain::masked_product", _shape_of_product, lib=_LIBRARY)
+
+
+def choose(
+    operands: Operands, rows: Tensor, weight: Tensor, bias: bool, transposed: bool, backend: str = "auto"
+) -> Choice:
+    """Return who computes a product of this weight, from memory, the table or a measurement.
+
+    Raises:
+        ValueError: If a backend is named that cannot run here.
+    """
+    key = (transposed, bucket(rows.shape[0]), rows.dtype, bias, backend)
+    known = operands.choices.get(key)
+    if known is not None:
+        return known
+    if rows.shape[0] == 0 or backend == MASKED.backend or (backend == "auto" and rows.dtype not in HALF_DTYPES):
+        return MASKED
+    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+        return MASKED  # nothing can be measured now, and the next call outside the graph will
+    product: Product = "input_gradient" if transposed else "forward"
+    problem = Problem(product, (weight.shape[0], weight.shape[1]), rows.shape[0], rows.dtype, bias)
+    deterministic = operands.execution.deterministic
+    choice = tuner_for(rows.device).choose(problem, rows.device, backend, deterministic)
+    operands.choices[key] = choice
+    return choice
