@@ -1,7 +1,7 @@
 """``sparse_linear`` and ``SparseLinear``: a linear layer whose products see the masked weight."""
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +9,13 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from .backends import resolve_backend
+from .estimated_gradient import draw_counter, estimated_weight_gradient
 from .gradient_rules import GradientRule, resolve_gradient_rule
 from .kernels.masked_update.reference import apply_mask_
 from .kernels.tile_codes.reference import unpack_codes
 from .operands import Execution, Operands, register
 from .products import masked_product
 from .tiles import KEEP_ALL, require_tiles
-
-Backends = tuple[str, str]
-"""Who computes the forward product, and who the input gradient."""
 
 PhaseKind = Literal["dense", "sparse", "frozen"]
 """dense: no mask; sparse: the mask is refreshed while training; frozen: the mask is fixed."""
@@ -27,42 +25,56 @@ AUTO_DEVICES = ("cuda",)
 """Where ``backend="auto"`` has a choice; elsewhere it is ``masked``."""
 
 
+class Rules(NamedTuple):
+    """What the autograd function knows beside its tensors: the gradient rule, who computes what, the seed of draws."""
+
+    gradient: GradientRule
+    forward: str
+    input_gradient: str
+    seed: int
+
+
 class SparseLinearFunction(torch.autograd.Function):
     """``Y = X·(W⊙M)ᵀ + b``, ``dX = dY·(W⊙M)``, ``dW`` by a gradient rule, ``db = ΣdY``."""
 
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, rule: tuple[float, float], backends: Backends
+        input: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, draws: Tensor | None, rules: Rules
     ) -> Tensor:
         """Compute the forward product."""
-        if backends[0] == "masked":
+        if rules.forward == "masked":
             return F.linear(input, _masked(weight, codes), bias)
-        result = masked_product(input.reshape(-1, weight.shape[1]), weight, codes, bias, False, backends[0])
+        result = masked_product(input.reshape(-1, weight.shape[1]), weight, codes, bias, False, rules.forward)
         return result.view(*input.shape[:-1], weight.shape[0])
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep what the two gradient products need; the masked weight is not among it."""
-        input, weight, codes, bias, rule, backends = inputs
+        input, weight, codes, bias, draws, rules = inputs
         ctx.save_for_backward(input, weight, codes)
-        ctx.rule, ctx.backends, ctx.bias_dtype = rule, backends, None if bias is None else bias.dtype  # type: ignore[attr-defined]
+        ctx.draws, ctx.rules, ctx.bias_dtype = draws, rules, None if bias is None else bias.dtype  # type: ignore[attr-defined]
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
         """Compute the gradients that are asked for."""
         (output_gradient,) = cast(tuple[Tensor], output_gradients)
         input, weight, codes = ctx.saved_tensors
+        rules: Rules = ctx.rules
         input_gradient = weight_gradient = bias_gradient = None
         rows = output_gradient.reshape(-1, weight.shape[0])  # [tokens, O]
         if ctx.needs_input_grad[0]:
-            if ctx.backends[1] == "masked":
+            if rules.input_gradient == "masked":
                 input_gradient = output_gradient.matmul(_masked(weight, codes).to(output_gradient.dtype))
             else:
-                product = masked_product(rows, weight, codes, None, True, ctx.backends[1])
+                product = masked_product(rows, weight, codes, None, True, rules.input_gradient)
                 input_gradient = product.view(input.shape)
         if ctx.needs_input_grad[1]:
-            dense = rows.t().matmul(input.reshape(-1, weight.shape[1])).to(weight.dtype)
-            weight_gradient = GradientRule(*ctx.rule).apply(dense, codes)
+            tokens = input.reshape(-1, weight.shape[1])
+            if ctx.draws is None:
+                whole = rows.t().matmul(tokens)
+            else:
+                whole = estimated_weight_gradient(rows, tokens, weight, ctx.draws, rules.seed, rules.forward)
+            weight_gradient = rules.gradient.apply(whole.to(weight.dtype), codes)
         if ctx.needs_input_grad[3]:
             bias_gradient = rows.sum(0).to(ctx.bias_dtype)
         return input_gradient, weight_gradient, None, bias_gradient, None, None
@@ -77,6 +89,8 @@ def sparse_linear(
     gradient: str | GradientRule = "ste",
     backend: str = "auto",
     transposable: bool = True,
+    draws: Tensor | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """Apply a linear layer with the weight masked by tile codes; differentiable in input, weight and bias.
 
@@ -91,6 +105,9 @@ def sparse_linear(
         backend: Who computes the products with the masked weight: a backend's name, or ``"auto"``: the fastest of
             those that give right numbers here, by measurement; without a GPU that is ``"masked"``.
         transposable: Whether the mask is transposable; if not, the input gradient is computed densely.
+        draws: Counter of a random estimate, int64 ``[2]``: then the weight gradient is computed from an unbiased 2:4
+            estimate of the output gradient, and the counter goes up by one in every backward.
+        seed: Of the estimate.
 
     Returns:
         ``[..., O]``.
@@ -127,8 +144,8 @@ def sparse_linear(
         input = _autocast(input, dtype)
         if name == "masked":  # others read the master itself
             weight, bias = _autocast(weight, dtype), None if bias is None else _autocast(bias, dtype)
-    backends = name, name if transposable or name == "masked" else "masked"
-    result = SparseLinearFunction.apply(input, weight, codes, bias, (rule.kept, rule.pruned), backends)  # type: ignore[no-untyped-call]
+    rules = Rules(rule, name, name if transposable else "masked", seed)
+    result = SparseLinearFunction.apply(input, weight, codes, bias, draws, rules)  # type: ignore[no-untyped-call]
     return cast(Tensor, result)
 
 
@@ -155,6 +172,7 @@ class SparseLinear(nn.Linear):
     """
 
     mask_codes: Tensor
+    draws: Tensor | None
     phase: PhaseKind
     gradient: GradientRule
     execution: Execution
@@ -195,7 +213,8 @@ class SparseLinear(nn.Linear):
             register(self.operands, self.weight)
         return sparse_linear(
             input, self.weight, self.mask_codes, self.bias, gradient=self.gradient,
-            backend=self.execution.backend, transposable=self.execution.transposable,
+            backend=self.execution.backend, transposable=self.execution.transposable, draws=self.draws,
+            seed=self.execution.seed,
         )  # fmt: skip
 
     def train(self, mode: bool = True) -> "SparseLinear":
@@ -220,6 +239,8 @@ class SparseLinear(nn.Linear):
         self.phase = phase
         self.gradient = resolve_gradient_rule("ste")
         self.execution = execution
+        draws = draw_counter(0, device=self.weight.device) if execution.weight_product == "mvue" else None
+        self.register_buffer("draws", draws, persistent=False)
         self.operands = Operands(execution)
         register(self.operands, self.weight)
 
@@ -236,7 +257,7 @@ def to_dense_(layer: SparseLinear, zeros: bool = True) -> nn.Linear:
     """Turn a :class:`SparseLinear` back into ``nn.Linear`` in place; with ``zeros``, a mask in force is written."""
     if zeros and layer.is_masked:
         apply_mask_(layer.weight.data, layer.mask_codes)
-    del layer.mask_codes
+    del layer.mask_codes, layer.draws
     for name in ("phase", "gradient", "execution", "operands"):
         layer.__dict__.pop(name, None)
     dense = cast(nn.Linear, layer)

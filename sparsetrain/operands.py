@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .backends import BACKENDS, Backend, Operand
 from .backends.filling import PARTS, Filling, fill_
+from .backends.interface import WeightProduct
 from .dispatch import Choice
 
 
@@ -26,6 +27,9 @@ class Execution:
         keep_transposed: Keep Wᵀ packed between steps; False packs it anew in every backward, for 9/16 of a 16-bit
             weight less memory.
         transposable: Whether masks are transposable, so that the input gradient can run sparse.
+        weight_product: ``"dense"``, or ``"mvue"``: the weight gradient from an unbiased 2:4 estimate of the output
+            gradient, so that it can run sparse too.
+        seed: Of the estimate's random numbers.
 
     Example:
         >>> Execution("masked").keep_transposed
@@ -36,10 +40,14 @@ class Execution:
     deterministic: bool = False
     keep_transposed: bool = True
     transposable: bool = True
+    weight_product: WeightProduct = "dense"
+    seed: int = 0
 
 
 MAX_IDLE = 8
 """Renewals that an operand outlives without being used."""
+
+PRODUCT_NAMES = {False: "forward", True: "input gradient", None: "weight gradient"}
 
 Key = tuple[str, bool, torch.dtype]
 """Backend, whether the operand is Wᵀ, dtype."""
@@ -56,7 +64,7 @@ class Operands:
     def __init__(self, execution: Execution | None = None) -> None:
         self.execution = execution or Execution()
         self.managed = False
-        self.choices: dict[tuple[object, ...], Choice] = {}
+        self.choices: dict[tuple[bool | None, int, torch.dtype, bool, str], Choice] = {}
         self._made: dict[Key, Operand] = {}
         self._idle: dict[Key, int] = {}  # renewals since the last use
         self._captured: set[Key] = set()
@@ -112,7 +120,7 @@ class Operands:
         """Return who computes which product, as far as it has been decided."""
         texts: dict[str, None] = {}  # in order, once each
         for (transposed, tokens, *_), choice in sorted(self.choices.items(), key=lambda item: str(item[0])):
-            product = "input gradient" if transposed else "forward"
+            product = PRODUCT_NAMES[transposed]
             texts[f"{product} {choice} at {tokens} tokens"] = None
         return ", ".join(texts) or ("masked" if self.execution.backend == "masked" else "not decided yet")
 

@@ -70,9 +70,17 @@ torch.library.register_fake("sparsetrain::masked_product", _shape_of_product, li
 
 
 def choose(
-    operands: Operands, rows: Tensor, weight: Tensor, bias: bool, transposed: bool, backend: str = "auto"
+    operands: Operands, rows: Tensor, weight: Tensor, bias: bool, transposed: bool | None, backend: str = "auto"
 ) -> Choice:
     """Return who computes a product of this weight, from memory, the table or a measurement.
+
+    Args:
+        operands: Of the weight.
+        rows: The dense operand, ``[T, ...]``.
+        weight: ``[O, I]``.
+        bias: Whether one is added.
+        transposed: Whether it is the input gradient; None for the weight gradient.
+        backend: A backend's name, or ``"auto"``.
 
     Raises:
         ValueError: If a backend is named that cannot run here.
@@ -85,7 +93,7 @@ def choose(
         return MASKED
     if rows.is_cuda and torch.cuda.is_current_stream_capturing():
         return MASKED  # nothing can be measured now, and the next call outside the graph will
-    product: Product = "input_gradient" if transposed else "forward"
+    product: Product = "weight_gradient" if transposed is None else "input_gradient" if transposed else "forward"
     problem = Problem(product, (weight.shape[0], weight.shape[1]), rows.shape[0], rows.dtype, bias)
     deterministic = operands.execution.deterministic
     choice = tuner_for(rows.device).choose(problem, rows.device, backend, deterministic)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from .backends import resolve_backend
+from .backends.interface import WeightProduct
 from .criteria import Criterion, resolve_criterion
 from .gradient_rules import GradientRule, resolve_gradient_rule
 from .linear import PhaseKind, SparseLinear, to_dense_, to_sparse_
@@ -25,6 +26,7 @@ def sparsify_(
     backend: str = "auto",
     deterministic: bool = False,
     keep_transposed: bool = True,
+    weight_product: WeightProduct = "dense",
     phase: PhaseKind = "sparse",
     verbose: bool = True,
 ) -> SelectionReport:
@@ -45,6 +47,8 @@ def sparsify_(
         deterministic: With ``"auto"``, choose one verified algorithm a layer by name instead of by time.
         keep_transposed: Keep Wᵀ packed between steps; False packs it in every backward and saves 9/16 of a 16-bit
             weight.
+        weight_product: ``"dense"``, or ``"mvue"``: the weight gradient from an unbiased 2:4 estimate of the output
+            gradient, so that it can run sparse too.
         phase: ``"dense"`` installs the layers without searching masks.
         verbose: Print the one-line summary.
 
@@ -61,7 +65,7 @@ def sparsify_(
         >>> model[0].mask.float().mean().item()
         0.5
     """
-    execution = Execution(resolve_backend(backend), deterministic, keep_transposed)
+    execution = Execution(resolve_backend(backend), deterministic, keep_transposed, weight_product=weight_product)
     rule, criterion, search = resolve_gradient_rule(gradient), resolve_criterion(criterion), resolve_pattern(pattern)
     execution = replace(execution, transposable=search.along_columns)
     report = select_layers(model, targets, exclude, pattern)

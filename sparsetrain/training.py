@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .criteria import resolve_criterion
+from .estimated_gradient import renumber_
 from .gradient_rules import resolve_gradient_rule
 from .kernels.masked_update.operator import add_masked_decays_, apply_masks_
 from .linear import PhaseKind, to_dense_
@@ -100,7 +101,7 @@ class SparseTraining:
         self._check(report, optimizers, lr_schedulers)
         self._report = sparsify_(
             model, targets, exclude, pattern=self.method.pattern, backend=backend, deterministic=deterministic,
-            keep_transposed=keep_transposed, phase="dense", verbose=False,
+            keep_transposed=keep_transposed, weight_product=self.method.weight_product, phase="dense", verbose=False,
         )  # fmt: skip
         self.clock = 0
         self.phase: PhaseKind = "dense"
@@ -118,6 +119,7 @@ class SparseTraining:
         self._optimizers = owners or optimizers
         self._owned = {id(entry): owned_parameters(entry) for entry in self._optimizers}
         self._lr_restart = LRRestart(optimizers, lr_schedulers) if self.method.restart_lr else None
+        self._number_draws()
         self._hooks = StepHooks(self._optimizers, self._adjust_gradients, self._advance)
         self._final: tuple[dict[str, float], dict[str, Any]] | None = None
         try:
@@ -163,7 +165,7 @@ class SparseTraining:
         values: dict[str, float | None] = {
             "clock": self.clock,
             "sparse_layers": len(active),
-            "sparse_flops_share": self.masks.pattern.sparse_products * sparse_weights / (3 * self._linear_weights),
+            "sparse_flops_share": self._sparse_products() * sparse_weights / (3 * self._linear_weights),
             "violations": self.masks.violations(),
             "refresh_ms": self.masks.refresh_ms,
             "repack_ms": self._repack_ms,
@@ -237,6 +239,7 @@ class SparseTraining:
         if self._lr_restart and state["lr_restart"]:
             self._lr_restart.load_state_dict(state["lr_restart"])
         self._set_phase(*self.timeline.at(self.clock))
+        self._number_draws()
 
     def _check(
         self, report: SelectionReport, optimizers: Sequence[Optimizer], lr_schedulers: Sequence[LRScheduler]
@@ -321,6 +324,16 @@ class SparseTraining:
         elif (self.clock - start) % self.method.refresh_every == 0 and (kind == "sparse" or self._watch_dense):
             self.refresh()
         self._repack()
+        self._number_draws()
+
+    def _sparse_products(self) -> int:
+        return self.masks.pattern.sparse_products + (self.method.weight_product == "mvue")
+
+    def _number_draws(self) -> None:
+        """Have every layer's random estimates depend on the clock, so that there is nothing to save of them."""
+        for number, layer in enumerate(self.masks.layers.values()):
+            if layer.draws is not None:
+                renumber_(layer.draws, number, self.clock)
 
     def _repack(self) -> None:
         """Renew packed weights now, all of a device together, so that captured graphs and compiled steps find them."""

@@ -35,8 +35,13 @@ class Problem:
         """``(R, C)`` of the sparse operand."""
         rows, columns = self.shape
         if self.product == "weight_gradient":
-            return rows, self.tokens
+            return rows, bucket(self.tokens)
         return (rows, columns) if self.product == "forward" else (columns, rows)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the dense operand, of the size that problems of a bucket are measured with."""
+        return self.shape[1] if self.product == "weight_gradient" else bucket(self.tokens)
 
     @property
     def key(self) -> str:

@@ -10,7 +10,7 @@ from ..backends import BACKENDS, Backend, Operand
 from ..backends.filling import Filling, fill_
 from ..kernels.mask_search.operator import search_tiles
 from ..kernels.tile_codes.reference import unpack_codes
-from .problem import MASKED, Choice, Problem, bucket
+from .problem import MASKED, Choice, Problem
 from .table import Decision, DispatchTable
 from .verify import what_is_wrong
 
@@ -95,12 +95,11 @@ class Tuner:
         """
         if self._stopwatch is None:
             raise RuntimeError("stopwatch is None: nothing can be measured here, so use recorded decisions.")
-        tokens = bucket(problem.tokens)
         weight = torch.randn(problem.matrix, device=device)
         codes = search_tiles(weight, True)
         matrix = weight.to(problem.dtype).masked_fill_(~unpack_codes(codes), 0)
         bias = torch.randn(problem.matrix[0], device=device, dtype=problem.dtype) if problem.bias else None
-        samples = [torch.randn(tokens, problem.matrix[1], device=device, dtype=problem.dtype) for _ in range(2)]
+        samples = [torch.randn(problem.rows, problem.matrix[1], device=device, dtype=problem.dtype) for _ in range(2)]
 
         def dense(rows: Tensor) -> Tensor:
             return torch.nn.functional.linear(rows, matrix, bias)
@@ -144,7 +143,7 @@ class Tuner:
         found = [MASKED]
         for name, backend in self.backends.items():
             if name != MASKED.backend and backend.why_not(device, problem.dtype, problem.shape) is None:
-                names = backend.algorithms(problem.matrix, bucket(problem.tokens), problem.dtype, device)
+                names = backend.algorithms(problem.matrix, problem.rows, problem.dtype, device)
                 found += [Choice(name, algorithm) for algorithm in names]
         return found
 

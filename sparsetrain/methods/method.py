@@ -1,8 +1,9 @@
 """``Method``: pattern, criterion, schedule, decay and gradient rules of a sparse training run."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
+from ..backends.interface import WeightProduct
 from ..criteria import Criterion, resolve_criterion
 from ..gradient_rules import GradientRule, resolve_gradient_rule
 from ..patterns import resolve_pattern
@@ -22,6 +23,8 @@ class Method:
         decay: λ of the masked decay ``g += λ·(1-M)⊙W`` in sparse phases; 0 turns it off.
         gradient: Rule of the weight gradient in sparse phases.
         frozen_gradient: Rule of the weight gradient in frozen phases.
+        weight_product: ``"dense"``, or ``"mvue"``: the weight gradient from an unbiased 2:4 estimate of the output
+            gradient, so that it can run sparse too.
         clear_moments: Clear the optimizer's moments of pruned entries when a mask freezes.
         restart_lr: Restart the learning-rate schedule when a mask freezes.
 
@@ -41,6 +44,7 @@ class Method:
     decay: float = 0.0
     gradient: str | GradientRule = "ste"
     frozen_gradient: str | GradientRule = "masked"
+    weight_product: WeightProduct = "dense"
     clear_moments: bool = False
     restart_lr: bool = False
 
@@ -55,6 +59,10 @@ class Method:
             )
         if not 0 <= self.decay < float("inf"):
             raise ValueError(f"decay is {self.decay!r}: it must be a finite number of at least 0.")
+        if self.weight_product not in get_args(WeightProduct):
+            raise ValueError(
+                f"weight_product is {self.weight_product!r}: it must be one of {list(get_args(WeightProduct))}."
+            )
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule is {self.schedule!r}: it must be a Schedule.")
 

@@ -17,6 +17,7 @@ def fst(
     dense_tail: int | float = 1 / 6,
     pattern: str = "transposable",
     criterion: str | Criterion = "magnitude",
+    mvue: bool = False,
 ) -> Method:
     """Fully sparse training from scratch: moving transposable masks, masked decay on gradients, a dense tail.
 
@@ -27,6 +28,7 @@ def fst(
         dense_tail: Length of the dense tail, likewise.
         pattern: ``"transposable"`` or ``"row_wise"``.
         criterion: What ranks the entries.
+        mvue: Compute weight gradients from unbiased 2:4 estimates of output gradients, as the paper does.
 
     Example:
         >>> fst(warmup=0.15).schedule.resolve(600).starts
@@ -41,6 +43,7 @@ def fst(
         schedule=from_scratch(warmup, dense_tail),
         refresh_every=refresh_every,
         decay=decay,
+        weight_product="mvue" if mvue else "dense",
     )
 
 
