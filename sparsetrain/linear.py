@@ -60,6 +60,11 @@ class SparseLinearFunction(torch.autograd.Function):
         (output_gradient,) = cast(tuple[Tensor], output_gradients)
         input, weight, codes = ctx.saved_tensors
         rules: Rules = ctx.rules
+        if rules.forward != "masked" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"backend is {rules.forward!r} and a gradient of gradients is asked for (create_graph=True): only "
+                "'masked' has one, so use backend='masked'."
+            )
         input_gradient = weight_gradient = bias_gradient = None
         rows = output_gradient.reshape(-1, weight.shape[0])  # [tokens, O]
         if ctx.needs_input_grad[0]:

@@ -149,9 +149,12 @@ def learn_layout(
             found exactly once, or a random matrix is compressed otherwise.
 
     Example:
-        >>> from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass as convert
+        >>> from sparsetrain.kernels.layouts import to_cutlass
+        >>> from sparsetrain.kernels.pack.reference import pack
+        >>> from sparsetrain.kernels.tile_codes.reference import pack_codes
         >>> def compress(matrix):
-        ...     return torch.cat([part.flatten().view(matrix.dtype) for part in convert(matrix)])
+        ...     values, meta = pack(matrix, pack_codes(matrix != 0), matrix.dtype, transposed=False)
+        ...     return torch.cat([values.flatten(), to_cutlass(meta).flatten().view(matrix.dtype)])
         >>> layout = learn_layout(compress, 32, 64, torch.float16, torch.device("cpu"))
         >>> layout.unit_bits, layout.source[:6].tolist()  # two words of row 0 beside those of row 8
         (16, [0, 32, 1, 33, 64, 96])

@@ -156,6 +156,9 @@ def _probe(
     layouts: list[dict[str, Any]] = []
     if machine.gpu is not None:
         try:
+            if "cusparselt" in BACKENDS and answers["cusparselt"] is None:
+                for side in {shape, shape[::-1]}:  # an operand's first allocation proves its layout
+                    BACKENDS["cusparselt"].allocate(side, getattr(torch, dtype), device)
             layouts = _known_layouts()
         except Exception as error:
             missing.append(f"the metadata layouts were not probed: {_short(error)}.")

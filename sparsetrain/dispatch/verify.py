@@ -56,9 +56,9 @@ def what_is_wrong(
     error = float((found[sample].double() - exact).abs().max())
     rounding = torch.finfo(found.dtype).eps
     floor = rounding * float(exact.abs().max())  # a dense product may be exact by chance
-    if not error <= 2 * max(allowed, floor / 4):
+    if not error <= 2 * max(allowed, floor / 2):
         return f"its error is {error:.3g}, the dense product's {allowed:.3g}"
-    bound = 4 * rounding * expected.abs().float() + 4 * max(allowed, floor / 4)
+    bound = 4 * rounding * expected.abs().float() + 4 * max(allowed, floor / 2)
     if not bool(((found.float() - expected.float()).abs() <= bound).all()):
         return "some of its numbers are wrong"
     if not torch.equal(multiply(rows), found):

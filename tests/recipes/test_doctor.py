@@ -193,12 +193,16 @@ class Probed:
     def __init__(self, answer: str | Exception | None) -> None:
         self.answer = answer
         self.asked: list[Any] = []
+        self.allocated: set[tuple[int, int]] = set()
 
     def why_not(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
         self.asked.append((device.type, dtype, shape))
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
+
+    def allocate(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.allocated.add(shape)
 
 
 def _on_an_h200(monkeypatch: pytest.MonkeyPatch, **answers: str | Exception | None) -> dict[str, Probed]:
@@ -227,6 +231,8 @@ def test_a_probe_asks_the_backends_themselves(monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, module.__name__, module)
     report = doctor.examine((4096, 11008), "float16", probe=True)
     assert backends["cusparselt"].asked == [("cuda", torch.float16, (4096, 11008))]
+    assert backends["cusparselt"].allocated == {(4096, 11008), (11008, 4096)}  # which proves their layouts
+    assert backends["cutlass"].allocated == set()
     assert (report["machine"]["capability"], report["machine"]["driver"]) == ("9.0", "570.86.15")
     assert report["will_run"] == "cusparselt"
     assert {name: verdict["why_not"] for name, verdict in report["backends"].items()} == {

@@ -5,25 +5,29 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from simulated_backend import SimulatedBackend
 from support import mlp
 
 import sparsetrain as st
+from sparsetrain.backends import BACKENDS
 from sparsetrain.distributed import require_equal_codes
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int, folder: str, backend: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    BACKENDS["simulated"] = SimulatedBackend()
     model = torch.nn.parallel.DistributedDataParallel(mlp())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     method = st.methods.fst(refresh_every=2, decay=0.01, dense_tail=0)
-    training = st.SparseTraining(model, optimizer, method, 6, verbose=False)
+    training = st.SparseTraining(model, optimizer, method, 6, backend=backend, verbose=False)
     for step in range(6):
         optimizer.zero_grad()
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(10 * step + rank))
         model(x).square().mean().backward()
         optimizer.step()
-    torch.save({name: codes.clone() for name, codes in training.masks.codes.items()}, f"{folder}/{rank}.pt")
+    state = {name: codes.clone() for name, codes in training.masks.codes.items()}
+    torch.save({"codes": state, "model": model.module.state_dict()}, f"{folder}/{rank}.pt")
     with torch.no_grad():
         model.module[2].weight.add_(torch.randn(16, 32) * rank)
     try:
@@ -36,11 +40,13 @@ def _worker(rank: int, folder: str) -> None:
     os._exit(0)  # gloo's threads may abort an orderly exit
 
 
-def test_ranks_agree_on_masks_and_a_difference_is_an_error_on_every_rank(tmp_path: Path) -> None:
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("backend", ["masked", "simulated"])
+def test_ranks_agree_on_masks_and_a_difference_is_an_error_on_every_rank(tmp_path: Path, backend: str) -> None:
+    mp.spawn(_worker, (str(tmp_path), backend), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert list(first) == ["module.0", "module.2"]
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert list(first["codes"]) == ["module.0", "module.2"]
+    for part in ("codes", "model"):
+        assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
     for rank in (0, 1):
         message = (tmp_path / f"{rank}.txt").read_text()
         assert "masks of module.2 differ between data-parallel ranks" in message

@@ -339,5 +339,13 @@ def test_training_equals_the_masked_backend(backend) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_gradients_are_refused_with_the_backend_that_has_them(backend) -> None:
+    x = torch.randn(4, 32, requires_grad=True)
+    with pytest.raises(
+        RuntimeError, match=r"^backend is 'simulated' and a gradient of gradients .* backend='masked'\.$"
+    ):
+        torch.autograd.grad(layer()(x).sum(), x, create_graph=True)
+
+
 def test_execution_is_a_value() -> None:
     assert copy.deepcopy(Execution("masked")) == Execution("masked")

@@ -57,8 +57,8 @@ def first_algorithm(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_as_exact_as_dense(found: Tensor, dense: Tensor, exact: Tensor) -> None:
-    """At most twice the dense product's error against float64, and half a rounding step."""
-    rounding = torch.finfo(found.dtype).eps * exact.abs().max() / 4
+    """At most twice the dense product's error against float64, or twice half a rounding step if that is less."""
+    rounding = torch.finfo(found.dtype).eps * exact.abs().max() / 2
     allowed = 2 * torch.maximum((dense.double() - exact).abs().max(), rounding)
     assert (found.double() - exact).abs().max() <= allowed
 
@@ -203,7 +203,8 @@ def test_compiled_layers_are_not_recompiled_by_refreshes_and_repacks(backend, fi
         optimizer.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
             y = compiled(x)
-        expected = model[2](F.gelu(model[0](x)))
+        (w0, b0), (w1, b1) = ((entry.weight * entry.mask, entry.bias) for entry in (model[0], model[2]))
+        expected = F.linear(F.gelu(F.linear(x, w0, b0)), w1, b1)
         torch.testing.assert_close(y.float(), expected.float(), rtol=5e-2, atol=5e-2)
         y.float().square().mean().backward()
         optimizer.step()
