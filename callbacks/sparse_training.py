@@ -5,7 +5,6 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch import callbacks as lightning_callbacks
 from torch import nn
 
 from sparsetrain.checkpoint import CHECKPOINT_KEY, detach_pruned, require_same_weights, restore_pruned_
@@ -14,7 +13,6 @@ from sparsetrain.training import SparseTraining
 
 SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 PRUNED_WEIGHTS = "pruned_weights"
-WEIGHT_AVERAGING: Any = getattr(lightning_callbacks, "WeightAveraging", ())  # newer Lightning has it
 
 
 class SparseTrainingCallback(Callback):
@@ -130,14 +128,6 @@ class SparseTrainingCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the layers sparse and start, or go on from the checkpoint that was loaded."""
         self._release_guard()
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, WEIGHT_AVERAGING) for callback in callbacks) and any(
-            True for _ in pl_module.buffers()
-        ):
-            raise MisconfigurationException(
-                "WeightAveraging pairs buffers by position and would mix the model's buffers with the masks: "
-                "remove WeightAveraging, or the model's buffers."
-            )
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self.training = SparseTraining(
             pl_module,

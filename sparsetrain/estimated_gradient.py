@@ -4,15 +4,14 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
+from .backends.filling import operand_of_packed
 from .backends.tokens import padded_tokens
-from .dispatch import MASKED
 from .kernels.mvue import mvue
-from .kernels.pack import unpack_rows
 from .operands import Execution, Operands, operands_of
 from .products import choose
 
-TOKENS = 16
-"""Of which a number of tokens is made a multiple, so that words of metadata are whole."""
+TOKENS = 128
+"""Of which a number of tokens is made a multiple, so that it fits every backend."""
 
 LAYER_SHIFT = 16
 """Bits of the counter that count backward passes within a step; the layer's number is above them."""
@@ -45,14 +44,14 @@ def renumber_(counter: Tensor, layer: int, clock: int) -> None:
 
 @torch.library.custom_op("sparsetrain::estimated_weight_gradient", mutates_args={"counter"})
 def estimated_weight_gradient(
-    output_gradient: Tensor, input: Tensor, weight: Tensor, counter: Tensor, seed: int, backend: str = "auto"
+    output_gradient: Tensor, input: Tensor, codes: Tensor, counter: Tensor, seed: int, backend: str = "auto"
 ) -> Tensor:
     """Return an unbiased estimate of ``dYᵀ·X`` that uses two of every four tokens of each output feature.
 
     Args:
         output_gradient: dY, ``[T, O]``.
         input: X, ``[T, I]``, in the same dtype.
-        weight: ``[O, I]``, whose decisions are used; its values are not read.
+        codes: int16 ``[O/4, I/4]`` of the layer, whose decisions are used; they are not read.
         counter: int64 ``[2]``, as :func:`draw_counter` makes it; counted up by one, so that the next call draws anew.
         seed: Key of the random numbers.
         backend: A backend's name, or ``"auto"``.
@@ -65,7 +64,8 @@ def estimated_weight_gradient(
 
     Example:
         >>> gradient, x = torch.ones(16, 4), torch.ones(16, 8)
-        >>> estimated_weight_gradient(gradient, x, torch.zeros(4, 8), draw_counter(0), 0)[0, 0].item()  # all are alike
+        >>> codes = torch.zeros(1, 2, dtype=torch.int16)
+        >>> estimated_weight_gradient(gradient, x, codes, draw_counter(0), 0)[0, 0].item()  # all tokens are alike
         16.0
 
     Source: minimum-variance unbiased estimates of Chmiel et al. 2022, arXiv 2203.10991, as Hu et al. 2024,
@@ -74,25 +74,15 @@ def estimated_weight_gradient(
     values, meta = mvue(padded_tokens(output_gradient, TOKENS), counter, seed, 0)
     counter[1].add_(1)
     tokens = padded_tokens(input, TOKENS)
-    operands = operands_of(weight) or Operands(Execution(backend))
-    choice = choose(operands, tokens, weight, False, None, backend)
-    if choice == MASKED:
-        return torch.matmul(unpack_rows(values, meta), tokens)
-    chosen = BACKENDS[choice.backend]
-    operand = chosen.allocate((weight.shape[0], tokens.shape[0]), values.dtype, values.device)
-    if operand.values is None:
-        chosen.finish_(operand, unpack_rows(values, meta))
-    else:
-        operand.values.copy_(values)
-        if operand.meta is None:
-            chosen.finish_(operand, meta)
-        else:
-            operand.meta.copy_(meta)
-    return chosen.product(operand, tokens.t(), None, choice.algorithm, transposed_output=True)
+    operands = operands_of(codes) or Operands(Execution(backend))
+    shape = (output_gradient.shape[1], input.shape[1])
+    choice = choose(operands, tokens, shape, False, None, backend)
+    operand = operand_of_packed(BACKENDS[choice.backend], values, meta)
+    return BACKENDS[choice.backend].product(operand, tokens.t(), None, choice.algorithm, transposed_output=True)
 
 
 @estimated_weight_gradient.register_fake
 def _(
-    output_gradient: Tensor, input: Tensor, weight: Tensor, counter: Tensor, seed: int, backend: str = "auto"
+    output_gradient: Tensor, input: Tensor, codes: Tensor, counter: Tensor, seed: int, backend: str = "auto"
 ) -> Tensor:
-    return output_gradient.new_empty(weight.shape)
+    return output_gradient.new_empty(output_gradient.shape[1], input.shape[1])

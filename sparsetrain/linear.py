@@ -78,7 +78,7 @@ class SparseLinearFunction(torch.autograd.Function):
             if ctx.draws is None:
                 whole = rows.t().matmul(tokens)
             else:
-                whole = estimated_weight_gradient(rows, tokens, weight, ctx.draws, rules.seed, rules.forward)
+                whole = estimated_weight_gradient(rows, tokens, codes, ctx.draws, rules.seed, rules.forward)
             weight_gradient = rules.gradient.apply(whole.to(weight.dtype), codes)
         if ctx.needs_input_grad[3]:
             bias_gradient = rows.sum(0).to(ctx.bias_dtype)
@@ -149,13 +149,18 @@ def sparse_linear(
         input = _autocast(input, dtype)
         if name == "masked":  # others read the master itself
             weight, bias = _autocast(weight, dtype), None if bias is None else _autocast(bias, dtype)
+    elif name != "masked" and input.dtype != weight.dtype:
+        raise ValueError(
+            f"input is {input.dtype} but weight is {weight.dtype}: they must be alike outside of autocast, so cast one "
+            "of them or use autocast."
+        )
     rules = Rules(rule, name, name if transposable else "masked", seed)
     result = SparseLinearFunction.apply(input, weight, codes, bias, draws, rules)  # type: ignore[no-untyped-call]
     return cast(Tensor, result)
 
 
 class SparseLinear(nn.Linear):
-    """An ``nn.Linear`` with a mask: same parameters, same ``state_dict``, codes in a non-persistent buffer.
+    """An ``nn.Linear`` with a mask: same parameters, same ``state_dict``, and tile codes beside them.
 
     Usually made in place by :func:`sparsetrain.sparsify_`. A forward never changes the mask.
 
@@ -175,6 +180,8 @@ class SparseLinear(nn.Linear):
         >>> layer.mask.sum().item(), sorted(layer.state_dict())
         (16, ['bias', 'weight'])
     """
+
+    _dynamo_marked_static = True  # sizes of codes are no dynamic dimensions, as those of nn.Linear's weight are not
 
     mask_codes: Tensor
     draws: Tensor | None
@@ -207,15 +214,13 @@ class SparseLinear(nn.Linear):
 
     @torch.no_grad()
     def set_codes_(self, codes: Tensor) -> None:
-        """Copy tile codes ``[O/4, I/4]`` into the buffer, in place, so that compiled graphs stay valid."""
+        """Copy tile codes ``[O/4, I/4]`` in place, so that compiled graphs stay valid."""
         self.mask_codes.copy_(codes)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: ``[..., I]`` to ``[..., O]``."""
         if self.phase == "dense":
             return F.linear(input, self.weight, self.bias)
-        if not torch.compiler.is_compiling():
-            register(self.operands, self.weight)
         return sparse_linear(
             input, self.weight, self.mask_codes, self.bias, gradient=self.gradient,
             backend=self.execution.backend, transposable=self.execution.transposable, draws=self.draws,
@@ -224,30 +229,43 @@ class SparseLinear(nn.Linear):
 
     def train(self, mode: bool = True) -> "SparseLinear":
         """Switch between training and evaluation; weights may be swapped around it, so operands are made anew."""
-        self.operands.expire()
+        if mode != self.training:
+            self.operands.expire()
         return super().train(mode)
+
+    def describe_products(self) -> str:
+        """Say who computes the layer's products, as far as it has been decided."""
+        if self.execution.backend == "auto" and self.weight.device.type not in AUTO_DEVICES:
+            return "masked"
+        return self.operands.describe()
 
     def extra_repr(self) -> str:
         """Describe the layer as ``nn.Linear`` does, and its phase."""
         return f"{super().extra_repr()}, phase={self.phase}"
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SparseLinear":
-        self.operands.release()  # the weight moves
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        register(self.operands, self.weight)
+        # no buffers: data-parallel modules cannot broadcast int16, and averages of codes mean nothing
+        self.mask_codes = fn(self.mask_codes)
+        self.draws = None if self.draws is None else fn(self.draws)
+        register(self)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        register(self)  # copied or loaded
 
     def _add_mask(self, phase: PhaseKind, execution: Execution) -> None:
         shape = (self.out_features // 4, self.in_features // 4)
         codes = torch.full(shape, KEEP_ALL, dtype=torch.int16, device=self.weight.device)
-        self.register_buffer("mask_codes", codes, persistent=False)
+        self.mask_codes = codes
         self.phase = phase
         self.gradient = resolve_gradient_rule("ste")
         self.execution = execution
         draws = draw_counter(0, device=self.weight.device) if execution.weight_product == "mvue" else None
-        self.register_buffer("draws", draws, persistent=False)
+        self.draws = draws
         self.operands = Operands(execution)
-        register(self.operands, self.weight)
+        register(self)
 
 
 def to_sparse_(layer: nn.Linear, phase: PhaseKind = "sparse", execution: Execution | None = None) -> SparseLinear:

@@ -1,13 +1,14 @@
 """Operands of a layer: its masked weight in the forms that backends multiply by, renewed after any write to it."""
 
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakValueDictionary
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -30,6 +31,7 @@ class Execution:
         weight_product: ``"dense"``, or ``"mvue"``: the weight gradient from an unbiased 2:4 estimate of the output
             gradient, so that it can run sparse too.
         seed: Of the estimate's random numbers.
+        note: Why a layer does not have the backend that was asked for.
 
     Example:
         >>> Execution("masked").keep_transposed
@@ -42,35 +44,56 @@ class Execution:
     transposable: bool = True
     weight_product: WeightProduct = "dense"
     seed: int = 0
+    note: str = ""
 
+
+PRODUCT_NAMES = {False: "forward", True: "input gradient", None: "weight gradient"}
 
 MAX_IDLE = 8
 """Renewals that an operand outlives without being used."""
 
-PRODUCT_NAMES = {False: "forward", True: "input gradient", None: "weight gradient"}
-
 Key = tuple[str, bool, torch.dtype]
 """Backend, whether the operand is Wᵀ, dtype."""
+
+Stamp = tuple[int, ...]
+
+
+class Layer(Protocol):
+    """What owns operands."""
+
+    weight: Tensor
+    mask_codes: Tensor
+    operands: "Operands"
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, if there is one."""
 
 
 class Operands:
     """The packed forms of one weight: made when a product first asks, renewed in place when the weight has changed.
 
-    A change is seen by the version counters and addresses of weight and codes, and every optimizer's step counts as
-    one, because fused optimizers leave the counters alone. Other writes without a trace, as those through
-    ``weight.data``, have to be told by :meth:`expire`. Who sets ``managed`` calls :func:`renew_` after each step.
+    A change is seen by the version counters and storages of weight and codes, and an optimizer's step counts as one,
+    because fused optimizers leave the counters alone. Other writes without a trace, as those through ``weight.data``,
+    have to be told by :meth:`expire`.
+
+    Who sets ``managed`` calls :func:`renew_` after each step; a CUDA graph then reads what it finds. In other graphs
+    every product is captured with the packing before it.
     """
 
     def __init__(self, execution: Execution | None = None) -> None:
         self.execution = execution or Execution()
         self.managed = False
         self.choices: dict[tuple[bool | None, int, torch.dtype, bool, str], Choice] = {}
+        self.owner: weakref.ref[Layer] | None = None
         self._made: dict[Key, Operand] = {}
         self._idle: dict[Key, int] = {}  # renewals since the last use
         self._captured: set[Key] = set()
-        self._stamp: tuple[int, ...] | None = None
-        self._bias: dict[torch.dtype, tuple[tuple[int, ...] | None, Tensor]] = {}
-        self._place: tuple[object, ...] | None = None
+        self._shared: dict[tuple[object, ...], Operand] = {}
+        self._stamp: Stamp | None = None
+        self._held: tuple[StorageWeakRef, ...] = ()  # so that no other storage gets the stamp's address
+        self._bias: dict[torch.dtype, _Bias] = {}
+        self._device: torch.device | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Operands":
         return Operands(self.execution)  # the copy has another weight
@@ -84,58 +107,95 @@ class Operands:
         return sum(operand.bytes for operand in self._made.values())
 
     def get(self, weight: Tensor, codes: Tensor, backend: Backend, transposed: bool, dtype: torch.dtype) -> Operand:
-        """Return W (or Wᵀ if ``transposed``), masked, as the backend reads it; up to date."""
+        """Return W (or Wᵀ if ``transposed``), masked, as the backend reads it; up to date.
+
+        Raises:
+            RuntimeError: If a CUDA graph is being captured and there is no operand yet.
+        """
+        if self._device not in (None, weight.device):
+            self.release(captured=True)
+        self._device = weight.device
+        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
         stamp = stamp_of(weight, codes)
-        if stamp is None or stamp != self._stamp:
-            renew_([self], [weight], [codes])
+        if stamp is None or stamp != self._stamp or (capturing and not self.managed):
+            _renew([(self, weight, codes)])
+            self._stamp = None if capturing else self._stamp  # what is captured has not happened yet
         if transposed and backend.symmetric:
             operand = self.get(weight, codes, backend, False, dtype)
             return Operand(operand.shape[::-1], (operand.tensors[0].t(),))
         key = (backend.name, transposed, dtype)
         self._idle[key] = 0
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        if capturing:
             self._captured.add(key)
-        if key in self._made:
-            return self._made[key]
-        made = backend.allocate((weight.shape[::-1] if transposed else weight.shape), dtype, weight.device)  # type: ignore[arg-type]
-        fill_([Filling(weight, codes, backend, dtype, **{"transpose" if transposed else "operand": made})])
-        if self.execution.keep_transposed or not transposed:
-            self._made[key] = made
-        return made
+        if key not in self._made:
+            return self._make(weight, codes, backend, key, capturing)
+        return self._made[key]
+
+    def _make(self, weight: Tensor, codes: Tensor, backend: Backend, key: Key, capturing: bool) -> Operand:
+        _, transposed, dtype = key
+        keep = self.execution.keep_transposed or not transposed
+        shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
+        shared = (backend.name, shape, dtype, weight.device)
+        operand = None if keep else self._shared.get(shared) or _SHARED.get(shared)
+        if operand is None:
+            if capturing:
+                raise RuntimeError(
+                    f"a CUDA graph is being captured but the weight {tuple(weight.shape)} was not packed for "
+                    f"{backend.name} yet: run the step once before capturing it."
+                )
+            with torch.inference_mode(False):
+                operand = backend.allocate(shape, dtype, weight.device)
+        if not keep:
+            self._shared[shared] = _SHARED[shared] = operand
+        filling = Filling(weight, codes, backend, dtype)
+        if transposed:
+            filling.transpose = operand
+            filling.operand = None if keep else self._made.get((backend.name, False, dtype))  # written as it is
+        else:
+            filling.operand = operand
+        fill_([filling])
+        if keep:
+            self._made[key] = operand
+        return operand
 
     def bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Return the bias in ``dtype``, at an address that stays."""
         if bias is None or bias.dtype == dtype:
             return bias
-        stamp = stamp_of(bias)
         held = self._bias.get(dtype)
-        if held is None or held[1].device != bias.device:
-            held = None, torch.empty_like(bias, dtype=dtype)
-        if stamp is None or held[0] != stamp:
-            held[1].copy_(bias)
-            self._bias[dtype] = stamp, held[1]
-        return held[1]
+        if held is None or held.copy.device != bias.device:
+            with torch.inference_mode(False):
+                held = self._bias[dtype] = _Bias(torch.empty_like(bias, dtype=dtype))
+        stamp = stamp_of(bias)
+        capturing = bias.is_cuda and torch.cuda.is_current_stream_capturing()
+        if stamp is None or held.stamp != stamp or (capturing and not self.managed):
+            held.renew_(bias)
+            held.stamp = None if capturing else stamp
+        return held.copy
 
     def describe(self) -> str:
         """Return who computes which product, as far as it has been decided."""
         texts: dict[str, None] = {}  # in order, once each
         for (transposed, tokens, *_), choice in sorted(self.choices.items(), key=lambda item: str(item[0])):
-            product = PRODUCT_NAMES[transposed]
-            texts[f"{product} {choice} at {tokens} tokens"] = None
-        return ", ".join(texts) or ("masked" if self.execution.backend == "masked" else "not decided yet")
+            texts[f"{PRODUCT_NAMES[transposed]} {choice} at {tokens} tokens"] = None
+        undecided = "masked" if self.execution.backend == "masked" else "not decided yet"
+        return ", ".join(texts) or (f"{undecided}: {self.execution.note}" if self.execution.note else undecided)
 
     def expire(self) -> None:
         """Have everything renewed before its next use."""
         self._stamp = None
-        self._bias = {dtype: (None, held) for dtype, (_, held) in self._bias.items()}
+        for held in self._bias.values():
+            held.stamp = None
 
-    def release(self) -> None:
-        """Free all memory."""
-        self._made.clear()
-        self._idle.clear()
-        self._captured.clear()
-        self._bias.clear()
-        self._stamp = None
+    def release(self, captured: bool = False) -> None:
+        """Free memory; what CUDA graphs read stays unless ``captured``."""
+        kept = set() if captured else self._captured
+        self._made = {key: made for key, made in self._made.items() if key in kept}
+        self._captured &= set(self._made)
+        self._shared.clear()
+        if not kept:
+            self._bias.clear()
+        self.expire()
 
     def _stale(self) -> dict[Key, Operand]:
         """Forget what nobody used for long, and return the rest; captured graphs use theirs unseen."""
@@ -145,41 +205,72 @@ class Operands:
                 del self._made[key]
         return self._made
 
+    def _renewed(self, weight: Tensor, codes: Tensor) -> None:
+        self._stamp = stamp_of(weight, codes)
+        self._held = _hold(weight), _hold(codes)
 
-_OPERANDS: WeakValueDictionary[tuple[object, ...], Operands] = WeakValueDictionary()
+
+class _Bias:
+    """A bias in another dtype."""
+
+    def __init__(self, copy: Tensor) -> None:
+        self.copy = copy
+        self.stamp: Stamp | None = None
+        self.held: StorageWeakRef | None = None
+
+    @torch.no_grad()
+    def renew_(self, bias: Tensor) -> None:
+        with torch.inference_mode(False):
+            self.copy.copy_(bias)
+        self.stamp, self.held = stamp_of(bias), _hold(bias)
 
 
-def register(operands: Operands, weight: Tensor) -> None:
-    """Let products with this weight find these operands, and no longer those of an earlier address."""
-    if type(weight) not in (Tensor, Parameter):
-        return  # fake and distributed tensors have no address
+_OPERANDS: weakref.WeakValueDictionary[int, Operands] = weakref.WeakValueDictionary()
+"""By the storage of the codes, which a layer owns alone, wherever its weight comes from."""
+
+_SHARED: weakref.WeakValueDictionary[tuple[object, ...], Operand] = weakref.WeakValueDictionary()
+"""Operands that are filled anew before every use, one of each shape."""
+
+
+def register(layer: Layer) -> None:
+    """Let products find a layer's operands; again after its codes have moved."""
     _watch_optimizers()
-    place = (weight.device, weight.data_ptr())
-    if operands._place != place:
-        if operands._place is not None and _OPERANDS.get(operands._place) is operands:
-            del _OPERANDS[operands._place]
-        operands._place = place
-    _OPERANDS[place] = operands
+    layer.operands.owner = weakref.ref(layer)
+    _OPERANDS[_address(layer.mask_codes)] = layer.operands
+
+
+def operands_of(codes: Tensor) -> Operands | None:
+    """Return the operands of the layer that has these codes."""
+    found = _OPERANDS.get(_address(codes))
+    owner = None if found is None or found.owner is None else found.owner()
+    # the address of codes that are gone may be that of others now
+    return found if owner is not None and _address(owner.mask_codes) == _address(codes) else None
+
+
+def _address(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+def _hold(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 @functools.cache
 def _watch_optimizers() -> None:
     def expire(optimizer: Optimizer, arguments: object, keywords: object) -> None:
-        for group in optimizer.param_groups if _OPERANDS else ():
-            for parameter in group["params"]:
-                operands = operands_of(parameter) if type(parameter) is Parameter else None
-                if operands is not None and not operands.managed:
-                    operands.expire()
+        if not _OPERANDS:
+            return
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for operands in list(_OPERANDS.values()):
+            owner = None if operands.managed or operands.owner is None else operands.owner()
+            if owner is not None and (id(owner.weight) in owned or id(owner.bias) in owned):
+                operands.expire()
 
     register_optimizer_step_post_hook(expire)
 
 
-def operands_of(weight: Tensor) -> Operands | None:
-    """Return the operands registered for a weight."""
-    return _OPERANDS.get((weight.device, weight.data_ptr()))
-
-
-def stamp_of(*tensors: Tensor) -> tuple[int, ...] | None:
+def stamp_of(*tensors: Tensor) -> Stamp | None:
     """Return numbers that change when a tensor is written to or replaced; None if that cannot be known.
 
     Example:
@@ -190,17 +281,26 @@ def stamp_of(*tensors: Tensor) -> tuple[int, ...] | None:
     """
     if any(tensor.is_inference() for tensor in tensors):
         return None
-    return tuple(number for tensor in tensors for number in (tensor.data_ptr(), tensor._version))
+    numbers = ((_address(tensor), int(tensor.storage_offset()), tensor._version) for tensor in tensors)
+    return tuple(number for entry in numbers for number in entry)
 
 
-def renew_(operands: Sequence[Operands], weights: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
-    """Fill the operands of several weights anew, in place; equal layouts share a launch."""
+def renew_(layers: Sequence[Layer]) -> None:
+    """Fill the operands of several layers anew, in place; equal layouts share a launch."""
+    _renew([(layer.operands, layer.weight, layer.mask_codes) for layer in layers])
+    for layer in layers:
+        if layer.bias is not None:
+            for held in layer.operands._bias.values():
+                held.renew_(layer.bias)
+
+
+def _renew(sources: Sequence[tuple[Operands, Tensor, Tensor]]) -> None:
     fillings = []
-    for entry, weight, code in zip(operands, weights, codes, strict=True):
-        made = entry._stale()
+    for operands, weight, codes in sources:
+        made = operands._stale()
         for name, dtype in {(name, dtype): None for name, _, dtype in made}:
             parts = {part: made.get((name, transposed, dtype)) for part, transposed in PARTS.items()}
-            fillings.append(Filling(weight, code, BACKENDS[name], dtype, **parts))
+            fillings.append(Filling(weight, codes, BACKENDS[name], dtype, **parts))
     fill_(fillings)
-    for entry, weight, code in zip(operands, weights, codes, strict=True):
-        entry._stamp = stamp_of(weight, code)
+    for operands, weight, codes in sources:
+        operands._renewed(weight, codes)

@@ -25,12 +25,17 @@ class StepHooks:
     Args:
         optimizers: The optimizers to hang on.
         adjust: Called with the optimizer and the scale of its gradients (a scalar tensor, or None for 1).
+        written: Called with an optimizer after each of its steps.
         advance: Called after each completed round of steps.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], adjust: AdjustGradients, advance: Callable[[], None]) -> None:
+    def __init__(
+        self, optimizers: Sequence[Optimizer], adjust: AdjustGradients, written: Callable[[Optimizer], None],
+        advance: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._optimizers = list(optimizers)
         self._adjust = adjust
+        self._written = written
         self._advance = advance
         self.stepped: set[int] = set()
         self._handles = [
@@ -69,6 +74,7 @@ class StepHooks:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
+        self._written(optimizer)
         self.stepped.add(self._optimizers.index(optimizer))
         if len(self.stepped) == len(self._optimizers):
             self.stepped.clear()

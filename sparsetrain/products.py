@@ -1,5 +1,7 @@
 """``masked_product``: a dense matrix times a masked weight, or its transpose, by the backend that dispatch chooses."""
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -7,12 +9,16 @@ from .backends import BACKENDS
 from .dispatch import MASKED, Choice, Problem, Product, bucket, tuner_for
 from .operands import Execution, Operands, operands_of
 
+LOG = logging.getLogger("sparsetrain")
+
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 # define and impl instead of custom_op: it costs 5 microseconds less a call on the host
 _LIBRARY = torch.library.Library("sparsetrain", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "masked_product(Tensor rows, Tensor weight, Tensor codes, Tensor? bias, bool transposed, str backend) -> Tensor"
+    "masked_product(Tensor rows, Tensor weight, Tensor codes, Tensor? bias, bool transposed, str backend) -> Tensor",
+    # it keeps memory of its own, which a pool of recorded graphs must not own
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 
@@ -51,11 +57,20 @@ def masked_product(
 def _masked_product(
     rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, transposed: bool, backend: str
 ) -> Tensor:
-    operands = operands_of(weight) or Operands(Execution(backend))
-    choice = choose(operands, rows, weight, bias is not None, transposed, backend)
-    chosen = BACKENDS[choice.backend]
-    operand = operands.get(weight, codes, chosen, transposed, rows.dtype)
-    return chosen.product(operand, rows, operands.bias(bias, rows.dtype), choice.algorithm)
+    operands = operands_of(codes) or Operands(Execution(backend))
+    choice = choose(operands, rows, (weight.shape[0], weight.shape[1]), bias is not None, transposed, backend)
+    added = operands.bias(bias, rows.dtype)
+    if choice != MASKED:
+        try:
+            chosen = BACKENDS[choice.backend]
+            operand = operands.get(weight, codes, chosen, transposed, rows.dtype)
+            return chosen.product(operand, rows, added, choice.algorithm)
+        except RuntimeError as error:
+            if backend != "auto" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            give_up(operands, rows, bias is not None, transposed, choice, error)
+    operand = operands.get(weight, codes, BACKENDS["masked"], transposed, rows.dtype)
+    return BACKENDS["masked"].product(operand, rows, added)
 
 
 def _shape_of_product(
@@ -64,20 +79,35 @@ def _shape_of_product(
     return rows.new_empty(rows.shape[0], weight.shape[1 if transposed else 0])
 
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("masked_product", _masked_product, _key)  # type: ignore[no-untyped-call]
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("masked_product", _masked_product, _device)  # type: ignore[no-untyped-call]
 torch.library.register_fake("sparsetrain::masked_product", _shape_of_product, lib=_LIBRARY)
 
 
+def give_up(
+    operands: Operands, rows: Tensor, bias: bool, transposed: bool | None, choice: Choice, error: Exception
+) -> None:
+    """Compute a product densely from now on, because the choice fails for this number of tokens."""
+    LOG.warning("%s fails for %d tokens and is given up for them: %s", choice, rows.shape[0], error)
+    operands.choices[_key(rows, bias, transposed, "auto")] = MASKED
+
+
+def _key(
+    rows: Tensor, bias: bool, transposed: bool | None, backend: str
+) -> tuple[bool | None, int, torch.dtype, bool, str]:
+    return transposed, bucket(rows.shape[0]), rows.dtype, bias, backend
+
+
 def choose(
-    operands: Operands, rows: Tensor, weight: Tensor, bias: bool, transposed: bool | None, backend: str = "auto"
-) -> Choice:
+    operands: Operands, rows: Tensor, shape: tuple[int, int], bias: bool, transposed: bool | None,
+    backend: str = "auto",
+) -> Choice:  # fmt: skip
     """Return who computes a product of this weight, from memory, the table or a measurement.
 
     Args:
         operands: Of the weight.
         rows: The dense operand, ``[T, ...]``.
-        weight: ``[O, I]``.
+        shape: ``(O, I)`` of the weight.
         bias: Whether one is added.
         transposed: Whether it is the input gradient; None for the weight gradient.
         backend: A backend's name, or ``"auto"``.
@@ -85,7 +115,7 @@ def choose(
     Raises:
         ValueError: If a backend is named that cannot run here.
     """
-    key = (transposed, bucket(rows.shape[0]), rows.dtype, bias, backend)
+    key = _key(rows, bias, transposed, backend)
     known = operands.choices.get(key)
     if known is not None:
         return known
@@ -94,7 +124,7 @@ def choose(
     if rows.is_cuda and torch.cuda.is_current_stream_capturing():
         return MASKED  # nothing can be measured now, and the next call outside the graph will
     product: Product = "weight_gradient" if transposed is None else "input_gradient" if transposed else "forward"
-    problem = Problem(product, (weight.shape[0], weight.shape[1]), rows.shape[0], rows.dtype, bias)
+    problem = Problem(product, shape, rows.shape[0], rows.dtype, bias)
     deterministic = operands.execution.deterministic
     choice = tuner_for(rows.device).choose(problem, rows.device, backend, deterministic)
     operands.choices[key] = choice

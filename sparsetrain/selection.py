@@ -93,7 +93,7 @@ class SelectionReport:
     def with_products(self, layers: Mapping[str, SparseLinear]) -> "SelectionReport":
         """Return the report with who computes the products of these layers, as decided by now."""
         choices = (
-            replace(choice, products=layers[choice.name].operands.describe()) if choice.name in layers else choice
+            replace(choice, products=layers[choice.name].describe_products()) if choice.name in layers else choice
             for choice in self.choices
         )
         return replace(self, choices=tuple(choices))

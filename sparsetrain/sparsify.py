@@ -1,17 +1,19 @@
 """``sparsify_`` makes a model's linear layers sparse in place; ``export_dense_`` gives plain ``nn.Linear`` back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
-from .backends import resolve_backend
+from .backends import BACKENDS, resolve_backend
 from .backends.interface import WeightProduct
 from .criteria import Criterion, resolve_criterion
 from .gradient_rules import GradientRule, resolve_gradient_rule
 from .linear import PhaseKind, SparseLinear, to_dense_, to_sparse_
 from .operands import Execution
 from .patterns import resolve_pattern
+from .products import HALF_DTYPES
 from .selection import SelectionReport, select_layers, sparse_layers
 
 
@@ -56,7 +58,8 @@ def sparsify_(
         Every linear layer, with the reason where it stays dense.
 
     Raises:
-        ValueError: If a name is unknown, a target matches nothing, or no layer is left.
+        ValueError: If a name is unknown, a target matches nothing, no layer is left, or the backend can run none of
+            them; those it cannot run among others are computed by ``"masked"``, and the report says why.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -71,6 +74,7 @@ def sparsify_(
     report = select_layers(model, targets, exclude, pattern)
     modules = dict(model.named_modules())
     chosen = {choice.name: modules[choice.name] for choice in report.sparse}
+    executions = _executions(chosen, execution)
     codes: dict[str, Tensor] = {}
     if phase != "dense":
         for name, layer in chosen.items():
@@ -80,7 +84,7 @@ def sparsify_(
     try:
         for name, layer in chosen.items():
             assert isinstance(layer, nn.Linear)
-            done.append(to_sparse_(layer, phase, execution))
+            done.append(to_sparse_(layer, phase, executions[name]))
             done[-1].gradient = rule
             if name in codes:
                 done[-1].set_codes_(codes[name])
@@ -91,6 +95,25 @@ def sparsify_(
     if verbose:
         print(report.summary())
     return report
+
+
+def _executions(layers: Mapping[str, nn.Module], wanted: Execution) -> dict[str, Execution]:
+    """Return every layer's execution: the one wanted, or ``masked`` with the reason; an error if none can have it."""
+    if wanted.backend in ("auto", "masked"):
+        return dict.fromkeys(layers, wanted)
+    found, reasons = {}, []
+    for name, layer in layers.items():
+        assert isinstance(layer, nn.Linear)
+        device, dtype = layer.weight.device, layer.weight.dtype
+        if device.type == "cpu" and torch.cuda.is_available():
+            device = torch.device("cuda")  # models are often moved afterwards
+        half = dtype if dtype in HALF_DTYPES else torch.bfloat16  # under autocast
+        reason = BACKENDS[wanted.backend].why_not(device, half, (layer.out_features, layer.in_features))
+        found[name] = wanted if reason is None else replace(wanted, backend="masked", note=reason)
+        reasons += [] if reason is None else [reason]
+    if len(reasons) == len(layers):
+        raise ValueError(f"backend is {wanted.backend!r} but {reasons[0]}")
+    return found
 
 
 def export_dense_(model: nn.Module, *, zeros: bool = True) -> list[str]:

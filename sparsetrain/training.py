@@ -120,7 +120,7 @@ class SparseTraining:
         self._owned = {id(entry): owned_parameters(entry) for entry in self._optimizers}
         self._lr_restart = LRRestart(optimizers, lr_schedulers) if self.method.restart_lr else None
         self._number_draws()
-        self._hooks = StepHooks(self._optimizers, self._adjust_gradients, self._advance)
+        self._hooks = StepHooks(self._optimizers, self._adjust_gradients, self._written, self._advance)
         self._final: tuple[dict[str, float], dict[str, Any]] | None = None
         try:
             if state is None:
@@ -189,6 +189,10 @@ class SparseTraining:
 
     def refresh(self) -> None:
         """Search masks now, whatever the schedule says."""
+        self._refresh()
+        self._repack()
+
+    def _refresh(self) -> None:
         self.masks.refresh(self.clock, virtual=self.phase == "dense")
         self._last_refresh = self.clock
 
@@ -240,6 +244,7 @@ class SparseTraining:
             self._lr_restart.load_state_dict(state["lr_restart"])
         self._set_phase(*self.timeline.at(self.clock))
         self._number_draws()
+        self._repack()
 
     def _check(
         self, report: SelectionReport, optimizers: Sequence[Optimizer], lr_schedulers: Sequence[LRScheduler]
@@ -313,6 +318,12 @@ class SparseTraining:
             elif masks_gradient:
                 apply_masks_(gradients, codes)
 
+    def _written(self, optimizer: Optimizer) -> None:
+        """A step of one of several optimizers: its layers' packed weights are out of date."""
+        for weights in self._weights_by_device(self._owned[id(optimizer)]).values():
+            for name in weights:
+                self.masks.layers[name].operands.expire()
+
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
         self.clock += 1
@@ -322,7 +333,7 @@ class SparseTraining:
         elif kind == "frozen":
             self._apply_masks()
         elif (self.clock - start) % self.method.refresh_every == 0 and (kind == "sparse" or self._watch_dense):
-            self.refresh()
+            self._refresh()
         self._repack()
         self._number_draws()
 
@@ -342,15 +353,14 @@ class SparseTraining:
             layers = [self.masks.layers[name] for name in weights]
             layers = [layer for layer in layers if layer.operands.bytes]
             if layers:
-                renew_([layer.operands for layer in layers], [layer.weight for layer in layers],
-                       [layer.mask_codes for layer in layers])  # fmt: skip
+                renew_(layers)
         self._repack_ms = 1e3 * (time.perf_counter() - start)
 
     def _enter(self, kind: PhaseKind, start: int) -> None:
         keep_mask = kind == "frozen" and self.phase != "dense"
         self._set_phase(kind, start)
         if not keep_mask and (kind != "dense" or self._watch_dense):
-            self.refresh()
+            self._refresh()
         if kind == "frozen":
             self._apply_masks()
             if self.method.clear_moments:

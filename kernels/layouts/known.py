@@ -1,5 +1,6 @@
 """Known orders of metadata as tables: filled once a shape, so that a repack is one gather."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,7 @@ def cusparselt_sm80_layout(rows: int, columns: int, device: torch.device) -> Lea
     return _table(cusparselt_sm80_place, rows, columns, device)
 
 
+@functools.lru_cache(maxsize=64)
 def _table(place: Place, rows: int, columns: int, device: torch.device) -> LearnedLayout:
     words = torch.arange(rows * columns // 16, dtype=torch.int32, device=device)
     places = place(words // (columns // 16), words % (columns // 16), rows)

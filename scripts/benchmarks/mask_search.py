@@ -34,7 +34,7 @@ def run(rows: int, columns: int, repeats: int, csv: Path | None) -> int:
         times["matmul-90"] += milliseconds(lambda: matmul90(scores, chunk), 1)
     _print(rows, columns, chunk, times, memory)
     if csv is not None:
-        append_csv(csv, _rows(rows, columns, times, memory))
+        append_csv(csv, _rows(rows, columns, times, memory), "cpu")
     return 0
 
 

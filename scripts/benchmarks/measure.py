@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import multiprocessing
 import platform
 import resource
@@ -23,6 +24,7 @@ FIELDS = (
     "y_value_80", "device", "driver", "threads", "torch_version", "triton_version", "sparsetrain_version", "commit",
     "timestamp",
 )  # fmt: skip
+AHEAD_CYCLES = 200_000  # of the GPU's clock, a tenth of a millisecond
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
@@ -36,22 +38,32 @@ def milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
     return times
 
 
+Events = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+def recorded_event() -> torch.cuda.Event:
+    """Return an event that the current stream reaches after what was enqueued before."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def events_around(call: Callable[[], object], cycles: int = AHEAD_CYCLES) -> Events:
+    """Enqueue a call between two events; the host runs ahead for some cycles, so the time between is the device's."""
+    torch.cuda._sleep(cycles)
+    start = recorded_event()
+    call()
+    return start, recorded_event()
+
+
 def cuda_milliseconds(call: Callable[[torch.Tensor], object], inputs: list[torch.Tensor], repeats: int) -> list[float]:
     """Time a call on a GPU by events, on inputs in turn, so that none is in a cache; warms up on every input."""
     for argument in inputs:
         call(argument)
     torch.cuda.synchronize()
-    events = []
-    for number in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # the host runs ahead meanwhile, so that the time between the events is the device's
-        torch.cuda._sleep(200_000)
-        start.record()
-        call(inputs[number % len(inputs)])
-        end.record()
-        events.append((start, end))
+    pairs = [events_around(functools.partial(call, inputs[number % len(inputs)])) for number in range(repeats)]
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
+    return [start.elapsed_time(end) for start, end in pairs]
 
 
 def extra_megabytes(call: Callable[[torch.Tensor], object], shape: tuple[int, int]) -> float:
@@ -85,16 +97,29 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return cuts[1], statistics.median(values), cuts[7]
 
 
-def append_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    """Append rows with the machine's facts; writes the header into a new file."""
+def quantile_cells(values: list[float]) -> dict[str, object]:
+    """Return the cells of a CSV row that hold the quantiles, to five digits."""
+    keys = ("y_value_20", "y_value_50", "y_value_80")
+    return dict(zip(keys, (float(f"{value:.5g}") for value in quantiles(values)), strict=True))
+
+
+def append_csv(path: Path, rows: list[dict[str, object]], device: str = "") -> None:
+    """Append rows with the machine's facts; writes the header into a new file.
+
+    Args:
+        path: The file.
+        rows: What was measured.
+        device: ``"cuda"`` or ``"cpu"``: where; by default the GPU if there is one.
+    """
+    on_gpu = torch.cuda.is_available() and device != "cpu"
     facts: dict[str, object] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": torch.cuda.get_device_name() if on_gpu else _processor(),
         "driver": _driver(),
         "threads": torch.get_num_threads(),
         "torch_version": torch.__version__,
         "triton_version": triton.__version__,
         "sparsetrain_version": sparsetrain.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +148,9 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def _commit() -> str:
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+def commit() -> str:
+    """Return the commit that is checked out, or ``"unknown"``."""
+    with contextlib.suppress(OSError):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return "unknown"

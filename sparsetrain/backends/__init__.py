@@ -4,9 +4,10 @@ from .cusparselt.backend import CuSparseLtBackend
 from .cutlass import CutlassBackend
 from .interface import Backend, Operand
 from .masked import MaskedBackend
+from .tilelang import TilelangBackend
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (CuSparseLtBackend(), CutlassBackend(), MaskedBackend())
+    backend.name: backend for backend in (CuSparseLtBackend(), CutlassBackend(), TilelangBackend(), MaskedBackend())
 }
 """Backends by name, in the order in which a deterministic choice takes them."""
 
@@ -27,5 +28,6 @@ def resolve_backend(name: str) -> str:
 
 
 __all__ = [
-    "BACKENDS", "Backend", "CuSparseLtBackend", "CutlassBackend", "MaskedBackend", "Operand", "resolve_backend",
+    "BACKENDS", "Backend", "CuSparseLtBackend", "CutlassBackend", "MaskedBackend", "Operand", "TilelangBackend",
+    "resolve_backend",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from ..environment import machine_from_torch
 from ..kernels.layouts import LearnedLayout, cutlass_layout
 from ..requirements import why_not
 from .interface import Operand
-from .tokens import padded_tokens
+from .tokens import padded_tokens, readable_rows
 
 TOKENS = 8
 """The operator wants a multiple of it."""
@@ -60,7 +60,7 @@ class CutlassBackend:
     ) -> Tensor:  # fmt: skip
         """Return ``rows·Aᵀ + bias``, or its transpose; tokens are padded if they are no multiple of 8."""
         values, meta = operand.tensors
-        padded = padded_tokens(rows, TOKENS)
+        padded = padded_tokens(readable_rows(rows), TOKENS)
         result: Tensor = torch.ops.aten._sparse_semi_structured_mm(values, meta, padded.t())
         result = result[:, : rows.shape[0]]
         if bias is not None:

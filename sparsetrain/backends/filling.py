@@ -1,16 +1,22 @@
 """Filling operands: masked weights packed, or masked and copied, into the forms of backends."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..kernels.masked_update.operator import apply_masks_
-from ..kernels.pack.operator import pack_tiles_
+from ..kernels.pack.operator import pack_tiles_, unpack_rows
 from .interface import Backend, Operand
 
 PARTS = {"operand": False, "transpose": True}
+
+SCRATCH_WORDS = 1 << 25
+"""Words of metadata, 64 MiB, that are packed before they are reordered; at least those of one weight."""
+
+_SCRATCH: dict[torch.device, Tensor] = {}
+"""Natural metadata, at addresses that are the same in every step, so that launches reuse their tables of addresses."""
 
 
 @dataclass
@@ -29,31 +35,80 @@ class Filling:
         """The operands there are."""
         return [part for part in (self.operand, self.transpose) if part is not None]
 
+    @property
+    def sides(self) -> list[tuple[Operand | None, tuple[int, int]]]:
+        """What is packed, with its shape: W, and Wᵀ if it is wanted; W comes along even if it is not."""
+        rows, columns = self.weight.shape
+        both = [(self.operand, (rows, columns)), (self.transpose, (columns, rows))]
+        return both if self.transpose is not None else both[:1]
 
-@torch.no_grad()
+    @property
+    def scratch_words(self) -> int:
+        """Words of metadata that need room beside the operands, each side at 16 bytes."""
+        sizes = [_words(shape) for part, shape in self.sides if part is None or part.meta is None]
+        return sum(size + -size % 8 for size in sizes)
+
+
 def fill_(fillings: Iterable[Filling]) -> None:
-    """Mask and pack weights into operands."""
-    both: dict[tuple[torch.device, torch.dtype], list[Filling]] = {}
-    alone: dict[tuple[torch.device, torch.dtype], list[Filling]] = {}
+    """Mask and pack weights into operands; equal layouts share a launch."""
+    groups: dict[tuple[object, ...], list[Filling]] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for filling in fillings:
+            if any(part.values is None for part in filling.parts):
+                _fill_from_matrix(filling)
+            else:
+                key = (filling.weight.device, filling.dtype, filling.transpose is None)
+                groups.setdefault(key, []).append(filling)
+        for group in groups.values():
+            for batch in _batches(group):
+                _pack(batch)
+
+
+def operand_of_packed(backend: Backend, values: Tensor, meta: Tensor) -> Operand:
+    """Return packed rows ``values [R, C/2]``, natural ``meta [R, C/16]`` as an operand of a backend."""
+    shape = (values.shape[0], 2 * values.shape[1])
+    if backend.symmetric:
+        return Operand(shape, (unpack_rows(values, meta),))
+    operand = backend.allocate(shape, values.dtype, values.device)
+    if operand.values is None:
+        backend.finish_(operand, unpack_rows(values, meta))
+        return operand
+    operand.values.copy_(values)
+    if operand.meta is None:
+        backend.finish_(operand, meta)
+    else:
+        operand.meta.copy_(meta)
+    return operand
+
+
+def _words(shape: tuple[int, int]) -> int:
+    return shape[0] * -(-shape[1] // 16)
+
+
+def _batches(fillings: list[Filling]) -> Iterator[list[Filling]]:
+    """Yield fillings whose metadata fits the scratch together."""
+    batch: list[Filling] = []
+    words = 0
     for filling in fillings:
-        if any(part.values is None for part in filling.parts):
-            _fill_from_matrix(filling)
-        else:
-            group = alone if filling.transpose is None else both
-            group.setdefault((filling.weight.device, filling.dtype), []).append(filling)
-    for groups, transposed in ((both, True), (alone, False)):
-        for members in groups.values():
-            _pack(members, transposed)
+        if batch and words + filling.scratch_words > SCRATCH_WORDS:
+            yield batch
+            batch, words = [], 0
+        batch.append(filling)
+        words += filling.scratch_words
+    yield batch
 
 
-def _pack(fillings: list[Filling], transposed: bool) -> None:
+def _pack(fillings: list[Filling]) -> None:
+    scratch = _scratch(fillings[0].weight.device, sum(filling.scratch_words for filling in fillings))
     columns: list[list[Tensor]] = [[], [], [], []]
     for filling in fillings:
-        rows, size = filling.weight.shape
-        for place, (part, shape) in enumerate(
-            [(filling.operand, (rows, size)), (filling.transpose, (size, rows))][: 1 + transposed]
-        ):
-            values, meta = _targets(part, shape, filling)
+        for place, (part, shape) in enumerate(filling.sides):
+            values, meta = (None, None) if part is None else (part.values, part.meta)
+            if values is None:  # W's, which is not wanted
+                values = torch.empty(shape[0], shape[1] // 2, dtype=filling.dtype, device=filling.weight.device)
+            if meta is None:
+                size = _words(shape)
+                meta, scratch = scratch[:size].view(shape[0], -1), scratch[size + -size % 8 :]
             columns[2 * place].append(values)
             columns[2 * place + 1].append(meta)
     weights = [filling.weight.detach() for filling in fillings]
@@ -64,16 +119,11 @@ def _pack(fillings: list[Filling], transposed: bool) -> None:
                 filling.backend.finish_(part, metas[position])
 
 
-def _targets(part: Operand | None, shape: tuple[int, int], filling: Filling) -> tuple[Tensor, Tensor]:
-    # what the operand has no room for is scratch: metadata to be reordered, or a side that is not wanted
-    device = filling.weight.device
-    values = part.values if part is not None else None
-    meta = part.meta if part is not None else None
-    if values is None:
-        values = torch.empty(shape[0], shape[1] // 2, dtype=filling.dtype, device=device)
-    if meta is None:
-        meta = torch.empty(shape[0], -(-shape[1] // 16), dtype=torch.int16, device=device)
-    return values, meta
+def _scratch(device: torch.device, words: int) -> Tensor:
+    held = _SCRATCH.get(device)
+    if held is None or held.numel() < words:
+        held = _SCRATCH[device] = torch.empty(words, dtype=torch.int16, device=device)
+    return held
 
 
 def _fill_from_matrix(filling: Filling) -> None:

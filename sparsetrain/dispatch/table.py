@@ -5,10 +5,15 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: two writers at once may lose a decision, which is measured again
+    fcntl = None  # type: ignore[assignment]
 
 from .problem import Choice
 
@@ -62,6 +67,14 @@ class Decision:
         return cls(entry["choice"], milliseconds, denied)
 
 
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing unlocks
+
+
 class DispatchTable:
     """Decisions by environment and problem, kept in memory and, with a path, in a file that processes share.
 
@@ -88,24 +101,26 @@ class DispatchTable:
         self._entries[f"{environment} | {problem}"] = decision
         if self.path is None:
             return
-        self._entries = {**self._read(), **self._entries}  # others may have written meanwhile
-        text = json.dumps(
-            {"version": VERSION, "entries": {key: asdict(entry) for key, entry in sorted(self._entries.items())}},
-            indent=1,
-        )
-        temporary = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-                temporary = file.name
-                file.write(text)
-            os.replace(temporary, self.path)  # readers see the old file or the new one
+            with _locked(self.path.with_suffix(".lock")):
+                self._entries = {**self._read(), **self._entries}  # others may have written meanwhile
+                self._write(self.path)
         except OSError as error:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
             LOG.warning("the dispatch table %s cannot be written (%s); decisions last as long as the process.",
                         self.path, error)  # fmt: skip
+
+    def _write(self, path: Path) -> None:
+        entries = {key: asdict(entry) for key, entry in sorted(self._entries.items())}
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            try:
+                file.write(json.dumps({"version": VERSION, "entries": entries}, indent=1))
+                file.close()
+                os.replace(file.name, path)  # readers see the old file or the new one
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.unlink(file.name)
+                raise
 
     def entries(self) -> dict[str, Decision]:
         """Return every decision by ``"environment | problem"``."""

@@ -1,17 +1,16 @@
 """The tuner: verifies and times the ways to compute a product, and chooses among those that are right."""
 
+import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
 
-from ..backends import BACKENDS, Backend, Operand
-from ..backends.filling import Filling, fill_
-from ..kernels.mask_search.operator import search_tiles
-from ..kernels.tile_codes.reference import unpack_codes
+from ..backends import BACKENDS, Backend
 from .problem import MASKED, Choice, Problem
 from .table import Decision, DispatchTable
+from .trial import Trial
 from .verify import what_is_wrong
 
 LOG = logging.getLogger("sparsetrain")
@@ -30,7 +29,7 @@ class Tuner:
         table: Where decisions are found and recorded.
         environment: GPU, driver and versions: decisions of another environment do not count.
         stopwatch: How to time; None if nothing can be measured here, so that only recorded decisions are used.
-        backends: Candidates by name; None for all.
+        backends: Candidates by name, beside the dense product; None for all.
         runs: Verifications of every candidate, on fresh random data each.
 
     Example:
@@ -47,8 +46,9 @@ class Tuner:
     ) -> None:  # fmt: skip
         self.table = table
         self.environment = environment
-        self.backends = BACKENDS if backends is None else backends
+        self.backends = BACKENDS if backends is None else {**backends, MASKED.backend: BACKENDS[MASKED.backend]}
         self._stopwatch = stopwatch
+        self._impossible: set[str] = set()
         self._runs = runs
 
     def choose(
@@ -60,91 +60,102 @@ class Tuner:
             problem: What is multiplied.
             device: Where.
             backend: ``"auto"``, or the only backend allowed.
-            deterministic: Choose by name instead of time: the first verified candidate of the first backend that runs.
+            deterministic: Choose by name instead of time: the first verified algorithm of the first backend that runs.
 
         Raises:
             ValueError: If that backend cannot run here.
         """
-        if backend != "auto" and (reason := self.backends[backend].why_not(device, problem.dtype, problem.shape)):
+        if backend != "auto" and (reason := self.backends[backend].why_not(device, problem.dtype, problem.matrix)):
             raise ValueError(f"backend is {backend!r} but {reason}")
-        decision = self.table.find(self.environment, problem.key)
+        decision = self._decide(problem, device)
         if decision is None:
-            if self._stopwatch is None:
-                return MASKED if backend == "auto" else Choice(backend)
-            decision = self.measure(problem, device)
-            self.table.record(self.environment, problem.key, decision)
-            LOG.info("%s: %s (%s)", problem.key, decision.choice, self.environment)
+            return MASKED if backend == "auto" else Choice(backend)
         allowed = [Choice.parse(name) for name in decision.milliseconds]
-        if backend != "auto":
-            allowed = [choice for choice in allowed if choice.backend == backend]
-        elif not deterministic:
+        if backend == "auto":
+            if deterministic:
+                sparse = [choice for choice in allowed if choice != MASKED and choice.algorithm]
+                return min(sparse or allowed or [decision.chosen], key=self._rank)
             return decision.chosen
-        if not allowed:
-            # a recorded choice without times, or a backend that gave no right number
-            return decision.chosen if backend in ("auto", decision.chosen.backend) else self._refuse(backend, decision)
+        own = [choice for choice in allowed if choice.backend == backend]
+        if not own:
+            return decision.chosen if decision.chosen.backend == backend else self._refuse(backend, decision)
+        pinned = [choice for choice in own if choice.algorithm] or own
         if deterministic:
-            sparse = [choice for choice in allowed if choice != MASKED]
-            return min(sparse or [MASKED], key=self._rank)
-        return min(allowed, key=lambda choice: decision.milliseconds[str(choice)])
+            return min(pinned, key=self._rank)
+        return min(own, key=lambda choice: decision.milliseconds[str(choice)])
+
+    def _decide(self, problem: Problem, device: torch.device) -> Decision | None:
+        """Return the recorded decision, or measure and record one; None if that is not possible."""
+        decision = self.table.find(self.environment, problem.key)
+        if decision is not None and decision.chosen.backend in self.backends:
+            return decision
+        if self._stopwatch is None or problem.key in self._impossible:
+            return None
+        try:
+            decision = self.measure(problem, device)
+        except torch.OutOfMemoryError:
+            LOG.warning("%s cannot be measured for want of memory; it is computed densely in this run.", problem.key)
+            self._impossible.add(problem.key)
+            return None
+        self.table.record(self.environment, problem.key, decision)
+        LOG.info("%s: %s (%s)", problem.key, decision.choice, self.environment)
+        return decision
 
     def measure(self, problem: Problem, device: torch.device) -> Decision:
         """Verify and time every candidate, and choose the fastest; the dense product unless another is clearly faster.
 
         Raises:
             RuntimeError: If this tuner has no stopwatch.
+            torch.OutOfMemoryError: If the device has no room for the problem.
         """
         if self._stopwatch is None:
             raise RuntimeError("stopwatch is None: nothing can be measured here, so use recorded decisions.")
-        weight = torch.randn(problem.matrix, device=device)
-        codes = search_tiles(weight, True)
-        matrix = weight.to(problem.dtype).masked_fill_(~unpack_codes(codes), 0)
-        bias = torch.randn(problem.matrix[0], device=device, dtype=problem.dtype) if problem.bias else None
-        samples = [torch.randn(problem.rows, problem.matrix[1], device=device, dtype=problem.dtype) for _ in range(2)]
-
-        def dense(rows: Tensor) -> Tensor:
-            return torch.nn.functional.linear(rows, matrix, bias)
-
-        milliseconds: dict[str, float] = {}
-        denied: dict[str, str] = {}
-        operands: dict[str, Operand] = {}
-        for choice in self.candidates(problem, device):
-            backend = self.backends[choice.backend]
-            try:
-                if choice.backend not in operands:
-                    operands.clear()  # one at a time on the device
-                    operand = backend.allocate(problem.matrix, problem.dtype, device)
-                    fill_([Filling(weight, codes, backend, problem.dtype, operand)])
-                    operands[choice.backend] = operand
-                operand = operands[choice.backend]
-
-                def multiply(
-                    rows: Tensor, backend: Backend = backend, operand: Operand = operand,
-                    algorithm: str = choice.algorithm,
-                ) -> Tensor:  # fmt: skip
-                    return backend.product(operand, rows, bias, algorithm)
-
-                for run in range(self._runs if choice != MASKED else 0):
-                    samples[run % 2].normal_()
-                    if reason := what_is_wrong(multiply, dense, matrix, samples[run % 2], bias):
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), torch.no_grad():
+            trial = Trial(problem, device)
+            milliseconds: dict[str, float] = {}
+            denied: dict[str, str] = {}
+            for choice in self.candidates(problem, device, denied):
+                try:
+                    multiply = trial.multiplier(self.backends[choice.backend], choice.algorithm)
+                    reason = None
+                    for run in range(self._runs if choice != MASKED else 0):
+                        reason = reason or what_is_wrong(
+                            multiply, trial.dense, trial.matrix, trial.rows(run), trial.bias
+                        )  # fmt: skip
+                    if reason is None:
+                        rows = trial.rows(1)
+                        milliseconds[str(choice)] = self._stopwatch(functools.partial(multiply, rows))
+                    else:
                         denied[str(choice)] = reason
-                        break
-                else:
-                    milliseconds[str(choice)] = self._stopwatch(lambda: multiply(samples[0]))
-            except (RuntimeError, ValueError) as error:  # a candidate that fails is a candidate less
-                denied[str(choice)] = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # a candidate that fails, however it does, is a candidate less
+                    denied[str(choice)] = _first_line(error)
         best = min(milliseconds, key=lambda name: milliseconds[name], default=str(MASKED))
         dense_time = milliseconds.get(str(MASKED))
         if dense_time is not None and milliseconds[best] > MARGIN * dense_time:
             best = str(MASKED)
         return Decision(best, milliseconds, denied)
 
-    def candidates(self, problem: Problem, device: torch.device) -> list[Choice]:
-        """Return every way that could compute a problem here, the dense product first."""
+    def candidates(self, problem: Problem, device: torch.device, denied: dict[str, str] | None = None) -> list[Choice]:
+        """Return every way that could compute a problem here, the dense product first.
+
+        Args:
+            problem: What is multiplied.
+            device: Where.
+            denied: Is given the backends that fail to tell their algorithms, with the reason.
+        """
         found = [MASKED]
         for name, backend in self.backends.items():
-            if name != MASKED.backend and backend.why_not(device, problem.dtype, problem.shape) is None:
+            if name == MASKED.backend or backend.why_not(device, problem.dtype, problem.matrix) is not None:
+                continue
+            try:
                 names = backend.algorithms(problem.matrix, problem.rows, problem.dtype, device)
-                found += [Choice(name, algorithm) for algorithm in names]
+            except Exception as error:
+                if denied is not None:
+                    denied[name] = _first_line(error)
+                continue
+            found += [Choice(name, algorithm) for algorithm in names]
         return found
 
     def _rank(self, choice: Choice) -> tuple[int, int, str]:
@@ -158,3 +169,7 @@ class Tuner:
             f"backend is {backend!r} but no algorithm of it gave right numbers here "
             f"({'; '.join(reasons[:3]) or 'none was measured'}): use 'auto' or 'masked'."
         )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0]

@@ -1,4 +1,5 @@
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "benchmarks" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for each other make small products slow
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    rows = list(csv.DictReader(path.open()))
+    assert all(0 <= float(row["y_value_20"]) <= float(row["y_value_50"]) <= float(row["y_value_80"]) for row in rows)
+    assert all(row["device"] and row["torch_version"] and row["commit"] for row in rows)
+    return rows
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -27,13 +36,75 @@ def test_the_kernel_benchmark_prints_a_table_and_writes_rows(tmp_path: Path) -> 
     done = script("main.py", "kernels", "--shape", "64x128", "--repeats", "2", "--csv", str(path))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "matmul-90" in done.stdout
-    rows = list(csv.DictReader(path.open()))
+    rows = rows_of(path)
     assert {"search", "search and pack", "pack", "statistics"} <= {row["kernel_name"] for row in rows}
-    assert all(0 < float(row["y_value_20"]) <= float(row["y_value_50"]) <= float(row["y_value_80"]) for row in rows)
-    assert all(row["x_value"].startswith("64x128") and row["torch_version"] and row["commit"] for row in rows)
+    assert all(float(row["y_value_20"]) > 0 and row["x_value"].startswith("64x128") for row in rows)
 
 
 def test_a_wrong_shape_is_one_sentence() -> None:
     done = script("main.py", "kernels", "--shape", "4096x5")
     assert done.returncode == 2
     assert "'4096x5' is no shape: write rows and columns, multiples of 4" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("arguments", [("gemm",), ("linear", "--quick"), ("step", "--model", "124M")], ids=" ".join)
+def test_benchmarks_of_a_gpu_say_in_a_sentence_that_there_is_none(arguments: tuple[str, ...]) -> None:
+    done = script("main.py", *arguments)
+    assert done.returncode == 2
+    assert "needs a CUDA device and there is none here" in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert not done.stderr
+
+
+def test_the_whole_grid_is_not_measured_on_a_cpu() -> None:
+    done = script("main.py", "gemm", "--device", "cpu", "--tokens", "64")
+    assert done.returncode == 2
+    assert "gemm --device cpu needs small --tokens and --shape" in done.stdout
+
+
+def test_the_gemm_benchmark_on_a_cpu_compares_dense_and_masked_products(tmp_path: Path) -> None:
+    path = tmp_path / "gemm.csv"
+    grid = ("--tokens", "32", "--tokens", "64", "--shape", "64x128", "--dtype", "bfloat16", "--repeats", "2")
+    done = script("main.py", "gemm", "--device", "cpu", *grid, "--csv", str(path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "ratio to dense" in done.stdout
+    rows = rows_of(path)
+    assert [(row["x_value"], row["kernel_provider"]) for row in rows] == [
+        ("32", "dense"), ("32", "masked"), ("64", "dense"), ("64", "masked")
+    ]  # fmt: skip
+    assert {row["kernel_name"] for row in rows} == {"gemm forward 64x128 bfloat16"}
+    assert {row["metric_name"] for row in rows} == {"wall time"}
+
+
+def test_the_linear_benchmark_times_steps_and_both_passes_of_every_backend_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "linear.csv"
+    grid = ("--tokens", "32", "--shape", "64x128", "--repeats", "2", "--micro-batches", "2")
+    done = script("main.py", "linear", "--device", "cpu", *grid, "--csv", str(path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "cusparselt does not run here: " in done.stdout
+    rows = rows_of(path)
+    whats = ("step of 2 micro-batches", "forward", "backward")
+    assert [(row["kernel_name"], row["kernel_provider"]) for row in rows] == [
+        (f"linear {what} 64x128 bfloat16", name) for what in whats for name in ("dense", "sparse auto", "sparse masked")
+    ]
+
+
+def test_the_step_benchmark_trains_and_a_variant_that_fails_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "step.csv"
+    variants = ("--compile", "none", "--backend", "masked", "--backend", "nowhere")
+    done = script(
+        "main.py", "step", "--model", "tiny", "--device", "cpu", "--steps", "46", *variants, "--csv", str(path)
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    failing = [line for line in done.stdout.splitlines() if "nowhere" in line]
+    assert len(failing) == 1
+    assert failing[0].startswith("sparse nowhere: fails with ValueError: backend is 'nowhere'")
+    found = {(row["kernel_provider"], row["metric_name"]): float(row["y_value_50"]) for row in rows_of(path)}
+    assert found["dense", "step time"] > 0
+    # 4 sequences of 32 tokens; both are rounded to five digits, and medians of an odd number of steps
+    assert found["dense", "speed"] * found["dense", "step time"] == pytest.approx(4 * 32 * 1e3, rel=1e-3)
+    assert ("dense", "share of refresh") not in found
+    # one of the 37 timed steps searches masks
+    assert 0 < found["sparse masked", "share of refresh"] < 1
+    assert found["sparse masked", "mean step time"] > 0

@@ -1,5 +1,6 @@
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_every_candidate_is_verified_on_fresh_data_in_every_run() -> None:
     tuner(Recorder(), 1.0, 0.5).measure(PROBLEM, CPU)
     distinct = {rows.float().sum().item() for rows in seen}
     assert len(distinct) >= 5
-    assert {rows.shape[0] for rows in seen} == {bucket(PROBLEM.tokens)}
+    assert {rows.shape[0] for rows in seen} == {PROBLEM.tokens, bucket(PROBLEM.tokens)}
 
 
 def test_a_backend_that_cannot_run_is_no_candidate() -> None:
@@ -105,7 +106,7 @@ def test_a_recorded_table_decides_where_nothing_can_be_measured(tmp_path: Path) 
     DispatchTable(path).record("H200", PROBLEM.key, decision)
     elsewhere = Tuner(DispatchTable(path), "H200")
     assert str(elsewhere.choose(PROBLEM, CPU)) == "cusparselt:7"
-    assert str(elsewhere.choose(PROBLEM, CPU, deterministic=True)) == "cusparselt"
+    assert str(elsewhere.choose(PROBLEM, CPU, deterministic=True)) == "cusparselt:7"  # "" is the library's own whim
     assert str(Tuner(DispatchTable(path), "A100").choose(PROBLEM, CPU)) == "masked"
     other = Problem("forward", (64, 32), 1000, torch.bfloat16, bias=True)
     assert str(elsewhere.choose(other, CPU)) == "masked"
@@ -119,7 +120,7 @@ def test_processes_add_to_one_file(tmp_path: Path) -> None:
     second.record("a", "y", Decision("masked"))
     assert set(DispatchTable(path).entries()) == {"a | x", "a | y"}
     assert set(json.loads(path.read_text())) == {"version", "entries"}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["dispatch.json"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"dispatch.json", "dispatch.lock"}
 
 
 @pytest.mark.parametrize(
@@ -205,3 +206,84 @@ def test_without_a_gpu_automatic_layers_are_masked_and_touch_no_cache(monkeypatc
     st.sparsify_(model, verbose=False)
     model(torch.randn(4, 32)).sum().backward()
     assert model[0].operands.bytes == 0
+
+
+def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        DispatchTable(tmp_path / "dispatch.json").record("a", f"problem {number}", Decision("masked"))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(24)))
+    assert len(DispatchTable(tmp_path / "dispatch.json").entries()) == 24
+
+
+@pytest.mark.parametrize("product", ["forward", "input_gradient", "weight_gradient"])
+def test_measuring_leaves_random_numbers_as_they_are(product) -> None:
+    before = torch.get_rng_state()
+    tuner(SimulatedBackend(), 1.0, 0.5).measure(Problem(product, (64, 32), 64, torch.bfloat16), CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_want_of_memory_is_no_verdict(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Hungry(SimulatedBackend):
+        def product(self, *arguments):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    chooser = tuner(Hungry(), 1.0, table=DispatchTable(tmp_path / "dispatch.json"))
+    with caplog.at_level(logging.WARNING, "sparsetrain"):
+        assert str(chooser.choose(PROBLEM, CPU)) == "masked"
+        assert str(chooser.choose(PROBLEM, CPU)) == "masked"
+    assert caplog.text.count("want of memory") == 1
+    assert chooser.table.entries() == {}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cannot start"), ImportError("no library"), AttributeError("no call")])
+def test_a_backend_that_cannot_tell_its_algorithms_is_denied(error: Exception) -> None:
+    class Mute(SimulatedBackend):
+        def algorithms(self, *arguments):
+            raise error
+
+    chooser = tuner(Mute(), 1.0)
+    assert str(chooser.choose(PROBLEM, CPU)) == "masked"
+    assert chooser.table.find("here", PROBLEM.key).denied == {"simulated": str(error)}
+
+
+def test_a_decision_for_a_backend_that_is_gone_is_taken_anew() -> None:
+    table = DispatchTable()
+    table.record("here", PROBLEM.key, Decision("vanished:3", {"vanished:3": 1.0}))
+    assert str(tuner(SimulatedBackend(), 2.0, 1.0, table=table).choose(PROBLEM, CPU)) == "simulated:0"
+    table.record("here", PROBLEM.key, Decision("vanished:3", {"vanished:3": 1.0}))
+    assert str(Tuner(table, "here").choose(PROBLEM, CPU)) == "masked"
+
+
+def test_weight_gradients_are_verified_and_timed_as_layers_compute_them() -> None:
+    seen = []
+
+    class Recorder(SimulatedBackend):
+        def product(self, operand, rows, bias=None, algorithm="", transposed_output=False):
+            seen.append((operand.shape, tuple(rows.shape), rows.stride(0), transposed_output))
+            return super().product(operand, rows, bias, algorithm, transposed_output)
+
+    problem = Problem("weight_gradient", (64, 32), 200, torch.bfloat16)
+    assert str(tuner(Recorder(), 2.0, 1.0).choose(problem, CPU)) == "simulated:0"
+    assert set(seen) == {((64, 256), (32, 256), 1, True)}
+
+
+def test_a_choice_that_fails_in_training_is_given_up(monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+    class Moody(SimulatedBackend):
+        def product(self, operand, rows, *arguments):
+            if rows.shape[0] == 72:
+                raise RuntimeError("refuses 72 tokens")
+            return super().product(operand, rows, *arguments)
+
+    simulated = Moody()
+    monkeypatch.setitem(BACKENDS, "simulated", simulated)
+    monkeypatch.setattr(products, "tuner_for", lambda device: tuner(simulated, 2.0, 1.0))
+    monkeypatch.setattr(linear, "AUTO_DEVICES", ("cpu",))
+    model = nn.Sequential(nn.Linear(32, 64, dtype=torch.bfloat16))
+    st.sparsify_(model, verbose=False)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "sparsetrain"):
+        for tokens in (100, 72, 72):
+            x = torch.randn(tokens, 32, dtype=torch.bfloat16)
+            torch.testing.assert_close(model(x), F.linear(x, model[0].weight * model[0].mask, model[0].bias))
+    assert caplog.text.count("refuses 72 tokens") == 1

@@ -17,7 +17,9 @@ def _worker(rank: int, folder: str, backend: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     BACKENDS["simulated"] = SimulatedBackend()
-    model = torch.nn.parallel.DistributedDataParallel(mlp())
+    module = mlp()
+    module.register_buffer("scale", torch.ones(1))  # data-parallel modules broadcast buffers
+    model = torch.nn.parallel.DistributedDataParallel(module)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     method = st.methods.fst(refresh_every=2, decay=0.01, dense_tail=0)
     training = st.SparseTraining(model, optimizer, method, 6, backend=backend, verbose=False)
@@ -50,6 +52,21 @@ def test_ranks_agree_on_masks_and_a_difference_is_an_error_on_every_rank(tmp_pat
     for rank in (0, 1):
         message = (tmp_path / f"{rank}.txt").read_text()
         assert "masks of module.2 differ between data-parallel ranks" in message
+
+
+def _sparse_first(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    module = mlp()
+    st.sparsify_(module, verbose=False)
+    torch.nn.parallel.DistributedDataParallel(module)(torch.randn(4, 16)).sum().backward()
+    Path(folder, f"{rank}.txt").write_text("done")
+    dist.barrier()
+    os._exit(0)
+
+
+def test_sparse_layers_may_be_wrapped(tmp_path: Path) -> None:
+    mp.spawn(_sparse_first, (str(tmp_path),), nprocs=2)
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text() == "done"
 
 
 def test_one_process_compares_nothing() -> None:

@@ -122,10 +122,10 @@ def test_compiles_into_one_graph_and_follows_a_refresh_without_recompiling() -> 
     torch._dynamo.reset()
 
 
-def test_state_dict_is_that_of_a_dense_layer_and_the_buffer_follows_the_module() -> None:
+def test_state_dict_and_buffers_are_those_of_a_dense_layer_and_the_codes_follow_the_module() -> None:
     layer, _ = layer_and_oracle("ste", torch.float32)
     assert sorted(layer.state_dict()) == ["bias", "weight"]
-    assert "mask_codes" in dict(layer.named_buffers())
+    assert not list(layer.buffers())  # which data-parallel modules broadcast, and averages mix
     nn.Linear(24, 16).load_state_dict(layer.state_dict())
     assert layer.to(torch.bfloat16).mask_codes.dtype == torch.int16
     clone = copy.deepcopy(layer)

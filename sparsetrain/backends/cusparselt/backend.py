@@ -11,7 +11,7 @@ from ...environment import cache_folder, machine_from_torch
 from ...requirements import why_not
 from ..interface import Operand
 from ..metadata_layout import MetadataLayout, prove_layout
-from ..tokens import padded_tokens, without_padding
+from ..tokens import padded_tokens, readable_rows, without_padding
 from .providers import NvmathProvider, Provider, TorchProvider
 
 TOKENS = 8
@@ -87,7 +87,7 @@ class CuSparseLtBackend:
     ) -> Tensor:  # fmt: skip
         """Return ``rows·Aᵀ + bias``, or its transpose; tokens are padded if they are no multiple of 8."""
         tokens = rows.shape[0]
-        given = padded_tokens(_readable(rows), TOKENS)
+        given = padded_tokens(readable_rows(rows), TOKENS)
         result = self.provider.multiply(
             operand.tensors[0], operand.shape, given, bias, algorithm, transposed_output
         )  # fmt: skip
@@ -97,12 +97,3 @@ class CuSparseLtBackend:
         capability = machine_from_torch(device).capability
         architecture = "no GPU" if capability is None else f"sm_{capability[0]}{capability[1]}"
         return f"{architecture} cuSPARSELt {self.provider.version()}"
-
-
-def _readable(rows: Tensor) -> Tensor:
-    """Return rows as the library can read them: along either dimension, at 16 bytes; a copy only if they are not."""
-    inner, outer = (rows.stride(1), rows.stride(0)) if rows.stride(1) == 1 else (rows.stride(0), rows.stride(1))
-    least = rows.shape[1] if rows.stride(1) == 1 else rows.shape[0]
-    if inner == 1 and outer >= least and outer % 8 == 0 and rows.data_ptr() % 16 == 0:
-        return rows
-    return rows.clone(memory_format=torch.contiguous_format)
