@@ -1,7 +1,8 @@
 """cuSPARSELt: products with a 2:4 matrix on sparse tensor cores, with cached plans; needs the extra ``cuda``."""
 
 from .library import CudaDevices, Devices, Epilogue, Library, Order
-from .plans import Algorithm, CuSparseLt, PlanKey, Session, default
+from .plans import Algorithm, PlanKey
+from .sessions import CuSparseLt, Session, default
 
 __all__ = [
     "Algorithm", "CuSparseLt", "CudaDevices", "Devices", "Epilogue", "Library", "Order", "PlanKey", "Session",

@@ -1,5 +1,6 @@
 """Two ways to cuSPARSELt: nvmath's bindings with plans of our own, or PyTorch's operators, which plan in every call."""
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from typing import Protocol
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .library import Order
-from .plans import Algorithm, CuSparseLt, PlanKey, default
+from .plans import Algorithm, PlanKey
+from .sessions import CuSparseLt, default
 
 TORCH_ALGORITHMS = 16
 """PyTorch does not tell how many there are; those that are not there raise, and are denied."""
@@ -48,8 +50,17 @@ class NvmathProvider:
 
     def why_not(self) -> str | None:
         """Say in one sentence why this way is closed, or return None."""
+        return self._reason
+
+    @functools.cached_property
+    def _reason(self) -> str | None:
         if importlib.util.find_spec("nvmath") is None:
             return 'nvmath is not installed: pip install "sparsetrain[cuda]".'
+        try:
+            if torch.cuda.is_available():
+                _ = self._library.session(torch.cuda.current_device()).handle
+        except Exception as error:  # the library, its driver or the binding: each fails in its own way
+            return f"nvmath cannot start cuSPARSELt ({str(error).strip() or repr(error)}): reinstall nvmath-python."
         return None
 
     def version(self) -> str:
