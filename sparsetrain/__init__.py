@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "backends": ("Backend",),
     "checkpoint": ("detach_pruned", "read_masks", "restore_pruned_"),
-    "criteria": ("Criterion", "Magnitude", "Random"),
+    "criteria": ("Criterion", "Fisher", "Magnitude", "Movement", "Random", "Wanda", "WeightGradient"),
     "gradient_rules": ("GradientRule", "scaled"),
     "masks": ("is_nm", "is_transposable", "nm_mask", "transposable_codes", "transposable_mask"),
     "methods": ("Method",),
@@ -35,8 +35,12 @@ if TYPE_CHECKING:
     from .checkpoint import read_masks as read_masks
     from .checkpoint import restore_pruned_ as restore_pruned_
     from .criteria import Criterion as Criterion
+    from .criteria import Fisher as Fisher
     from .criteria import Magnitude as Magnitude
+    from .criteria import Movement as Movement
     from .criteria import Random as Random
+    from .criteria import Wanda as Wanda
+    from .criteria import WeightGradient as WeightGradient
     from .gradient_rules import GradientRule as GradientRule
     from .gradient_rules import scaled as scaled
     from .linear import SparseLinear as SparseLinear

@@ -15,6 +15,7 @@ from .kernels.masked_update.reference import apply_mask_
 from .kernels.tile_codes.reference import unpack_codes
 from .operands import Execution, Operands, register
 from .products import masked_product
+from .soft_threshold import SoftThreshold, soft_thresholded
 from .tiles import KEEP_ALL, require_tiles
 
 PhaseKind = Literal["dense", "sparse", "frozen"]
@@ -39,7 +40,13 @@ class SparseLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, draws: Tensor | None, rules: Rules
+        input: Tensor,
+        weight: Tensor,
+        codes: Tensor,
+        bias: Tensor | None,
+        draws: Tensor | None,
+        backward_codes: Tensor | None,
+        rules: Rules,
     ) -> Tensor:
         """Compute the forward product."""
         if rules.forward == "masked":
@@ -50,15 +57,15 @@ class SparseLinearFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep what the two gradient products need; the masked weight is not among it."""
-        input, weight, codes, bias, draws, rules = inputs
-        ctx.save_for_backward(input, weight, codes)
+        input, weight, codes, bias, draws, backward_codes, rules = inputs
+        ctx.save_for_backward(input, weight, codes, backward_codes)
         ctx.draws, ctx.rules, ctx.bias_dtype = draws, rules, None if bias is None else bias.dtype  # type: ignore[attr-defined]
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
         """Compute the gradients that are asked for."""
         (output_gradient,) = cast(tuple[Tensor], output_gradients)
-        input, weight, codes = ctx.saved_tensors
+        input, weight, codes, backward_codes = ctx.saved_tensors
         rules: Rules = ctx.rules
         if rules.forward != "masked" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
@@ -69,7 +76,9 @@ class SparseLinearFunction(torch.autograd.Function):
         rows = output_gradient.reshape(-1, weight.shape[0])  # [tokens, O]
         if ctx.needs_input_grad[0]:
             if rules.input_gradient == "masked":
-                input_gradient = output_gradient.matmul(_masked(weight, codes).to(output_gradient.dtype))
+                input_gradient = output_gradient.matmul(
+                    _masked(weight, codes if backward_codes is None else backward_codes).to(output_gradient.dtype)
+                )
             else:
                 product = masked_product(rows, weight, codes, None, True, rules.input_gradient)
                 input_gradient = product.view(input.shape)
@@ -82,7 +91,7 @@ class SparseLinearFunction(torch.autograd.Function):
             weight_gradient = rules.gradient.apply(whole.to(weight.dtype), codes)
         if ctx.needs_input_grad[3]:
             bias_gradient = rows.sum(0).to(ctx.bias_dtype)
-        return input_gradient, weight_gradient, None, bias_gradient, None, None
+        return input_gradient, weight_gradient, None, bias_gradient, None, None, None
 
 
 def sparse_linear(
@@ -96,6 +105,7 @@ def sparse_linear(
     transposable: bool = True,
     draws: Tensor | None = None,
     seed: int = 0,
+    backward_codes: Tensor | None = None,
 ) -> Tensor:
     """Apply a linear layer with the weight masked by tile codes; differentiable in input, weight and bias.
 
@@ -113,6 +123,8 @@ def sparse_linear(
         draws: Counter of a random estimate, int64 ``[2]``: then the weight gradient is computed from an unbiased 2:4
             estimate of the output gradient, and the counter goes up by one in every backward.
         seed: Of the estimate.
+        backward_codes: int16 ``[O/4, I/4]`` of the mask in the input gradient's product, if it is another one; that
+            product is computed densely then.
 
     Returns:
         ``[..., O]``.
@@ -154,8 +166,8 @@ def sparse_linear(
             f"input is {input.dtype} but weight is {weight.dtype}: they must be alike outside of autocast, so cast one "
             "of them or use autocast."
         )
-    rules = Rules(rule, name, name if transposable else "masked", seed)
-    result = SparseLinearFunction.apply(input, weight, codes, bias, draws, rules)  # type: ignore[no-untyped-call]
+    rules = Rules(rule, name, name if transposable and backward_codes is None else "masked", seed)
+    result = SparseLinearFunction.apply(input, weight, codes, bias, draws, backward_codes, rules)  # type: ignore[no-untyped-call]
     return cast(Tensor, result)
 
 
@@ -185,6 +197,9 @@ class SparseLinear(nn.Linear):
 
     mask_codes: Tensor
     draws: Tensor | None
+    backward_codes: Tensor | None  # of the input gradient's product, if they are others
+    adapter: tuple[Tensor, Tensor] | None  # down [r, I] and up [O, r]
+    soft_scale: Tensor | None  # β of the soft threshold; None for a hard mask
     phase: PhaseKind
     gradient: GradientRule
     execution: Execution
@@ -221,11 +236,19 @@ class SparseLinear(nn.Linear):
         """Apply the layer: ``[..., I]`` to ``[..., O]``."""
         if self.phase == "dense":
             return F.linear(input, self.weight, self.bias)
-        return sparse_linear(
-            input, self.weight, self.mask_codes, self.bias, gradient=self.gradient,
-            backend=self.execution.backend, transposable=self.execution.transposable, draws=self.draws,
-            seed=self.execution.seed,
+        weight: Tensor = self.weight
+        if self.soft_scale is not None:
+            soft = SoftThreshold.apply(weight, self.mask_codes, self.soft_scale, self.execution.transposable)  # type: ignore[no-untyped-call]
+            weight = cast(Tensor, soft)
+        output = sparse_linear(
+            input, weight, self.mask_codes, self.bias, gradient=self.gradient, backend=self.execution.backend,
+            transposable=self.execution.transposable, draws=self.draws, seed=self.execution.seed,
+            backward_codes=self.backward_codes,
         )  # fmt: skip
+        if self.adapter is None:
+            return output
+        down, up = self.adapter
+        return output + F.linear(F.linear(input, down), up)
 
     def train(self, mode: bool = True) -> "SparseLinear":
         """Switch between training and evaluation; weights may be swapped around it, so operands are made anew."""
@@ -248,6 +271,8 @@ class SparseLinear(nn.Linear):
         # no buffers: data-parallel modules cannot broadcast int16, and averages of codes mean nothing
         self.mask_codes = fn(self.mask_codes)
         self.draws = None if self.draws is None else fn(self.draws)
+        self.soft_scale = None if self.soft_scale is None else fn(self.soft_scale)
+        self.backward_codes = None if self.backward_codes is None else fn(self.backward_codes)
         register(self)
         return self
 
@@ -264,6 +289,9 @@ class SparseLinear(nn.Linear):
         self.execution = execution
         draws = draw_counter(0, device=self.weight.device) if execution.weight_product == "mvue" else None
         self.draws = draws
+        self.soft_scale = None
+        self.backward_codes = None
+        self.adapter = None
         self.operands = Operands(execution)
         register(self)
 
@@ -279,8 +307,11 @@ def to_sparse_(layer: nn.Linear, phase: PhaseKind = "sparse", execution: Executi
 def to_dense_(layer: SparseLinear, zeros: bool = True) -> nn.Linear:
     """Turn a :class:`SparseLinear` back into ``nn.Linear`` in place; with ``zeros``, a mask in force is written."""
     if zeros and layer.is_masked:
+        if layer.soft_scale is not None:
+            soft = soft_thresholded(layer.weight.data, layer.mask_codes, layer.execution.transposable)
+            layer.weight.data.copy_(soft * layer.soft_scale)
         apply_mask_(layer.weight.data, layer.mask_codes)
-    del layer.mask_codes, layer.draws
+    del layer.mask_codes, layer.draws, layer.soft_scale, layer.backward_codes, layer.adapter
     for name in ("phase", "gradient", "execution", "operands"):
         layer.__dict__.pop(name, None)
     dense = cast(nn.Linear, layer)

@@ -1,7 +1,7 @@
 """The masks of a run and what is known of their history: refresh, flips, ages, violations."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -26,14 +26,17 @@ class MaskState:
         pattern: What the masks look like.
         criterion: What ranks the entries.
         track_age: Keep for every entry the refreshes since it last flipped (one byte a weight, up to 255).
+        hysteresis: Added to the scores of entries that are kept now, as a fraction of the layer's mean score.
     """
 
     def __init__(
-        self, layers: Mapping[str, SparseLinear], pattern: Pattern, criterion: Criterion, track_age: bool = False
-    ) -> None:
+        self, layers: Mapping[str, SparseLinear], pattern: Pattern, criterion: Criterion, track_age: bool = False,
+        hysteresis: float = 0.0,
+    ) -> None:  # fmt: skip
         self.layers = dict(layers)
         self.pattern = pattern
         self.criterion = criterion
+        self.hysteresis = hysteresis
         self.exists = False
         self.refresh_ms = 0.0
         self.flips: dict[str, Tensor] = {}
@@ -51,19 +54,20 @@ class MaskState:
         return {name: layer.mask_codes for name, layer in self.layers.items()}
 
     @torch.no_grad()
-    def refresh(self, clock: int, virtual: bool) -> None:
+    def refresh(self, clock: int, virtual: bool, names: Collection[str] | None = None) -> None:
         """Search new masks from the masters.
 
         Args:
             clock: Successful optimizer steps so far.
             virtual: The masks are not in force; their flips are counted apart.
+            names: Of the layers whose masks are searched; the others keep theirs. None for all.
 
         Raises:
             RuntimeError: If data-parallel ranks found different masks.
         """
         start = time.perf_counter()
         old = {name: codes.clone() for name, codes in self.codes.items()} if self.exists else {}
-        new = self._search(clock)
+        new = self._search(clock, set(self.layers) if names is None else set(names))
         for name, codes in new.items():
             if name in old and name in self.ages:
                 age = self.ages[name] = self.ages[name].to(codes.device)  # the model may have moved
@@ -77,20 +81,49 @@ class MaskState:
         rows = list(statistics.values())
         self.sums_at_refresh = torch.stack([row.to(rows[0].device) for row in rows]).sum(0)[:5]
         self.refresh_ms = 1e3 * (time.perf_counter() - start)
+        self.refresh_backward()
         require_equal_codes(self.codes)
 
-    def _search(self, clock: int) -> dict[str, Tensor]:
-        if self.pattern is TRANSPOSABLE and type(self.criterion) is Magnitude:
+    @torch.no_grad()
+    def refresh_backward(self) -> None:
+        """Search the masks of input gradients anew, if they are others than those of the forward."""
+        if self.pattern.search_backward is None:
+            return
+        for layer in self.layers.values():
+            found = self.pattern.search_backward(layer.weight, layer.mask_codes)
+            if layer.backward_codes is None:
+                layer.backward_codes = found
+            else:
+                layer.backward_codes.copy_(found)
+
+    def _search(self, clock: int, wanted: set[str]) -> dict[str, Tensor]:
+        bonus = self.hysteresis if self.exists else 0.0
+        if self.pattern is TRANSPOSABLE and type(self.criterion) is Magnitude and not bonus:
             found: dict[str, Tensor] = {}
-            for names in self._by_device():  # all of a device in one call, so that equal layouts share a launch
+            for every in self._by_device():  # all of a device in one call, so that equal layouts share a launch
+                names = [name for name in every if name in wanted]
                 codes = [torch.empty_like(self.layers[name].mask_codes) for name in names]
                 search_tiles_([self.layers[name].weight.detach() for name in names], codes, magnitude=True)
                 found.update(zip(names, codes, strict=True))
-            return {name: found[name] for name in self.layers}
+            return {name: found[name] for name in self.layers if name in wanted}
         return {
-            name: self.pattern.search(self.criterion.scores(layer.weight, layer=name, clock=clock))
+            name: self.pattern.search(self._scores(name, layer, clock, bonus))
             for name, layer in self.layers.items()
+            if name in wanted
         }
+
+    def _scores(self, name: str, layer: SparseLinear, clock: int, bonus: float) -> Tensor:
+        scores = self.criterion.scores(layer.weight, layer=name, clock=clock)
+        if not bonus:
+            return scores
+        mean = torch.where(scores.isfinite(), scores, 0).mean()
+        return scores + bonus * mean * layer.mask
+
+    def kept_fractions(self) -> dict[str, float]:
+        """Return ``Σ|W⊙M| / Σ|W|`` of every layer, from one transfer."""
+        rows = self.magnitude_sums()
+        values = torch.stack([row.cpu() for row in rows.values()]).tolist()
+        return {name: kept / (kept + pruned or 1.0) for name, (kept, pruned, *_) in zip(rows, values, strict=True)}
 
     def _statistics(self, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the six numbers of ``tile_statistics`` for every layer, on its device."""
@@ -151,6 +184,11 @@ class MaskState:
             "sums_at_refresh": None if self.sums_at_refresh is None else self.sums_at_refresh.tolist(),
             "ages": {name: age.cpu().clone() for name, age in self.ages.items()},
             "criterion": self.criterion.state_dict(),
+            "backward_codes": {
+                name: layer.backward_codes.detach().cpu().clone()
+                for name, layer in self.layers.items()
+                if layer.backward_codes is not None
+            },
         }
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -202,3 +240,5 @@ class MaskState:
             if name in state["ages"]:
                 age.copy_(state["ages"][name])
         self.criterion.load_state_dict(state["criterion"])
+        for name, codes in state["backward_codes"].items():
+            self.layers[name].backward_codes = codes.to(self.layers[name].weight.device).clone()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels.tile_codes.reference import count_bits, pack_codes, transpose_codes
+from .kernels.tile_codes.reference import count_bits, pack_codes, transpose_codes, unpack_codes
 from .masks import nm_mask, transposable_codes
 
 
@@ -20,6 +20,8 @@ class Pattern:
         along_rows: Two of every four are kept along ``in_features``.
         along_columns: Two of every four are kept along ``out_features``.
         sparse_products: How many of a layer's three GEMMs (forward, input gradient, weight gradient) can run sparse.
+        search_backward: Masked weight ``[O, I]`` and its codes to the codes of the input gradient's product, if they
+            are others.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Pattern:
     along_rows: bool
     along_columns: bool
     sparse_products: int
+    search_backward: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def count_violations(self, codes: Tensor) -> Tensor:
         """Count the groups of four that do not keep exactly two; int64 scalar tensor."""
@@ -51,9 +54,32 @@ def _search_row_wise(scores: Tensor) -> Tensor:
     return pack_codes(nm_mask(scores))
 
 
+def prune_again(weight: Tensor, codes: Tensor) -> Tensor:
+    """Return the codes of what is kept twice: by a mask, and by 2:4 along ``out_features`` of the masked weight.
+
+    Args:
+        weight: ``[O, I]``.
+        codes: int16 ``[O/4, I/4]``.
+
+    Example:
+        >>> weight, codes = torch.ones(4, 4), torch.full((1, 1), 0x3333, dtype=torch.int16)  # keeps two columns
+        >>> int(count_bits(prune_again(weight, codes)).sum())
+        4
+
+    Source: the double-pruned backward of Mozaffari et al., "SLoPe", ICLR 2025, arXiv 2405.16325.
+    """
+    kept = unpack_codes(codes)
+    # what the mask prunes ranks behind zeros that it keeps
+    return pack_codes(nm_mask(weight.detach().abs().masked_fill(~kept, -1.0), dim=0) & kept)
+
+
 TRANSPOSABLE = Pattern("transposable", transposable_codes, along_rows=True, along_columns=True, sparse_products=2)
 ROW_WISE = Pattern("row_wise", _search_row_wise, along_rows=True, along_columns=False, sparse_products=1)
-PATTERNS = {pattern.name: pattern for pattern in (TRANSPOSABLE, ROW_WISE)}
+DOUBLE_PRUNED = Pattern(
+    "double_pruned", _search_row_wise, along_rows=True, along_columns=False, sparse_products=2,
+    search_backward=prune_again,
+)  # fmt: skip
+PATTERNS = {pattern.name: pattern for pattern in (TRANSPOSABLE, ROW_WISE, DOUBLE_PRUNED)}
 
 
 def resolve_pattern(name: str) -> Pattern:

@@ -1,7 +1,7 @@
 """Schedules: ordered phases in optimizer steps or fractions of the run, resolved to a timeline of steps."""
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from .linear import PhaseKind
@@ -14,22 +14,35 @@ class Phase:
     Args:
         kind: ``"dense"`` (no mask), ``"sparse"`` (mask refreshed every period) or ``"frozen"`` (mask fixed).
         length: Optimizer steps (int), a fraction of the run (float), or None for what the others leave.
+        share: Of the layers, those that lose the least magnitude first, whose masks are in force; the rest stays dense.
+        earliest: For a dense phase: it ends before its length, but not before this, once the optimizer's second moments
+            have settled; steps (int) or a fraction (float).
 
     Raises:
-        ValueError: If the kind is unknown or the length is out of range.
+        ValueError: If the kind is unknown, or the length or share is out of range.
 
     Example:
         >>> Phase("dense", 0.15)
-        Phase(kind='dense', length=0.15)
+        Phase(kind='dense', length=0.15, share=1.0, earliest=None)
     """
 
     kind: PhaseKind
     length: int | float | None = None
+    share: float = 1.0
+    earliest: int | float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(PhaseKind):
             raise ValueError(f"phase kind is {self.kind!r}: it must be one of {list(get_args(PhaseKind))}.")
         require_length("length", self.length, optional=True)
+        require_length("earliest", self.earliest, optional=True)
+        if self.earliest is not None and (self.kind != "dense" or self.length is None):
+            raise ValueError(
+                f"earliest is {self.earliest!r} in a {self.kind} phase of length {self.length!r}: it needs a dense "
+                "phase with a length, which is the latest end."
+            )
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share!r}: it must be more than 0 and at most 1.")
 
 
 @dataclass(frozen=True)
@@ -39,15 +52,36 @@ class Timeline:
     Args:
         kinds: Kind of each phase.
         starts: First step of each phase; the first is 0.
+        shares: Of the layers, in each phase; empty if it is always all.
+        earliest: First step at which each phase may end early, or None; empty if none may.
     """
 
     kinds: tuple[PhaseKind, ...]
     starts: tuple[int, ...]
+    shares: tuple[float, ...] = ()
+    earliest: tuple[int | None, ...] = ()
 
     def at(self, step: int) -> tuple[PhaseKind, int]:
         """Return the kind and first step of the phase that the forward of ``step`` (0-based) belongs to."""
         index = bisect_right(self.starts, step) - 1
         return self.kinds[index], self.starts[index]
+
+    def may_end_at(self, step: int) -> bool:
+        """Return whether the phase of the step before may end now, before its time."""
+        index = bisect_right(self.starts, step - 1) - 1
+        earliest = self.earliest[index] if self.earliest else None
+        return (
+            earliest is not None and step >= earliest and index + 1 < len(self.starts) and step < self.starts[index + 1]
+        )
+
+    def ended_at(self, step: int) -> "Timeline":
+        """Return the timeline in which the phase of the step before ends now; later ends stay where they are."""
+        index = bisect_right(self.starts, step - 1)
+        return replace(self, starts=(*self.starts[:index], step, *self.starts[index + 1 :]))
+
+    def share_at(self, step: int) -> float:
+        """Return the share of layers whose masks are in force in the phase of ``step``."""
+        return self.shares[bisect_right(self.starts, step) - 1] if self.shares else 1.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +112,9 @@ class Schedule:
     def needs_total(self) -> bool:
         """Whether the length of the run must be known."""
         return any(
-            isinstance(phase.length, float) or (phase.length is None and phase is not self.phases[-1])
+            isinstance(phase.length, float)
+            or isinstance(phase.earliest, float)
+            or (phase.length is None and phase is not self.phases[-1])
             for phase in self.phases
         )
 
@@ -105,6 +141,8 @@ class Schedule:
             )
         kinds: list[PhaseKind] = []
         starts: list[int] = []
+        shares: list[float] = []
+        earliest: list[int | None] = []
         step = 0
         for phase, length in zip(self.phases, lengths, strict=True):
             rest = length is None
@@ -112,8 +150,12 @@ class Schedule:
             if steps > 0 or (rest and total_steps is None) or (phase is self.phases[-1] and not kinds):
                 kinds.append(phase.kind)
                 starts.append(step)
+                shares.append(phase.share)
+                after = self._steps(phase.earliest, total_steps)
+                earliest.append(None if after is None else step + after)
             step += steps
-        return Timeline(tuple(kinds), tuple(starts))
+        return Timeline(tuple(kinds), tuple(starts), tuple(shares) if set(shares) != {1.0} else (),
+                        tuple(earliest) if any(entry is not None for entry in earliest) else ())  # fmt: skip
 
     @staticmethod
     def _steps(length: int | float | None, total_steps: int | None) -> int | None:
@@ -135,7 +177,7 @@ def from_scratch(warmup: int | float = 0.0, tail: int | float = 1 / 6) -> Schedu
 
     Example:
         >>> from_scratch(warmup=0.15).resolve(600)
-        Timeline(kinds=('dense', 'sparse', 'dense'), starts=(0, 90, 500))
+        Timeline(kinds=('dense', 'sparse', 'dense'), starts=(0, 90, 500), shares=(), earliest=())
     """
     require_length("warmup", warmup)
     require_length("tail", tail)
@@ -154,11 +196,35 @@ def dense_prune_retrain(prune_at: int | float = 0.5) -> Schedule:
 
     Example:
         >>> dense_prune_retrain(0.5).resolve(600)
-        Timeline(kinds=('dense', 'frozen'), starts=(0, 300))
+        Timeline(kinds=('dense', 'frozen'), starts=(0, 300), shares=(), earliest=())
     """
     require_length("prune_at", prune_at)
     phases = [Phase("dense", prune_at), Phase("frozen")]
     return Schedule(tuple(phase for phase in phases if phase.length != 0))
+
+
+def rounds(count: int = 3, start: int | float = 0.25, every: int | float = 0.2) -> Schedule:
+    """Train dense, then prune in rounds, each followed by retraining with frozen masks; in each, more of the layers.
+
+    Args:
+        count: Rounds; after round k, k / count of the layers are pruned, those that lose the least magnitude first.
+        start: When the first round prunes, in steps (int) or as a fraction (float).
+        every: From one round to the next, likewise; the last round's masks stay to the end.
+
+    Raises:
+        ValueError: If a length or the number of rounds is out of range.
+
+    Example:
+        >>> rounds(2, start=0.5, every=0.25).resolve(100)
+        Timeline(kinds=('dense', 'frozen', 'frozen'), starts=(0, 50, 75), shares=(1.0, 0.5, 1.0), earliest=())
+    """
+    require_length("start", start)
+    require_length("every", every)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"count is {count!r}: it must be an int of at least 1 (rounds).")
+    phases = [Phase("dense", start)] if start else []
+    phases += [Phase("frozen", every, share=number / count) for number in range(1, count)]
+    return Schedule((*phases, Phase("frozen")))
 
 
 def require_length(name: str, length: int | float | None, optional: bool = False) -> None:

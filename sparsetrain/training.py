@@ -2,8 +2,8 @@
 
 import copy
 import time
-import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,23 +11,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .adapters import Adapters
 from .criteria import resolve_criterion
+from .criteria.observer import Observer
 from .estimated_gradient import renumber_
 from .gradient_rules import resolve_gradient_rule
-from .kernels.masked_update.operator import add_masked_decays_, apply_masks_
+from .kernels.masked_update.operator import apply_masks_
 from .linear import PhaseKind, to_dense_
 from .lr_restart import LRRestart
 from .mask_state import MaskState
+from .masked_decay import MaskedDecay
 from .methods.method import Method
 from .methods.presets import resolve_method
 from .metrics import PruneMetrics, total_metrics
 from .operands import renew_
 from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
 from .patterns import resolve_pattern
+from .second_moments import SecondMoments
 from .selection import SelectionReport, linear_weight_count, select_layers, sparse_layers
+from .soft_threshold import soft_scale
 from .sparsify import sparsify_
-
-STATE_VERSION = 1
+from .training_checks import STATE_VERSION, check_setup, check_state
 
 
 class SparseTraining:
@@ -96,9 +100,10 @@ class SparseTraining:
         self.method = resolve_method(method)
         self.total_steps = total_steps
         self.timeline = self.method.schedule.resolve(total_steps)
+        self._watch_dense = watch_dense
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         report = select_layers(model, targets, exclude, self.method.pattern)
-        self._check(report, optimizers, lr_schedulers)
+        check_setup(model, report, self.method, self.timeline, optimizers, lr_schedulers, total_steps, watch_dense)
         self._report = sparsify_(
             model, targets, exclude, pattern=self.method.pattern, backend=backend, deterministic=deterministic,
             keep_transposed=keep_transposed, weight_product=self.method.weight_product, phase="dense", verbose=False,
@@ -108,17 +113,25 @@ class SparseTraining:
         self._phase_start = 0
         self._last_refresh = -1
         self._repack_ms = 0.0
-        self._watch_dense = watch_dense
-        pattern, criterion = resolve_pattern(self.method.pattern), resolve_criterion(self.method.criterion)
+        pattern = resolve_pattern(self.method.pattern)
+        criterion = copy.deepcopy(resolve_criterion(self.method.criterion))  # its statistics are this run's
         layers = dict(sparse_layers(model))
         own = {choice.name: layers[choice.name] for choice in self._report.sparse}
-        self.masks = MaskState(own, pattern, criterion, track_age)
+        self.masks = MaskState(own, pattern, criterion, track_age, self.method.hysteresis)
+        self._observer = Observer(criterion, self.masks.layers)
+        self._observer.install()
+        self._active: set[str] = set()
+        self._adapters: Adapters | None = None
+        self._moments = SecondMoments() if self.timeline.earliest else None
+        self._decay = MaskedDecay(self.method.decay, self.method.decay_on, self._steps(self.method.decay_ramp))
         self._weights = {name: layer.weight for name, layer in self.masks.layers.items()}
         self._linear_weights = linear_weight_count(model.modules())
         owners = [entry for entry in optimizers if owned_parameters(entry) & set(map(id, self._weights.values()))]
         self._optimizers = owners or optimizers
         self._owned = {id(entry): owned_parameters(entry) for entry in self._optimizers}
         self._lr_restart = LRRestart(optimizers, lr_schedulers) if self.method.restart_lr else None
+        if self.method.adapter_rank:
+            self._adapters = Adapters(self.masks.layers, self._optimizers, self.method.adapter_rank)
         self._number_draws()
         self._hooks = StepHooks(self._optimizers, self._adjust_gradients, self._written, self._advance)
         self._final: tuple[dict[str, float], dict[str, Any]] | None = None
@@ -139,6 +152,13 @@ class SparseTraining:
         return self._report if self.finished else self._report.with_products(self.masks.layers)
 
     @property
+    def sparse_flops_share(self) -> float:
+        """Share of the linear layers' GEMM FLOPs that can run sparse now."""
+        active = sum(layer.weight.numel() for layer in self.masks.layers.values() if layer.is_masked)
+        products = self.masks.pattern.sparse_products + (self.method.weight_product == "mvue")
+        return products * active / (3 * self._linear_weights)
+
+    @property
     def refreshed(self) -> bool:
         """Whether the last step ended with a mask search."""
         return self._last_refresh == self.clock
@@ -152,20 +172,20 @@ class SparseTraining:
         Returns:
             Always: ``clock`` (steps), ``sparse_layers`` (whose mask is in force), ``sparse_flops_share`` (of the linear
             layers' GEMMs), ``violations`` (must be 0), ``refresh_ms`` and ``repack_ms`` (host time of the last
-            search, and of packing after the last step), ``operand_bytes`` (packed weights on the device). Once a mask
-            exists: the fields of :class:`PruneMetrics`; ``kept_fraction_at_refresh``, of the masters the last search
-            saw, as frozen masks zero what they prune; ``flip_rate`` and ``virtual_flip_rate``, the fraction of
-            entries that changed at the last refresh of a sparse or dense phase; ``flip_rate_ratio``, the first over the
-            second; ``age_mean`` (refreshes).
+            search, and of packing after the last step), ``operand_bytes`` (packed weights on the device); ``decay``
+            (λ) if there is one. Once a mask exists: the fields of :class:`PruneMetrics`;
+            ``kept_fraction_at_refresh``, of the masters the last search saw, as frozen masks zero what they prune;
+            ``flip_rate`` and ``virtual_flip_rate``, the fraction of entries that changed at the last refresh of a
+            sparse or dense phase; ``flip_rate_ratio``, the first over the second; ``age_mean`` (refreshes).
         """
         if self._final is not None:
             return {key: value for key, value in self._final[0].items() if per_layer or not key.startswith("layer/")}
         active = [layer for layer in self.masks.layers.values() if layer.is_masked]
-        sparse_weights = sum(layer.weight.numel() for layer in active)
         values: dict[str, float | None] = {
             "clock": self.clock,
+            "decay": self._decay.value if self.method.decay else None,
             "sparse_layers": len(active),
-            "sparse_flops_share": self._sparse_products() * sparse_weights / (3 * self._linear_weights),
+            "sparse_flops_share": self.sparse_flops_share,
             "violations": self.masks.violations(),
             "refresh_ms": self.masks.refresh_ms,
             "repack_ms": self._repack_ms,
@@ -179,7 +199,7 @@ class SparseTraining:
             values["kept_fraction_at_refresh"] = at_refresh.kept_fraction
             rate, virtual = self.masks.flip_rate(), self.masks.flip_rate(virtual=True)
             values.update(flip_rate=rate, virtual_flip_rate=virtual, age_mean=self.masks.age_mean())
-            values["flip_rate_ratio"] = rate / virtual if rate is not None and virtual else None
+            values["flip_rate_ratio"] = self._flip_rate_ratio()
             if per_layer:
                 for name, entry in sums.items():
                     fields = PruneMetrics.from_sums(entry.tolist()).as_dict()
@@ -192,9 +212,16 @@ class SparseTraining:
         self._refresh()
         self._repack()
 
-    def _refresh(self) -> None:
-        self.masks.refresh(self.clock, virtual=self.phase == "dense")
+    def _refresh(self, names: set[str] | None = None) -> None:
+        counted = self.phase == "sparse" and bool(self.masks.flips)
+        self.masks.refresh(self.clock, virtual=self.phase == "dense", names=names)
         self._last_refresh = self.clock
+        if self._decay.automatic and counted:  # not at the first search of the phase, whose flips are the dense one's
+            self._decay.adapt(self._flip_rate_ratio())
+
+    def _flip_rate_ratio(self) -> float | None:
+        rate, virtual = self.masks.flip_rate(), self.masks.flip_rate(virtual=True)
+        return rate / virtual if rate is not None and virtual else None
 
     def finish(self, *, zeros: bool = True) -> None:
         """Remove the hooks and give plain ``nn.Linear`` layers back; metrics and state stay readable.
@@ -224,6 +251,16 @@ class SparseTraining:
             "stepped": sorted(self._hooks.stepped),
             "last_refresh": self._last_refresh,
             "lr_restart": self._lr_restart.state_dict() if self._lr_restart else None,
+            "active": sorted(self._active),
+            "starts": list(self.timeline.starts),
+            "adapters": None if self._adapters is None else self._adapters.state_dict(),
+            "moments": None if self._moments is None else self._moments.state_dict(),
+            "decay": self._decay.state_dict(),
+            "soft_scales": {
+                name: float(layer.soft_scale)
+                for name, layer in self.masks.layers.items()
+                if layer.soft_scale is not None
+            },
             **self.masks.state_dict(),
         }
 
@@ -233,7 +270,7 @@ class SparseTraining:
         Raises:
             ValueError: If the state is damaged or of another model; nothing is changed then.
         """
-        self._check_state(state)
+        check_state(state, self.masks, self.method, self.total_steps)
         self.masks.load_state_dict(state)
         for layer in self.masks.layers.values():
             layer.operands.expire()
@@ -242,81 +279,50 @@ class SparseTraining:
         self._hooks.stepped = set(state["stepped"])
         if self._lr_restart and state["lr_restart"]:
             self._lr_restart.load_state_dict(state["lr_restart"])
+        if self._moments is not None and state["moments"]:
+            self.timeline = replace(self.timeline, starts=tuple(state["starts"]))
+            self._moments.load_state_dict(state["moments"], next(iter(self._weights.values())).device)
+        if self._adapters is not None:
+            self._adapters.load_state_dict(state["adapters"])
+        self._active = set(state["active"])
+        self._decay.load_state_dict(state["decay"])
+        for name, layer in self.masks.layers.items():
+            scale = state["soft_scales"].get(name)
+            layer.soft_scale = None if scale is None else layer.weight.new_tensor(scale)
         self._set_phase(*self.timeline.at(self.clock))
+        self._switch_adapters()
         self._number_draws()
         self._repack()
 
-    def _check(
-        self, report: SelectionReport, optimizers: Sequence[Optimizer], lr_schedulers: Sequence[LRScheduler]
-    ) -> None:
-        if not optimizers:
-            raise ValueError("optimizer is an empty list: pass the optimizer that owns the model's weights.")
-        if any(type(module).__name__ == "FullyShardedDataParallel" for module in self.model.modules()):
-            raise ValueError(
-                "model is wrapped in FSDP: masks need whole weights on every rank, so use DDP or one device."
-            )
-        owned = set().union(*map(owned_parameters, optimizers))
-        for choice in report.sparse:
-            weight = self.model.get_submodule(choice.name).weight
-            assert isinstance(weight, Tensor)
-            if self.method.decay and weight.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"layer {choice.name!r} has a {weight.dtype} weight but decay is {self.method.decay}: masked decay "
-                    "needs a float32 master, so keep float32 weights (autocast may compute lower) or set decay=0."
-                )
-            if weight.requires_grad and id(weight) not in owned:
-                raise ValueError(
-                    f"layer {choice.name!r} has a trainable weight that no optimizer owns: "
-                    "pass every optimizer, or exclude the layer."
-                )
-        if self.method.restart_lr and not lr_schedulers:
-            raise ValueError(
-                "method has restart_lr=True but lr_schedulers is empty: pass the learning-rate schedulers."
-            )
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        needed = {"version", "clock", "method", "stepped", "last_refresh", "lr_restart", "pattern", "exists", "codes",
-                  "flips", "virtual_flips", "sums_at_refresh", "ages", "criterion"}  # fmt: skip
-        missing = needed - set(state)
-        if missing:
-            raise ValueError(
-                f"state has no {sorted(missing)[0]!r}: it must be what SparseTraining.state_dict() returned."
-            )
-        if state["version"] != STATE_VERSION:
-            raise ValueError(
-                f"state has version {state['version']!r} but this sparsetrain reads {STATE_VERSION}: "
-                "use the version that wrote it."
-            )
-        if not isinstance(state["clock"], int) or state["clock"] < 0:
-            raise ValueError(
-                f"state has clock {state['clock']!r}: it must be an int of at least 0; the checkpoint is damaged."
-            )
-        self.masks.check_state_dict(state)
-        for what, saved, here in (
-            ("method", state["method"], self.method.describe()),
-            ("total_steps", state.get("total_steps"), self.total_steps),
-        ):
-            if saved != here:
-                warnings.warn(f"resuming with another {what}: {here} instead of {saved}.", stacklevel=4)
-
     def _adjust_gradients(self, optimizer: Optimizer, scale: Tensor | None) -> None:
         """Item 1 of a step: gradients are unscaled (or ``scale`` says by how much they are not) and clipped."""
+        owned = self._owned[id(optimizer)]
+        gradients = {
+            name: weight.grad.detach()
+            for name, weight in self._weights.items()
+            if id(weight) in owned and weight.grad is not None
+        }
+        self._observer.before_step(gradients, scale)
+        if self._adapters is not None:
+            self._adapters.average_gradients(optimizer)
+        if self._moments is not None and self.phase == "dense":
+            self._moments.forget()
+            self._moments.observe(
+                optimizer, [self._weights[name] for name in gradients], list(gradients.values()), scale
+            )
         if self._lr_restart and self.phase == "frozen" and self.clock == self._phase_start:
             self._lr_restart.restart()
-        if self.phase == "dense" or (self.phase == "sparse" and not self.method.decay):
+        if self.phase == "dense":
             return
         masks_gradient = resolve_gradient_rule(self.method.frozen_gradient).pruned == 0
-        for device, weights in self._weights_by_device(self._owned[id(optimizer)]).items():
-            gradients = [weight.grad.detach() for weight in weights.values() if weight.grad is not None]
-            weights = {name: weight for name, weight in weights.items() if weight.grad is not None}
+        for every in self._weights_by_device(owned).values():
+            weights = {name: every[name] for name in every if name in gradients and name in self._active}
             codes = [self.masks.layers[name].mask_codes for name in weights]
             if self.phase == "sparse":
-                # a number is written on the device, never read from it
-                decay = torch.full((), self.method.decay, dtype=torch.float64, device=device)
-                decay = decay if scale is None else decay * scale.to(device)
-                add_masked_decays_(gradients, [weight.detach() for weight in weights.values()], codes, decay)
+                age = self.clock - self._phase_start
+                self._decay.apply_(optimizer, list(weights.values()), codes, age, scale)
             elif masks_gradient:
-                apply_masks_(gradients, codes)
+                apply_masks_([gradients[name] for name in weights], codes)
 
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: its layers' packed weights are out of date."""
@@ -326,19 +332,36 @@ class SparseTraining:
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
+        self._observer.after_step()
         self.clock += 1
+        if self._moments is not None and self.phase == "dense":
+            self._moments.commit()
+            if self.timeline.may_end_at(self.clock) and self._moments.settled(self.clock):
+                self.timeline = self.timeline.ended_at(self.clock)
         kind, start = self.timeline.at(self.clock)
         if start != self._phase_start:
             self._enter(kind, start)
         elif kind == "frozen":
             self._apply_masks()
+            if (self.clock - start) % self.method.refresh_every == 0:
+                self.masks.refresh_backward()
         elif (self.clock - start) % self.method.refresh_every == 0 and (kind == "sparse" or self._watch_dense):
             self._refresh()
+        self._switch_adapters()
         self._repack()
         self._number_draws()
 
-    def _sparse_products(self) -> int:
-        return self.masks.pattern.sparse_products + (self.method.weight_product == "mvue")
+    def _switch_adapters(self) -> None:
+        if self._adapters is not None:
+            first = self._steps(self.method.adapter_start)
+            self._adapters.switch(self.clock >= first and self.phase != "dense")
+
+    def _steps(self, length: int | float) -> int:
+        return round(length * (self.total_steps or 0)) if isinstance(length, float) else length
+
+    def adapters(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the low-rank adapters: layer name to down ``[r, I]`` and up ``[O, r]``; empty if there are none."""
+        return {} if self._adapters is None else dict(self._adapters.parts)
 
     def _number_draws(self) -> None:
         """Have every layer's random estimates depend on the clock, so that there is nothing to save of them."""
@@ -351,38 +374,63 @@ class SparseTraining:
         start = time.perf_counter()
         for weights in self._weights_by_device().values():
             layers = [self.masks.layers[name] for name in weights]
-            layers = [layer for layer in layers if layer.operands.bytes]
+            layers = [layer for layer in layers if layer.operands.bytes and layer.soft_scale is None]
             if layers:
                 renew_(layers)
         self._repack_ms = 1e3 * (time.perf_counter() - start)
 
     def _enter(self, kind: PhaseKind, start: int) -> None:
-        keep_mask = kind == "frozen" and self.phase != "dense"
+        kept = self._active if kind == "frozen" and self.phase != "dense" else set()
+        searched = set(self.masks.layers) - kept
+        self.phase = kind  # what a search counts flips as
+        if searched and (kind != "dense" or self._watch_dense):
+            self._refresh(searched if kept else None)
+        self._active = set() if kind == "dense" else self._choose_active(kept, self.timeline.share_at(self.clock))
         self._set_phase(kind, start)
-        if not keep_mask and (kind != "dense" or self._watch_dense):
-            self._refresh()
         if kind == "frozen":
             self._apply_masks()
             if self.method.clear_moments:
-                for name, weight in self._weights.items():
-                    clear_pruned_moments_(self._optimizers, weight, self.masks.layers[name].mask_codes)
+                for name in self._active - kept:
+                    clear_pruned_moments_(self._optimizers, self._weights[name], self.masks.layers[name].mask_codes)
+
+    def _choose_active(self, kept: set[str], share: float) -> set[str]:
+        """Return the layers whose masks are in force: those that are, then those that lose the least magnitude."""
+        count = max(len(kept), round(share * len(self.masks.layers)), 1)
+        if count == len(self.masks.layers):
+            return set(self.masks.layers)
+        fractions = self.masks.kept_fractions()
+        order = sorted(fractions, key=lambda name: (name not in kept, -fractions[name]))
+        return set(order[:count])
 
     def _restore(self, zeros: bool) -> None:
         self._hooks.remove()
+        self._observer.remove()
+        merge = self._adapters is not None and any(layer.adapter is not None for layer in self.masks.layers.values())
+        if self._adapters is not None:
+            self._adapters.remove()
         for layer in self.masks.layers.values():
             to_dense_(layer, zeros)
+        if self._adapters is not None and merge and zeros and self.method.adapter_merge:
+            self._adapters.merge_()
 
     def _set_phase(self, kind: PhaseKind, start: int) -> None:
         self.phase, self._phase_start = kind, start
         rule = resolve_gradient_rule(self.method.frozen_gradient if kind == "frozen" else self.method.gradient)
-        for layer in self.masks.layers.values():
-            layer.phase, layer.gradient = kind, rule
+        for name, layer in self.masks.layers.items():
+            layer.phase, layer.gradient = kind if name in self._active else "dense", rule
             layer.operands.managed = True
-            if kind == "dense":
+            if layer.phase == "dense":
                 layer.operands.release()
+            elif self.method.forward == "soft" and layer.soft_scale is None:
+                with torch.no_grad():
+                    transposable = layer.execution.transposable
+                    layer.soft_scale = soft_scale(layer.weight, layer.mask_codes, transposable)
 
     def _apply_masks(self) -> None:
-        for weights in self._weights_by_device().values():
+        if not self.method.frozen_in_place:
+            return
+        for every in self._weights_by_device().values():
+            weights = {name: weight for name, weight in every.items() if name in self._active}
             codes = [self.masks.layers[name].mask_codes for name in weights]
             apply_masks_([weight.data for weight in weights.values()], codes)
 

@@ -1,6 +1,7 @@
-"""Data of the recipes: text through Hugging Face ``datasets``."""
+"""Data of the recipes: text and images through Hugging Face ``datasets``."""
 
+from .images import ImageDataModule
 from .resumable import ResumableLoader
 from .text import TextDataModule
 
-__all__ = ["ResumableLoader", "TextDataModule"]
+__all__ = ["ImageDataModule", "ResumableLoader", "TextDataModule"]

@@ -1,6 +1,5 @@
 """``GPTModule``: language-model training of a :class:`GPT` in Lightning."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -9,7 +8,10 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from ..optimization import WarmupCosine, require_lr_cycle, weight_decay_groups, with_warmup_cosine
 from .model import GPT
+
+__all__ = ["GPTModule", "WarmupCosine"]
 
 TOKEN_KEYS = ("tokens", "input_ids")
 
@@ -64,8 +66,7 @@ class GPTModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if not 0 < lr_cycle <= 1:
-            raise ValueError(f"lr_cycle is {lr_cycle}: it must be above 0 and at most 1 (fraction of the run).")
+        require_lr_cycle(lr_cycle)
         self.model = GPT(vocabulary, width, depth, heads, context, positions, mlp, hidden, tied, dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -90,23 +91,13 @@ class GPTModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its per-step schedule."""
-        matrices = [parameter for parameter in self.parameters() if parameter.dim() >= 2]
-        vectors = [parameter for parameter in self.parameters() if parameter.dim() < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.hparams["weight_decay"]},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=tuple(self.hparams["betas"]))
+        options = self.hparams
+        groups = weight_decay_groups(self.parameters(), options["weight_decay"])
+        optimizer = torch.optim.AdamW(groups, lr=options["learning_rate"], betas=tuple(options["betas"]))
         total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise ValueError(
-                "the trainer has no end (max_steps and max_epochs are -1): the learning rate decays over the length of "
-                "the run, so set one of them."
-            )
-        steps = max(1, round(self.hparams["lr_cycle"] * total))
-        factor = WarmupCosine(self.hparams["warmup_steps"], steps, self.hparams["min_lr_ratio"])
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return with_warmup_cosine(
+            optimizer, total, options["warmup_steps"], options["min_lr_ratio"], options["lr_cycle"]
+        )
 
 
 def _tokens(batch: Tensor | Mapping[str, Tensor]) -> Tensor:
@@ -116,30 +107,3 @@ def _tokens(batch: Tensor | Mapping[str, Tensor]) -> Tensor:
         if key in batch:
             return batch[key]
     raise ValueError(f"the batch has the keys {sorted(batch)}: its token ids must be under one of {TOKEN_KEYS}.")
-
-
-class WarmupCosine:
-    """Factor of the learning rate: linear warm-up, cosine decay, then constant.
-
-    Args:
-        warmup: Steps of warm-up.
-        steps: Steps of warm-up and decay.
-        floor: Final factor.
-
-    Example:
-        >>> factor = WarmupCosine(2, 10, 0.1)
-        >>> [round(factor(step), 2) for step in (0, 1, 2, 10, 99)]
-        [0.5, 1.0, 1.0, 0.1, 0.1]
-    """
-
-    def __init__(self, warmup: int, steps: int, floor: float) -> None:
-        self.warmup = min(warmup, steps)
-        self.steps = steps
-        self.floor = floor
-
-    def __call__(self, step: int) -> float:
-        """Return the factor of a 0-based step."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,13 +1,14 @@
 """``Method``: pattern, criterion, schedule, decay and gradient rules of a sparse training run."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from ..backends.interface import WeightProduct
 from ..criteria import Criterion, resolve_criterion
 from ..gradient_rules import GradientRule, resolve_gradient_rule
+from ..masked_decay import DecayTarget
 from ..patterns import resolve_pattern
-from ..schedule import Schedule, from_scratch
+from ..schedule import Schedule, from_scratch, require_length
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,24 @@ class Method:
         criterion: What ranks the entries of a weight: a name or a :class:`sparsetrain.Criterion`.
         schedule: The phases.
         refresh_every: Optimizer steps between two mask searches in a sparse phase.
-        decay: λ of the masked decay ``g += λ·(1-M)⊙W`` in sparse phases; 0 turns it off.
+        decay: λ of the masked decay in sparse phases; 0 turns it off. ``"auto"`` adjusts λ at every refresh, so that
+            masks flip 0.60 to 0.95 times as often as they would in the run's dense phase; it needs one.
+        decay_on: ``"gradient"``: ``g += λ·(1-M)⊙W``; ``"weight"``: ``W -= lr·λ·(1-M)⊙W``; ``"by_optimizer"``: on
+            weights with SGD, on gradients otherwise.
+        decay_ramp: In which λ grows from 0 to its value in a sparse phase, in steps (int) or as a fraction of the run
+            (float).
+        hysteresis: Bonus of entries that are kept now, as a fraction of the layer's mean score: masks flip less.
+        forward: ``"hard"``: products see ``W⊙M``; ``"soft"``: kept entries shrink by what is pruned beside them, times
+            a factor that is fixed at the first sparse step.
+        frozen_in_place: Write zeros into what frozen masks prune; False keeps the dense master.
         gradient: Rule of the weight gradient in sparse phases.
         frozen_gradient: Rule of the weight gradient in frozen phases.
         weight_product: ``"dense"``, or ``"mvue"``: the weight gradient from an unbiased 2:4 estimate of the output
             gradient, so that it can run sparse too.
+        adapter_rank: Rank of the low-rank adapters that are trained beside masked weights; 0 for none.
+        adapter_start: When they begin, in steps (int) or as a fraction of the run (float).
+        adapter_merge: Add them to the weights at the end, which are dense then; False leaves them to
+            :meth:`sparsetrain.SparseTraining.adapters`.
         clear_moments: Clear the optimizer's moments of pruned entries when a mask freezes.
         restart_lr: Restart the learning-rate schedule when a mask freezes.
 
@@ -41,10 +55,18 @@ class Method:
     criterion: str | Criterion = "magnitude"
     schedule: Schedule = field(default_factory=from_scratch)
     refresh_every: int = 40
-    decay: float = 0.0
+    decay: float | Literal["auto"] = 0.0
+    decay_on: DecayTarget = "gradient"
+    decay_ramp: int | float = 0
+    hysteresis: float = 0.0
+    forward: Literal["hard", "soft"] = "hard"
+    frozen_in_place: bool = True
     gradient: str | GradientRule = "ste"
     frozen_gradient: str | GradientRule = "masked"
     weight_product: WeightProduct = "dense"
+    adapter_rank: int = 0
+    adapter_start: int | float = 0.99
+    adapter_merge: bool = True
     clear_moments: bool = False
     restart_lr: bool = False
 
@@ -57,8 +79,18 @@ class Method:
             raise ValueError(
                 f"refresh_every is {self.refresh_every!r}: it must be an int of at least 1 (optimizer steps)."
             )
-        if not 0 <= self.decay < float("inf"):
-            raise ValueError(f"decay is {self.decay!r}: it must be a finite number of at least 0.")
+        if self.decay != "auto" and (isinstance(self.decay, str) or not 0 <= self.decay < float("inf")):
+            raise ValueError(f"decay is {self.decay!r}: it must be a finite number of at least 0, or 'auto'.")
+        require_length("decay_ramp", self.decay_ramp)
+        if not 0 <= self.hysteresis < float("inf"):
+            raise ValueError(f"hysteresis is {self.hysteresis!r}: it must be a finite number of at least 0.")
+        if self.forward not in ("hard", "soft"):
+            raise ValueError(f"forward is {self.forward!r}: it must be 'hard' or 'soft'.")
+        if self.decay_on not in get_args(DecayTarget):
+            raise ValueError(f"decay_on is {self.decay_on!r}: it must be one of {list(get_args(DecayTarget))}.")
+        if not isinstance(self.adapter_rank, int) or self.adapter_rank < 0:
+            raise ValueError(f"adapter_rank is {self.adapter_rank!r}: it must be an int of at least 0.")
+        require_length("adapter_start", self.adapter_start)
         if self.weight_product not in get_args(WeightProduct):
             raise ValueError(
                 f"weight_product is {self.weight_product!r}: it must be one of {list(get_args(WeightProduct))}."

@@ -2,33 +2,39 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, Literal
 
 from ..criteria import Criterion
-from ..schedule import Phase, Schedule, dense_prune_retrain, from_scratch
+from ..masked_decay import DecayTarget
+from ..schedule import Phase, Schedule, dense_prune_retrain, from_scratch, rounds
 from .method import Method
 
 
 def fst(
     refresh_every: int = 40,
-    decay: float = 6e-5,
+    decay: float | Literal["auto"] = 6e-5,
     warmup: int | float = 0.0,
     dense_tail: int | float = 1 / 6,
     pattern: str = "transposable",
     criterion: str | Criterion = "magnitude",
     mvue: bool = False,
+    decay_ramp: int | float = 0,
+    hysteresis: float = 0.0,
 ) -> Method:
     """Fully sparse training from scratch: moving transposable masks, masked decay on gradients, a dense tail.
 
     Args:
         refresh_every: Optimizer steps between two mask searches.
-        decay: λ of the masked decay; the paper uses 6e-5 to 2e-4 for GPT-2 at learning rate 1.5e-4.
+        decay: λ of the masked decay; the paper uses 6e-5 to 2e-4 for GPT-2 at learning rate 1.5e-4. ``"auto"`` follows
+            the ratio of flip rates and needs a dense head.
         warmup: Length of a dense head, in steps (int) or as a fraction (float).
         dense_tail: Length of the dense tail, likewise.
         pattern: ``"transposable"`` or ``"row_wise"``.
         criterion: What ranks the entries.
         mvue: Compute weight gradients from unbiased 2:4 estimates of output gradients, as the paper does.
+        decay_ramp: In which λ grows from 0 to its value, in steps (int) or as a fraction of the run (float).
+        hysteresis: Bonus of entries that are kept now, as a fraction of the layer's mean score.
 
     Example:
         >>> fst(warmup=0.15).schedule.resolve(600).starts
@@ -44,6 +50,8 @@ def fst(
         refresh_every=refresh_every,
         decay=decay,
         weight_product="mvue" if mvue else "dense",
+        decay_ramp=decay_ramp,
+        hysteresis=hysteresis,
     )
 
 
@@ -79,7 +87,253 @@ def asp_one_shot(
     )
 
 
-PRESETS: dict[str, Callable[..., Method]] = {"fst": fst, "asp_one_shot": asp_one_shot}
+def dense_to_sparse_finetune(
+    decay: float = 1e-4,
+    decay_ramp: int | float = 0.25,
+    freeze_at: int | float = 0.75,
+    refresh_every: int = 10,
+    pattern: str = "row_wise",
+    criterion: str | Criterion = "magnitude",
+) -> Method:
+    """Turn a trained dense model into a sparse one: moving masks under a growing decay, then frozen masks.
+
+    Distillation from the dense model, an option of the paper, belongs into the model's loss.
+
+    Args:
+        decay: λ of the masked decay on gradients.
+        decay_ramp: In which λ grows from 0 to its value, in steps (int) or as a fraction of the run (float).
+        freeze_at: When masks freeze, likewise.
+        refresh_every: Optimizer steps between two mask searches.
+        pattern: ``"row_wise"``, as in the papers, or ``"transposable"``.
+        criterion: What ranks the entries.
+
+    Example:
+        >>> dense_to_sparse_finetune().schedule.resolve(1000).kinds
+        ('sparse', 'frozen')
+
+    Source: Huang et al., "Pruning Large Language Models with Semi-Structural Adaptive Sparse Training", AAAI 2025,
+    arXiv 2407.20584; mask period of CAST, arXiv 2509.25996.
+    """
+    return Method(
+        name="dense_to_sparse_finetune",
+        pattern=pattern,
+        criterion=criterion,
+        schedule=Schedule((Phase("sparse", freeze_at), Phase("frozen"))),
+        refresh_every=refresh_every,
+        decay=decay,
+        decay_ramp=decay_ramp,
+    )
+
+
+def iterative(
+    count: int = 3,
+    start: int | float = 0.25,
+    every: int | float = 0.2,
+    pattern: str = "transposable",
+    criterion: str | Criterion = "magnitude",
+    clear_moments: bool = True,
+) -> Method:
+    """Dense training, then rounds that each prune more of the layers and retrain with masks frozen.
+
+    Args:
+        count: Rounds; after round k, k / count of the layers are pruned, those that lose the least magnitude first.
+        start: When the first round prunes, in steps (int) or as a fraction (float).
+        every: From one round to the next, likewise.
+        pattern: ``"transposable"`` or ``"row_wise"``.
+        criterion: What ranks the entries.
+        clear_moments: Clear the optimizer's moments of pruned entries.
+
+    Example:
+        >>> iterative().schedule.resolve(1000).starts
+        (0, 250, 450, 650)
+
+    Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015, arXiv 1506.02626,
+    with the layers as the unit, because a 2:4 layer has one density.
+    """
+    return Method(
+        name="iterative",
+        pattern=pattern,
+        criterion=criterion,
+        schedule=rounds(count, start, every),
+        clear_moments=clear_moments,
+    )
+
+
+def recommended(
+    warmup: int | float = 0.15,
+    decay: float | Literal["auto"] = 2e-3,
+    dense_tail: int | float = 0.0,
+    refresh_every: int = 40,
+    criterion: str | Criterion = "magnitude",
+) -> Method:
+    """Where to begin: a dense head, then moving transposable masks that a strong decay lets settle; it ends 2:4.
+
+    Args:
+        warmup: Length of the dense head, in steps (int) or as a fraction (float).
+        decay: λ of the masked decay on gradients; about the peak learning rate.
+        dense_tail: Length of a dense tail, likewise, if the model may end dense.
+        refresh_every: Optimizer steps between two mask searches.
+        criterion: What ranks the entries.
+
+    Example:
+        >>> recommended().schedule.resolve(1000).starts
+        (0, 150)
+
+    Source: :func:`fst`, with the numbers that did best in ``docs/results/methods.md``, on a small model.
+    """
+    method = fst(refresh_every, decay, warmup, dense_tail, criterion=criterion)
+    return replace(method, name="recommended")
+
+
+def slope(
+    adapter_rank: int = 16,
+    adapter_start: int | float = 0.99,
+    adapter_merge: bool = True,
+    refresh_every: int = 100,
+    criterion: str | Criterion = "magnitude",
+) -> Method:
+    """A static row-wise mask from the start, a double-pruned backward, and low-rank adapters in the last steps.
+
+    Args:
+        adapter_rank: Of the adapters; 0 for none.
+        adapter_start: When they begin, in steps (int) or as a fraction of the run (float).
+        adapter_merge: Add them to the weights at the end, which are dense then.
+        refresh_every: Optimizer steps between two searches of the backward's masks.
+        criterion: What ranks the entries of the initial weights: ``"magnitude"`` or ``"random"``.
+
+    Example:
+        >>> slope().schedule.resolve(1000).kinds, slope().pattern
+        (('frozen',), 'double_pruned')
+
+    Source: Mozaffari et al., "SLoPe: Double-Pruned Sparse Plus Lazy Low-Rank Adapter Pretraining of LLMs", ICLR 2025,
+    arXiv 2405.16325.
+    """
+    return Method(
+        name="slope",
+        pattern="double_pruned",
+        criterion=criterion,
+        schedule=Schedule((Phase("frozen"),)),
+        refresh_every=refresh_every,
+        adapter_rank=adapter_rank,
+        adapter_start=adapter_start,
+        adapter_merge=adapter_merge,
+    )
+
+
+def sr_ste(
+    decay: float = 2e-4,
+    pattern: str = "row_wise",
+    refresh_every: int = 1,
+    decay_on: DecayTarget = "by_optimizer",
+    warmup: int | float = 0.0,
+    dense_tail: int | float = 0.0,
+    criterion: str | Criterion = "magnitude",
+) -> Method:
+    """Sparse training from scratch with a new mask every step and a decay of what is pruned.
+
+    Args:
+        decay: λ of the masked decay.
+        pattern: ``"row_wise"``, as in the paper, or ``"transposable"``.
+        refresh_every: Optimizer steps between two mask searches.
+        decay_on: ``"by_optimizer"``: on weights with SGD, as in the paper, and on gradients otherwise, which Adam
+            normalises together with the decay; or one of the two by name.
+        warmup: Length of a dense head, in steps (int) or as a fraction (float).
+        dense_tail: Length of a dense tail, likewise.
+        criterion: What ranks the entries.
+
+    Example:
+        >>> sr_ste().refresh_every, sr_ste().decay_on
+        (1, 'by_optimizer')
+
+    Source: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021,
+    arXiv 2102.04010.
+    """
+    return Method(
+        name="sr_ste",
+        pattern=pattern,
+        criterion=criterion,
+        schedule=from_scratch(warmup, dense_tail),
+        refresh_every=refresh_every,
+        decay=decay,
+        decay_on=decay_on,
+    )
+
+
+def s_ste(
+    pattern: str = "row_wise",
+    warmup: int | float = 0.0,
+    dense_tail: int | float = 0.0,
+    mvue: bool = False,
+    criterion: str | Criterion = "magnitude",
+) -> Method:
+    """Sparse training from scratch with soft-thresholded weights; continuous, so it needs no decay and no dense tail.
+
+    Args:
+        pattern: ``"row_wise"``, as in the paper; ``"transposable"``, with a threshold along columns, is our extension.
+        warmup: Length of a dense head, in steps (int) or as a fraction (float).
+        dense_tail: Length of a dense tail, likewise.
+        mvue: Compute weight gradients from unbiased 2:4 estimates of output gradients, as the paper does.
+        criterion: What ranks the entries.
+
+    Example:
+        >>> s_ste().forward, s_ste().decay
+        ('soft', 0.0)
+
+    Source: Hu, Zhu, Chen, "S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-training", NeurIPS 2024,
+    arXiv 2409.09099.
+    """
+    return Method(
+        name="s_ste",
+        pattern=pattern,
+        criterion=criterion,
+        schedule=from_scratch(warmup, dense_tail),
+        refresh_every=1,
+        forward="soft",
+        weight_product="mvue" if mvue else "dense",
+    )
+
+
+def step(
+    latest: int | float = 0.5,
+    earliest: int | float = 0.1,
+    decay: float = 2e-4,
+    pattern: str = "row_wise",
+    refresh_every: int = 1,
+    criterion: str | Criterion = "magnitude",
+) -> Method:
+    """A dense head that ends by itself when Adam's second moments have settled, then sparse training as in SR-STE.
+
+    The paper also freezes the second moments afterwards; here Adam goes on.
+
+    Args:
+        latest: Longest dense head, in steps (int) or as a fraction (float).
+        earliest: Shortest dense head, likewise.
+        decay: λ of the masked decay on gradients.
+        pattern: ``"row_wise"``, as in the paper, or ``"transposable"``.
+        refresh_every: Optimizer steps between two mask searches.
+        criterion: What ranks the entries.
+
+    Example:
+        >>> step().schedule.resolve(1000).starts, step().schedule.resolve(1000).earliest
+        ((0, 500), (100, None))
+
+    Source: Lu et al., "STEP: Learning N:M Structured Sparsity Masks from Scratch with Precondition", ICML 2023,
+    arXiv 2302.01172.
+    """
+    return Method(
+        name="step",
+        pattern=pattern,
+        criterion=criterion,
+        schedule=Schedule((Phase("dense", latest, earliest=earliest), Phase("sparse"))),
+        refresh_every=refresh_every,
+        decay=decay,
+    )
+
+
+PRESETS: dict[str, Callable[..., Method]] = {
+    preset.__name__: preset
+    for preset in (asp_one_shot, dense_to_sparse_finetune, fst, iterative, recommended, s_ste, slope, sr_ste, step)
+}
 
 
 def resolve_method(method: str | Method | Mapping[str, Any]) -> Method:

@@ -108,3 +108,34 @@ def test_the_step_benchmark_trains_and_a_variant_that_fails_is_one_line(tmp_path
     # one of the 37 timed steps searches masks
     assert 0 < found["sparse masked", "share of refresh"] < 1
     assert found["sparse masked", "mean step time"] > 0
+
+
+def test_methods_are_compared_at_equal_seeds(tmp_path: Path) -> None:
+    out = tmp_path / "results" / "methods"
+    main = ROOT / "scripts" / "reproduction" / "main.py"
+    command = [
+        sys.executable,
+        str(main),
+        "--model",
+        "tiny",
+        "--steps",
+        "40",
+        "--seeds",
+        "2",
+        "--method",
+        "asp_one_shot",
+    ]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with out.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    final = {(row["method"], row["seed"]): float(row["loss"]) for row in rows if row["step"] == "40"}
+    assert set(final) == {(method, seed) for method in ("dense", "asp_one_shot") for seed in ("0", "1")}
+    first = {(row["method"], row["seed"]): row["loss"] for row in rows if row["step"] == "4"}
+    assert first["dense", "0"] == first["asp_one_shot", "0"] != first["dense", "1"]  # dense until half of the steps
+    gap = sum(final["asp_one_shot", seed] - final["dense", seed] for seed in ("0", "1")) / 2
+    lines = out.with_suffix(".md").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("| asp_one_shot |"))
+    assert float(line.split("|")[3].split()[0]) == pytest.approx(gap, abs=2e-4)  # both are rounded
+    assert line.split("|")[7].strip() == "2:4"
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -21,7 +21,7 @@ def _restore_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", list(sys.argv))
 
 
-@pytest.mark.parametrize("name", recipe_files())
+@pytest.mark.parametrize("name", [name for name in recipe_files() if name.startswith("gpt_")])
 @pytest.mark.filterwarnings("ignore")
 def test_every_recipe_trains(name: str, tmp_path: Path) -> None:
     short = ["--trainer.max_steps=24", "--trainer.val_check_interval=12", f"--trainer.default_root_dir={tmp_path}"]

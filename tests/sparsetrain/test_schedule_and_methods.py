@@ -81,8 +81,8 @@ def test_descriptions_are_plain_and_tell_methods_apart() -> None:
     assert fst().describe() == Method(**{**fst().__dict__, "criterion": Magnitude()}).describe()
     assert fst().describe() != fst(decay=1e-4).describe()
     assert asp_one_shot().describe()["schedule"] == [
-        {"kind": "dense", "length": 0.5},
-        {"kind": "frozen", "length": None},
+        {"kind": "dense", "length": 0.5, "share": 1.0, "earliest": None},
+        {"kind": "frozen", "length": None, "share": 1.0, "earliest": None},
     ]
 
 

@@ -1,0 +1,98 @@
+"""Low-rank adapters beside frozen sparse weights, trained in the last steps: ``Y = X·(W⊙M)ᵀ + X·Dᵀ·Uᵀ``."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .linear import SparseLinear
+
+
+class Adapters:
+    """Adapters of all layers. They are in the optimizers from the start, so that optimizer states always fit.
+
+    Outside of the model's parameters: ``state_dict`` keys stay those of the dense model, values are in the run's own
+    state, and gradients are averaged over data-parallel ranks here.
+
+    Args:
+        layers: Layer name to layer.
+        optimizers: Those that own the layers' weights; adapters join the groups of their weights.
+        rank: Of the adapters, at most the layer's smaller size.
+
+    Example:
+        >>> layer = SparseLinear(8, 4)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> adapters = Adapters({"fc": layer}, [optimizer], rank=2)
+        >>> [tuple(part.shape) for part in adapters.parts["fc"]], len(optimizer.param_groups[0]["params"])
+        ([(2, 8), (4, 2)], 4)
+
+    Source: Mozaffari et al., "SLoPe", ICLR 2025, arXiv 2405.16325.
+    """
+
+    def __init__(self, layers: Mapping[str, SparseLinear], optimizers: Sequence[Optimizer], rank: int) -> None:
+        self.parts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._layers, self._optimizers = dict(layers), list(optimizers)
+        for name, layer in self._layers.items():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))  # the same on every rank
+            size = min(rank, *layer.weight.shape)
+            down = torch.randn(size, layer.in_features, generator=generator) / layer.in_features**0.5
+            up = torch.zeros(layer.out_features, size)
+            made = tuple(nn.Parameter(part.to(layer.weight)) for part in (down, up))
+            self.parts[name] = (made[0], made[1])
+            group = self._group_of(layer.weight)
+            if group is not None:
+                group["params"].extend(made)
+
+    def switch(self, on: bool) -> None:
+        """Put adapters into the layers' forward, or take them out."""
+        for name, layer in self._layers.items():
+            layer.adapter = self.parts[name] if on else None
+
+    def average_gradients(self, optimizer: Optimizer) -> None:
+        """Average gradients over data-parallel ranks, which wrap the model's own parameters alone."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for pair in self.parts.values():
+            for part in pair:
+                if id(part) in owned and part.grad is not None:
+                    dist.all_reduce(part.grad.div_(dist.get_world_size()))
+
+    @torch.no_grad()
+    def merge_(self) -> None:
+        """Add the adapters to the weights, which are dense then."""
+        for name, layer in self._layers.items():
+            down, up = self.parts[name]
+            layer.weight.data.add_(up @ down)
+
+    def remove(self) -> None:
+        """Take the adapters out of layers and optimizers."""
+        self.switch(False)
+        own = {id(part) for pair in self.parts.values() for part in pair}
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["params"][:] = [entry for entry in group["params"] if id(entry) not in own]
+            for parameter in [entry for entry in optimizer.state if id(entry) in own]:
+                del optimizer.state[parameter]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the values."""
+        return {name: [part.detach().cpu().clone() for part in pair] for name, pair in self.parts.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        for name, pair in self.parts.items():
+            for part, saved in zip(pair, state[name], strict=True):
+                part.copy_(saved)
+
+    def _group_of(self, weight: Tensor) -> dict[str, Any] | None:
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                if any(parameter is weight for parameter in group["params"]):
+                    return group
+        return None

@@ -1,0 +1,71 @@
+"""``Criterion``: the one interface of everything that ranks the entries of a weight."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+
+class Criterion:
+    """What ranks the entries of a weight when masks are searched.
+
+    Subclass it, implement :meth:`scores`, and pass an instance as ``Method(criterion=...)``. A criterion that gathers
+    statistics names in ``needs`` what it wants to see, notes it in the ``observe_*`` methods, counts it in
+    :meth:`observe_step`, and keeps it in :meth:`state_dict`, as plain numbers and tensors, so that a run resumes bit
+    for bit. None of these methods may read a number from the device.
+    """
+
+    name: ClassVar[str] = "custom"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Any of ``"gradient"`` and ``"input"``; what is not needed is not computed."""
+
+    def scores(self, weight: Tensor, *, layer: str, clock: int) -> Tensor:
+        """Score a weight.
+
+        Args:
+            weight: ``[O, I]``, the master.
+            layer: The layer's name in the model.
+            clock: Successful optimizer steps so far.
+
+        Returns:
+            ``[O, I]``, floating point; larger is kept.
+        """
+        raise NotImplementedError
+
+    def observe_gradient(self, layer: str, weight: Tensor, gradient: Tensor, scale: Tensor | None) -> None:
+        """Note the final gradient of a step that may still be skipped; a later note of the layer replaces it.
+
+        Args:
+            layer: The layer's name in the model.
+            weight: ``[O, I]``, the master before the step.
+            gradient: ``[O, I]``, clipped, with nothing added.
+            scale: What the gradient is multiplied by, a scalar tensor; None for 1.
+        """
+
+    def summarize_input(self, input: Tensor) -> Tensor:
+        """Reduce a layer's input to what is counted of it.
+
+        Args:
+            input: ``[..., I]``, as it enters the layer.
+
+        Returns:
+            A float32 tensor whose shape depends on I alone and whose sum over micro-batches and ranks means something.
+        """
+        raise NotImplementedError
+
+    def observe_input(self, layer: str, summary: Tensor) -> None:
+        """Note a step's sum of :meth:`summarize_input`; the step may still be skipped, and a later note replaces it.
+
+        Args:
+            layer: The layer's name in the model.
+            summary: The sum over the step's micro-batches and all data-parallel ranks.
+        """
+
+    def observe_step(self) -> None:
+        """Count what was noted: the step succeeded."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the statistics as plain numbers and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""

@@ -1,0 +1,167 @@
+"""``Observer``: shows a criterion the gradients and inputs of successful optimizer steps, and nothing else.
+
+Inputs pass three stations. A training forward reduces its input to a summary at once, so that no activation is kept.
+The backward of the layer's output adds the summary to ``passing``: under activation checkpointing the graph of only one
+of the two forwards is run backward, in either mode, so each input counts once, and forwards without a backward do not
+count. The weight's gradient, which comes once per backward and after that, moves ``passing`` into ``gathered``, which
+starts anew where the weight has no gradient yet: what a skipped step left behind is forgotten.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..linear import SparseLinear
+from .interface import Criterion
+
+
+class Observer:
+    """Calls a criterion's ``observe_*`` methods; a criterion that needs nothing costs nothing.
+
+    Args:
+        criterion: What gathers statistics.
+        layers: Layer name to layer.
+
+    Example:
+        >>> from .registry import resolve_criterion
+        >>> layer = SparseLinear(8, 4)
+        >>> observer = Observer(resolve_criterion("wanda"), {"fc": layer})
+        >>> observer.install()
+        >>> layer(torch.eye(8)).sum().backward()
+        >>> observer.before_step({"fc": layer.weight.grad}, None)
+        >>> observer.after_step()
+        >>> observer.remove()
+        >>> torch.allclose(observer.criterion.state_dict()["running"]["fc"], torch.tensor(0.1))
+        True
+    """
+
+    def __init__(self, criterion: Criterion, layers: Mapping[str, SparseLinear]) -> None:
+        self.criterion = criterion
+        self.layers = dict(layers)
+        self._passing: dict[str, Tensor] = {}
+        self._gathered: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def install(self) -> None:
+        """Hang on the layers if inputs are needed; before the model is compiled."""
+        if "input" not in self.criterion.needs or self._handles:
+            return
+        for name, layer in self.layers.items():
+            summary = self.criterion.summarize_input(layer.weight.detach()[:1])
+            self._passing[name], self._gathered[name] = torch.zeros_like(summary), torch.zeros_like(summary)
+            self._handles.append(layer.register_forward_hook(_ForwardHook(self, name), with_kwargs=True))
+            if layer.weight.requires_grad:
+                handle = layer.weight.register_hook(partial(self._gather, name))  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
+
+    def remove(self) -> None:
+        """Take the hooks off the layers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def before_step(self, gradients: Mapping[str, Tensor], scale: Tensor | None) -> None:
+        """Note an optimizer's step that may still be skipped; under data parallelism, every rank must come here.
+
+        Args:
+            gradients: Name to final gradient of that optimizer's layers: clipped, with nothing added.
+            scale: What the gradients are multiplied by, a scalar tensor; None for 1.
+        """
+        if "gradient" in self.criterion.needs:
+            for name, gradient in gradients.items():
+                self.criterion.observe_gradient(name, self.layers[name].weight, gradient, scale)
+        self._hand_over(gradients)
+
+    def after_step(self) -> None:
+        """Count what was noted: the step succeeded, of every optimizer if there are several."""
+        self._hand_over(name for name, layer in self.layers.items() if not layer.weight.requires_grad)
+        if self.criterion.needs:
+            self.criterion.observe_step()
+
+    def passing(self, name: str, device: torch.device) -> Tensor:
+        """Return the total of a layer's inputs whose backward ran, which is added to in place."""
+        if self._passing[name].device != device:  # the model moved
+            self._passing[name] = self._passing[name].to(device)
+            self._gathered[name] = self._gathered[name].to(device)
+        return self._passing[name]
+
+    @torch.no_grad()
+    def _gather(self, name: str, gradient: Tensor) -> None:
+        if self.layers[name].weight.grad is None:
+            self._gathered[name].zero_()
+        self._gathered[name].add_(self._passing[name])
+        self._passing[name].zero_()
+
+    @torch.no_grad()
+    def _hand_over(self, names: Iterable[str]) -> None:
+        names = [name for name in names if name in self._passing]
+        totals = [self._gathered[name] + self._passing[name] for name in names]
+        for name, total in zip(names, _sum_over_ranks(totals), strict=True):
+            self.criterion.observe_input(name, total)
+            self._gathered[name].zero_()
+            self._passing[name].zero_()
+
+
+class _ForwardHook:
+    """Reduces the input of training forwards; copied or pickled with its layer, it does nothing."""
+
+    def __init__(self, observer: Observer | None = None, name: str = "") -> None:
+        self.observer = observer
+        self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ForwardHook, ()
+
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        if self.observer is None or not (layer.training and torch.is_grad_enabled() and output.requires_grad):
+            return None
+        observer, name = self.observer, self.name
+        input: Tensor = args[0] if args else kwargs["input"]
+        summary = observer.criterion.summarize_input(input.detach())
+        if torch.compiler.is_compiling():  # where tensors inside the graph take no hooks
+            return _AddInBackward.apply(output, summary, observer.passing(name, summary.device))  # type: ignore[no-untyped-call, no-any-return]
+
+        def add(gradient: Tensor) -> None:
+            observer.passing(name, summary.device).add_(summary)
+
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+        return None
+
+
+class _AddInBackward(torch.autograd.Function):
+    """The identity; its backward adds a summary to a total."""
+
+    @staticmethod
+    def forward(output: Tensor, summary: Tensor, total: Tensor) -> Tensor:
+        return output.clone()  # a view could not be written in place by what follows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.total = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, None, None]:
+        ctx.total.add_(ctx.saved_tensors[0])
+        return gradients[0], None, None
+
+
+def _sum_over_ranks(totals: list[Tensor]) -> list[Tensor]:
+    """Add the totals of data-parallel ranks, which see different inputs but must find the same masks."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return totals
+    found: dict[int, Tensor] = {}
+    for device in dict.fromkeys(total.device for total in totals):
+        here = [index for index, total in enumerate(totals) if total.device == device]
+        flat = torch.cat([totals[index].flatten() for index in here])  # one message a device
+        dist.all_reduce(flat)
+        parts = torch.split(flat, [totals[index].numel() for index in here])
+        found.update({i: part.view_as(totals[i]) for i, part in zip(here, parts, strict=True)})
+    return [found[index] for index in range(len(totals))]

@@ -1,0 +1,102 @@
+"""Criteria with a running float32 statistic per layer: noted before a step, counted once the step succeeded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .interface import Criterion
+
+
+class StatisticCriterion(Criterion):
+    """A criterion with one running statistic per layer, on the layer's device.
+
+    Scores are magnitudes as long as a layer has no statistic. Noted values take as much memory as the statistic, from
+    the start of an optimizer step to its end.
+    """
+
+    _running: dict[str, Tensor]
+    _noted: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        # no fields, so that descriptions and comparisons see the configuration alone
+        object.__setattr__(self, "_running", {})
+        object.__setattr__(self, "_noted", {})
+
+    def count_(self, running: Tensor, noted: Tensor) -> None:
+        """Add a step's noted value to the running statistic, in place."""
+        raise NotImplementedError
+
+    def scores_from(self, weight: Tensor, statistic: Tensor) -> Tensor:
+        """Return ``[O, I]`` scores from a statistic on the weight's device."""
+        return statistic
+
+    def scores(self, weight: Tensor, *, layer: str, clock: int) -> Tensor:
+        """Return the scores of the running statistic, or ``|weight|`` before there is one."""
+        if layer not in self._running:
+            return weight.detach().abs()
+        return self.scores_from(weight.detach(), self._running[layer].to(weight.device))
+
+    @torch.no_grad()
+    def observe_step(self) -> None:
+        """Count what was noted: the step succeeded."""
+        for layer, noted in self._noted.items():
+            running = self._running.get(layer)
+            # a loaded statistic is on the CPU, and a model may move
+            running = torch.zeros_like(noted) if running is None else running.to(noted.device)
+            self.count_(running, noted)
+            self._running[layer] = running
+        self._noted.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the statistics, and of what is noted between the steps of several optimizers."""
+        return {
+            "criterion": self.name,
+            "running": {layer: value.cpu().clone() for layer, value in self._running.items()},
+            "noted": {layer: value.cpu().clone() for layer, value in self._noted.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned; the state of another criterion leaves none.
+
+        Raises:
+            ValueError: If a statistic is no float32 tensor; nothing is changed then.
+        """
+        parts: tuple[Mapping[str, Any], ...] = ({}, {})
+        if state.get("criterion") == self.name:
+            parts = (state["running"], state["noted"])
+        for layer, value in (entry for part in parts for entry in part.items()):
+            if not isinstance(value, Tensor) or value.dtype != torch.float32:
+                found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"state's {self.name} statistic of layer {layer!r} is {found} but must be a torch.float32 tensor: "
+                    "the checkpoint is damaged."
+                )
+        for mine, saved in zip((self._running, self._noted), parts, strict=True):
+            mine.clear()
+            mine.update({layer: value.clone() for layer, value in saved.items()})
+
+
+@dataclass(frozen=True)
+class MovingAverage(StatisticCriterion):
+    """A statistic that is an exponential moving average over successful steps, from zero.
+
+    Args:
+        beta: The share of the past.
+
+    Raises:
+        ValueError: If ``beta`` is not in [0, 1).
+    """
+
+    beta: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta is {self.beta!r}: it must be at least 0 and below 1.")
+
+    def count_(self, running: Tensor, noted: Tensor) -> None:
+        """Replace the average by ``β·average + (1-β)·noted``."""
+        running.mul_(self.beta).add_(noted, alpha=1 - self.beta)

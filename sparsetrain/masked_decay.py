@@ -1,0 +1,100 @@
+"""Masked decay pulls pruned weights to zero, so that masks settle: on gradients or weights, constant or automatic."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from .kernels.masked_update.operator import add_masked_decays_
+
+DecayTarget = Literal["gradient", "weight", "by_optimizer"]
+"""gradient: ``g += λ·(1-M)⊙W``; weight: ``W -= lr·λ·(1-M)⊙W``; by_optimizer: on weights with SGD, else on gradients."""
+
+AUTO_START = 1e-4
+"""λ that ``decay="auto"`` begins with."""
+
+BAND = (0.60, 0.95)
+"""Flip rates of sparse training over those of dense training that are healthy."""
+
+FACTOR = 1.5
+"""By which λ changes at a refresh outside the band."""
+
+
+class MaskedDecay:
+    """λ of a run, and its use before every optimizer step.
+
+    Args:
+        decay: λ, or ``"auto"``: λ follows the ratio of flip rates and keeps it in the band.
+        target: What the decay is added to.
+        ramp: Optimizer steps in which λ grows from 0 to its value.
+
+    Example:
+        >>> decay = MaskedDecay("auto")
+        >>> decay.adapt(1.2)  # masks flip as if there was no decay
+        >>> round(decay.at(0) / AUTO_START, 3)
+        1.5
+
+    Source: on gradients and the band: Hu et al. 2024, arXiv 2404.01847; on weights: Zhou et al. 2021, arXiv 2102.04010;
+    the ramp: Huang et al. 2025, "Pruning Large Language Models with Semi-Structural Adaptive Sparse Training", AAAI.
+    """
+
+    def __init__(
+        self, decay: float | Literal["auto"] = 0.0, target: DecayTarget = "gradient", ramp: int = 0
+    ) -> None:  # fmt: skip
+        self.automatic = decay == "auto"
+        self.value = AUTO_START if decay == "auto" else float(decay)
+        self._target, self._ramp = target, ramp
+
+    def at(self, age: int) -> float:
+        """Return λ in the sparse phase's step number ``age``, from 0 up."""
+        return self.value * min(1.0, (age + 1) / self._ramp) if self._ramp else self.value
+
+    def adapt(self, ratio: float | None) -> None:
+        """Change an automatic λ after a refresh, given the flip rate over that of dense training."""
+        if self.automatic and ratio is not None:
+            self.value *= FACTOR if ratio > BAND[1] else 1 / FACTOR if ratio < BAND[0] else 1.0
+
+    def apply_(
+        self, optimizer: Optimizer, weights: list[Tensor], codes: list[Tensor], age: int, scale: Tensor | None
+    ) -> None:
+        """Add the decay of one step.
+
+        Args:
+            optimizer: Whose step it is.
+            weights: With gradients that are final but for ``scale``; all on one device.
+            codes: int16 tile codes, one for each.
+            age: Steps since the sparse phase began.
+            scale: By which gradients are multiplied, if they are.
+        """
+        if not self.value or not weights:
+            return
+        device = weights[0].device
+        # a number is written on the device, never read from it
+        decay = torch.full((), self.at(age), dtype=torch.float64, device=device)
+        if self._target == "gradient" or (self._target == "by_optimizer" and not isinstance(optimizer, SGD)):
+            decay = decay if scale is None else decay * scale.to(device)
+            gradients = [weight.grad.detach() for weight in weights if weight.grad is not None]
+            add_masked_decays_(gradients, [weight.detach() for weight in weights], codes, decay)
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None:
+            decay = decay * (found_inf.to(device) == 0)  # a step that will be skipped
+        rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        by_rate: dict[int, list[int]] = {}
+        for position, weight in enumerate(weights):
+            by_rate.setdefault(id(rates[id(weight)]), []).append(position)
+        for positions in by_rate.values():
+            own = [weights[position].detach() for position in positions]
+            rate = rates[id(weights[positions[0]])]
+            add_masked_decays_(own, own, [codes[position] for position in positions], -decay * rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return λ."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned; a constant λ stays that of the method."""
+        if self.automatic:
+            self.value = float(state["value"])

@@ -1,0 +1,95 @@
+"""What a run is refused for, before anything is changed: its set-up, and a state to go on from."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .mask_state import MaskState
+from .methods.method import Method
+from .optimizer_hooks import owned_parameters
+from .schedule import Timeline
+from .second_moments import require_second_moments
+from .selection import SelectionReport
+
+STATE_VERSION = 2
+
+STATE_KEYS = frozenset(
+    {"version", "clock", "method", "stepped", "last_refresh", "lr_restart", "active", "starts", "moments", "adapters",
+     "decay",
+     "soft_scales", "pattern", "exists", "codes", "backward_codes", "flips", "virtual_flips", "sums_at_refresh", "ages",
+     "criterion"}
+)  # fmt: skip
+
+
+def check_setup(
+    model: nn.Module, report: SelectionReport, method: Method, timeline: Timeline, optimizers: Sequence[Optimizer],
+    lr_schedulers: Sequence[LRScheduler], total_steps: int | None, watch_dense: bool,
+) -> None:  # fmt: skip
+    """Raise ``ValueError`` if a run cannot be set up in this way."""
+    if not optimizers:
+        raise ValueError("optimizer is an empty list: pass the optimizer that owns the model's weights.")
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError("model is wrapped in FSDP: masks need whole weights on every rank, so use DDP or one device.")
+    _check_weights(model, report, method, optimizers)
+    head = (timeline.starts[1:] or (0,))[0] if timeline.kinds[0] == "dense" else 0
+    if method.decay == "auto" and not (watch_dense and head >= 2 * method.refresh_every):
+        raise ValueError(
+            "decay is 'auto' but no dense phase of two refreshes comes before the sparse one: give the schedule a "
+            f"dense head of at least {2 * method.refresh_every} steps, or a number for decay."
+        )
+    used = {"adapter_start": method.adapter_rank, "decay_ramp": method.decay_ramp}
+    for name in [name for name in used if used[name]]:
+        if isinstance(getattr(method, name), float) and total_steps is None:
+            raise ValueError(f"total_steps is None but {name} is a fraction: pass total_steps, or give it in steps.")
+    if timeline.earliest:
+        require_second_moments(optimizers)
+    if method.restart_lr and not lr_schedulers:
+        raise ValueError("method has restart_lr=True but lr_schedulers is empty: pass the learning-rate schedulers.")
+
+
+def _check_weights(
+    model: nn.Module, report: SelectionReport, method: Method, optimizers: Sequence[Optimizer]
+) -> None:  # fmt: skip
+    owned = set().union(*map(owned_parameters, optimizers))
+    for choice in report.sparse:
+        weight = model.get_submodule(choice.name).weight
+        assert isinstance(weight, Tensor)
+        if method.decay and weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"layer {choice.name!r} has a {weight.dtype} weight but decay is {method.decay}: masked decay needs a "
+                "float32 master, so keep float32 weights (autocast may compute lower) or set decay=0."
+            )
+        if weight.requires_grad and id(weight) not in owned:
+            raise ValueError(
+                f"layer {choice.name!r} has a trainable weight that no optimizer owns: "
+                "pass every optimizer, or exclude the layer."
+            )
+
+
+def check_state(state: Mapping[str, Any], masks: MaskState, method: Method, total_steps: int | None) -> None:
+    """Raise ``ValueError`` if a state is damaged or of another model, and warn if it is of another method."""
+    if state.get("version", STATE_VERSION) != STATE_VERSION:
+        raise ValueError(
+            f"state has version {state.get('version')!r} but this sparsetrain reads {STATE_VERSION}: "
+            "use the version that wrote it."
+        )
+    if missing := STATE_KEYS - set(state):
+        raise ValueError(f"state has no {sorted(missing)[0]!r}: it must be what SparseTraining.state_dict() returned.")
+    if not isinstance(state["clock"], int) or state["clock"] < 0:
+        raise ValueError(
+            f"state has clock {state['clock']!r}: it must be an int of at least 0; the checkpoint is damaged."
+        )
+    masks.check_state_dict(state)
+    if unknown := sorted({*state["active"], *state["soft_scales"]} - set(masks.layers)):
+        raise ValueError(f"state has active layer {unknown[0]!r} that the model has not: resume with the same model.")
+    for what, saved, here in (
+        ("method", state["method"], method.describe()),
+        ("total_steps", state.get("total_steps"), total_steps),
+    ):
+        if saved != here:
+            warnings.warn(f"resuming with another {what}: {here} instead of {saved}.", stacklevel=5)
