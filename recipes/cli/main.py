@@ -1,6 +1,7 @@
 """``sparsetrain``: dispatches to its subcommands, and turns errors into one sentence."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return prune(rest)
     except KeyboardInterrupt:
+        return 1
+    except BrokenPipeError:  # whoever reads has enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if options.debug:

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,3 +150,13 @@ def test_the_demo_writes_table_report_plot_checkpoints_and_an_offline_wandb_run(
     rows = [line.split("|") for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| ")][1:]
     assert [row[6].strip() for row in rows] == ["0", "0", "0"]  # violations
     assert [row[7].strip() for row in rows] == ["dense", "dense", "2:4"]
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = "from sparsetrain.recipes.cli.main import main; import sys; sys.exit(main(['recipes']) or 0)"
+    with os.fdopen(write, "w") as closed:
+        done = subprocess.run([sys.executable, "-u", "-c", code], stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == ""
+    assert done.returncode == 1
