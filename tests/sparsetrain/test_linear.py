@@ -110,6 +110,14 @@ def test_gradients_pass_gradcheck_where_the_mask_is_fixed() -> None:
     assert torch.autograd.gradcheck(lambda x, w: st.sparse_linear(x, w, codes, gradient="masked"), inputs)
 
 
+def test_gradients_have_gradients() -> None:
+    weight = torch.randn(8, 8, dtype=torch.float64)
+    codes = st.encode_tiles(st.transposable_mask(weight.abs()))
+    inputs = (torch.randn(3, 8, dtype=torch.float64, requires_grad=True), weight.requires_grad_())
+    masked = lambda x, w: st.sparse_linear(x, w, codes, gradient="masked")  # noqa: E731
+    assert torch.autograd.gradgradcheck(masked, inputs)
+
+
 def test_compiles_into_one_graph_and_follows_a_refresh_without_recompiling() -> None:
     layer, _ = layer_and_oracle("ste", torch.float32)
     counter = CompileCounter()

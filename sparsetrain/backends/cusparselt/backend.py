@@ -12,6 +12,7 @@ from ...requirements import why_not
 from ..interface import Operand
 from ..metadata_layout import MetadataLayout, prove_layout
 from ..tokens import padded_tokens, readable_rows, without_padding
+from .library import Epilogue
 from .providers import NvmathProvider, Provider, TorchProvider
 
 TOKENS = 8
@@ -83,14 +84,18 @@ class CuSparseLtBackend:
 
     def product(
         self, operand: Operand, rows: Tensor, bias: Tensor | None = None, algorithm: str = "",
-        transposed_output: bool = False,
+        transposed_output: bool = False, epilogue: Epilogue | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return ``rows·Aᵀ + bias``, or its transpose; tokens are padded if they are no multiple of 8."""
+        """Return ``rows·Aᵀ + bias`` after the epilogue, or its transpose; tokens are padded to a multiple of 8.
+
+        Raises:
+            ValueError: If PyTorch's operator is used, which has no epilogue but the bias.
+        """
         tokens = rows.shape[0]
         given = padded_tokens(readable_rows(rows), TOKENS)
         result = self.provider.multiply(
-            operand.tensors[0], operand.shape, given, bias, algorithm, transposed_output
-        )  # fmt: skip
+            operand.tensors[0], operand.shape, given, bias, algorithm, transposed_output, epilogue
+        )
         return result if tokens == given.shape[0] else without_padding(result, tokens, transposed_output)
 
     def _environment(self, device: torch.device) -> str:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .library import Order
+from .library import Epilogue, Order
 from .plans import Algorithm, PlanKey
 from .sessions import CuSparseLt, default
 
@@ -32,7 +32,7 @@ class Provider(Protocol):
 
     def multiply(
         self, compressed: Tensor, shape: tuple[int, int], rows: Tensor, bias: Tensor | None, algorithm: str,
-        transposed_output: bool,
+        transposed_output: bool, epilogue: Epilogue | None = None,
     ) -> Tensor:  # fmt: skip
         """Return ``rows [T, C]`` times the transpose of the compressed matrix; T a multiple of 8."""
 
@@ -73,12 +73,12 @@ class NvmathProvider:
 
     def multiply(
         self, compressed: Tensor, shape: tuple[int, int], rows: Tensor, bias: Tensor | None, algorithm: str,
-        transposed_output: bool,
+        transposed_output: bool, epilogue: Epilogue | None = None,
     ) -> Tensor:  # fmt: skip
         """Return the product; its transpose is never copied."""
         order: Order = "rows" if transposed_output else "columns"
         result = self._library.multiply(
-            compressed, shape, rows.t(), bias=bias, output=order, algorithm=_algorithm(algorithm)
+            compressed, shape, rows.t(), bias=bias, epilogue=epilogue, output=order, algorithm=_algorithm(algorithm)
         )  # fmt: skip
         return result if transposed_output else result.t()
 
@@ -115,9 +115,18 @@ class TorchProvider:
 
     def multiply(
         self, compressed: Tensor, shape: tuple[int, int], rows: Tensor, bias: Tensor | None, algorithm: str,
-        transposed_output: bool,
+        transposed_output: bool, epilogue: Epilogue | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return the product."""
+        """Return the product; the operator has no epilogue but the bias.
+
+        Raises:
+            ValueError: If another one is asked for.
+        """
+        if epilogue is not None:
+            raise ValueError(
+                f"epilogue is {epilogue!r}: torch's operator has none but the bias, so install nvmath-python "
+                "or apply it to the result."
+            )
         # the operator takes the rows of A from the buffer's shape, and any dense operand for a whole transpose
         result: Tensor = torch.ops.aten._cslt_sparse_mm(
             compressed.view(shape[0], -1), rows.contiguous().t(), bias, transpose_result=not transposed_output,
