@@ -18,14 +18,15 @@ PRUNED_WEIGHTS = "pruned_weights"
 class SparseTrainingCallback(Callback):
     """Train with 2:4 sparsity: add it to a ``Trainer``, change nothing else.
 
-    The run's length comes from the trainer. When the fit ends, the layers are plain ``nn.Linear`` again, with zeros if
+    The run's length comes from the trainer. When the fit ends, the layers are plain ones again, with zeros if
     the run ends sparse. Checkpoints hold the sparse model (``load_from_checkpoint`` needs no callback) and, under
     ``checkpoint["sparsetrain"]``, what resuming bit for bit needs; with ``save_weights_only=True`` they hold the dense
     masters instead.
 
     Args:
         method: A preset's name, a ``Method``, or a mapping: ``preset`` with its arguments, or the fields of ``Method``.
-        targets: Which layers become sparse: ``"all-linear"``, ``"mlp"``, ends of layer names or regular expressions.
+        targets: Which layers become sparse: ``"all-linear"``, ``"all-conv"``, ``"mlp"``, ends of layer names or
+            regular expressions.
         exclude: Which do not.
         backend: Who computes the products with masked weights: a backend's name, or ``"auto"``: the fastest of those
             that give right numbers here, by measurement; without a GPU that is ``"masked"``.
@@ -36,7 +37,7 @@ class SparseTrainingCallback(Callback):
         watch_dense: Search masks in dense phases as well, without applying them, to log how often they would flip.
         track_age: Keep and log the age of mask entries (one byte a weight).
         per_layer_metrics: Log the metrics of every layer under ``sparsity/layer/<name>/``.
-        print_table: Print the table of all linear layers, with the reasons of those that stay dense.
+        print_table: Print the table of all linear and convolutional layers, with the reasons of those that stay dense.
 
     Raises:
         ValueError: If the method is unknown or has a bad value.
@@ -56,7 +57,7 @@ class SparseTrainingCallback(Callback):
     ``sparsity/nonfinite_count``           NaN and infinite weights
     ``sparsity/violations``                groups of four that do not keep exactly two; must be 0
     ``sparsity/sparse_layers``             layers whose mask is in force
-    ``sparsity/sparse_flops_share``        share of the linear layers' GEMM FLOPs that can run sparse now
+    ``sparsity/sparse_flops_share``        share of the layers' GEMM FLOPs that can run sparse now
     ``sparsity/age_mean``                  refreshes since an entry flipped, with ``track_age``
     ``sparsity/refresh_ms``                milliseconds of the last mask search
     ``sparsity/repack_ms``                 milliseconds of packing weights after the last step

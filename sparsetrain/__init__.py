@@ -18,6 +18,7 @@ _EXPORTS = {
     "metrics": ("PruneMetrics", "prune_metrics"),
     "schedule": ("Phase", "Schedule", "dense_prune_retrain", "from_scratch"),
     "selection": ("LayerChoice", "SelectionReport", "select_layers"),
+    "convolution": ("SparseConv1d", "SparseConv2d"),
     "linear": ("SparseLinear", "sparse_linear"),
     "sparsify": ("export_dense_", "sparsify_"),
     "tiles": ("count_flips", "decode_tiles", "encode_tiles", "transpose_tiles"),
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from .checkpoint import detach_pruned as detach_pruned
     from .checkpoint import read_masks as read_masks
     from .checkpoint import restore_pruned_ as restore_pruned_
+    from .convolution import SparseConv1d as SparseConv1d
+    from .convolution import SparseConv2d as SparseConv2d
     from .criteria import Criterion as Criterion
     from .criteria import Fisher as Fisher
     from .criteria import Magnitude as Magnitude

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .linear import SparseLinear
+from .masked_layer import MaskedLayer
+from .matrices import written_as_matrices
 
 
 class Adapters:
@@ -24,6 +25,7 @@ class Adapters:
         rank: Of the adapters, at most the layer's smaller size.
 
     Example:
+        >>> from sparsetrain import SparseLinear
         >>> layer = SparseLinear(8, 4)
         >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         >>> adapters = Adapters({"fc": layer}, [optimizer], rank=2)
@@ -33,14 +35,15 @@ class Adapters:
     Source: Mozaffari et al., "SLoPe", ICLR 2025, arXiv 2405.16325.
     """
 
-    def __init__(self, layers: Mapping[str, SparseLinear], optimizers: Sequence[Optimizer], rank: int) -> None:
+    def __init__(self, layers: Mapping[str, MaskedLayer], optimizers: Sequence[Optimizer], rank: int) -> None:
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}
         self._layers, self._optimizers = dict(layers), list(optimizers)
         for name, layer in self._layers.items():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))  # the same on every rank
-            size = min(rank, *layer.weight.shape)
-            down = torch.randn(size, layer.in_features, generator=generator) / layer.in_features**0.5
-            up = torch.zeros(layer.out_features, size)
+            rows, columns = layer.matrix.shape
+            size = min(rank, rows, columns)
+            down = torch.randn(size, columns, generator=generator) / columns**0.5
+            up = torch.zeros(rows, size)
             made = tuple(nn.Parameter(part.to(layer.weight)) for part in (down, up))
             self.parts[name] = (made[0], made[1])
             group = self._group_of(layer.weight)
@@ -67,7 +70,8 @@ class Adapters:
         """Add the adapters to the weights, which are dense then."""
         for name, layer in self._layers.items():
             down, up = self.parts[name]
-            layer.weight.data.add_(up @ down)
+            with written_as_matrices([layer.weight]) as (matrix,):
+                matrix.add_(up @ down)
 
     def remove(self) -> None:
         """Take the adapters out of layers and optimizers."""

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .kernels.tile_codes.reference import unpack_codes
-from .linear import SparseLinear
+from .masked_layer import MaskedLayer
+from .matrices import weight_of
 
 CHECKPOINT_KEY = "sparsetrain"
 """Where a Lightning checkpoint holds the state of sparse training."""
 
 
 @torch.no_grad()
-def detach_pruned(state_dict: MutableMapping[str, Any], layers: Mapping[str, SparseLinear]) -> dict[str, Tensor]:
+def detach_pruned(state_dict: MutableMapping[str, Any], layers: Mapping[str, MaskedLayer]) -> dict[str, Tensor]:
     """Replace the masters of masked layers in a state dict by masked copies, and return the pruned values.
 
     Args:
@@ -42,7 +43,9 @@ def detach_pruned(state_dict: MutableMapping[str, Any], layers: Mapping[str, Spa
 
 
 @torch.no_grad()
-def restore_pruned_(layers: Mapping[str, nn.Linear], codes: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+def restore_pruned_(
+    layers: Mapping[str, MaskedLayer], codes: Mapping[str, Tensor], pruned: Mapping[str, Tensor]
+) -> None:
     """Put pruned values back into the weights.
 
     Args:
@@ -59,9 +62,11 @@ def restore_pruned_(layers: Mapping[str, nn.Linear], codes: Mapping[str, Tensor]
             raise ValueError(
                 f"checkpoint holds pruned values of {name!r}, which is no sparse layer here: use the same targets."
             )
-        masks[name] = ~unpack_codes(codes[name])
-        if masks[name].shape != layers[name].weight.shape or int(masks[name].sum()) != values.numel():
+        weight = layers[name].weight
+        out = ~unpack_codes(codes[name])
+        if out.numel() != weight.numel() or int(out.sum()) != values.numel():
             raise ValueError(f"checkpoint's pruned values of {name!r} do not fit its mask: the checkpoint is damaged.")
+        masks[name] = weight_of(out, weight.shape)
     for name, values in pruned.items():
         weight = layers[name].weight
         weight[masks[name].to(weight.device)] = values.to(weight.device, weight.dtype)
@@ -74,14 +79,14 @@ def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         checkpoint: What ``torch.load(path)`` returned.
 
     Returns:
-        Layer name to bool mask ``[O, I]``.
+        Layer name to bool mask, shaped like the layer's weight.
 
     Raises:
         ValueError: If the checkpoint holds no state of sparse training.
 
     Example:
         >>> codes = {"fc": torch.full((1, 1), 0x3C3C, dtype=torch.int16)}
-        >>> read_masks({"sparsetrain": {"codes": codes}})["fc"].sum().item()
+        >>> read_masks({"sparsetrain": {"codes": codes, "shapes": {"fc": [4, 4]}}})["fc"].sum().item()
         8
     """
     if CHECKPOINT_KEY not in checkpoint:
@@ -89,7 +94,8 @@ def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
             f"checkpoint has no key {CHECKPOINT_KEY!r}: it must come from a run with SparseTrainingCallback "
             "that saved more than weights."
         )
-    return {name: unpack_codes(codes) for name, codes in checkpoint[CHECKPOINT_KEY]["codes"].items()}
+    state = checkpoint[CHECKPOINT_KEY]
+    return {name: weight_of(unpack_codes(codes), state["shapes"][name]) for name, codes in state["codes"].items()}
 
 
 def require_same_weights(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:

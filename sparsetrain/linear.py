@@ -1,29 +1,21 @@
 """``sparse_linear`` and ``SparseLinear``: a linear layer whose products see the masked weight."""
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from .autocast import as_autocast
 from .backends import resolve_backend
-from .estimated_gradient import draw_counter, estimated_weight_gradient
+from .estimated_gradient import estimated_weight_gradient
 from .gradient_rules import GradientRule, resolve_gradient_rule
-from .kernels.masked_update.reference import apply_mask_
 from .kernels.tile_codes.reference import unpack_codes
-from .operands import Execution, Operands, register
+from .masked_layer import MaskedLayer, has_choice
+from .operands import Execution
 from .products import masked_product
-from .soft_threshold import SoftThreshold, soft_thresholded
-from .tiles import KEEP_ALL, require_tiles
-
-PhaseKind = Literal["dense", "sparse", "frozen"]
-"""dense: no mask; sparse: the mask is refreshed while training; frozen: the mask is fixed."""
-
-
-AUTO_DEVICES = ("cuda",)
-"""Where ``backend="auto"`` has a choice; elsewhere it is ``masked``."""
+from .tiles import require_tiles
 
 
 class Rules(NamedTuple):
@@ -154,13 +146,12 @@ def sparse_linear(
     rule = resolve_gradient_rule(gradient)
     name = resolve_backend(backend)
     device = input.device.type
-    if name == "auto" and device not in AUTO_DEVICES:
+    if name == "auto" and not has_choice(device):
         name = "masked"
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        input = _autocast(input, dtype)
+        input = as_autocast(input)
         if name == "masked":  # others read the master itself
-            weight, bias = _autocast(weight, dtype), None if bias is None else _autocast(bias, dtype)
+            weight, bias = as_autocast(weight), None if bias is None else as_autocast(bias)
     elif name != "masked" and input.dtype != weight.dtype:
         raise ValueError(
             f"input is {input.dtype} but weight is {weight.dtype}: they must be alike outside of autocast, so cast one "
@@ -171,7 +162,7 @@ def sparse_linear(
     return cast(Tensor, result)
 
 
-class SparseLinear(nn.Linear):
+class SparseLinear(MaskedLayer, nn.Linear):
     """An ``nn.Linear`` with a mask: same parameters, same ``state_dict``, and tile codes beside them.
 
     Usually made in place by :func:`sparsetrain.sparsify_`. A forward never changes the mask.
@@ -193,17 +184,7 @@ class SparseLinear(nn.Linear):
         (16, ['bias', 'weight'])
     """
 
-    _dynamo_marked_static = True  # sizes of codes are no dynamic dimensions, as those of nn.Linear's weight are not
-
-    mask_codes: Tensor
-    draws: Tensor | None
-    backward_codes: Tensor | None  # of the input gradient's product, if they are others
-    adapter: tuple[Tensor, Tensor] | None  # down [r, I] and up [O, r]
-    soft_scale: Tensor | None  # β of the soft threshold; None for a hard mask
-    phase: PhaseKind
-    gradient: GradientRule
-    execution: Execution
-    operands: Operands
+    dense_class = nn.Linear
 
     def __init__(
         self,
@@ -217,111 +198,24 @@ class SparseLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._add_mask("sparse", Execution())
 
-    @property
-    def mask(self) -> Tensor:
-        """The mask as bool ``[O, I]``, whether or not it is in force."""
-        return unpack_codes(self.mask_codes)
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether the mask is in force."""
-        return self.phase != "dense"
-
-    @torch.no_grad()
-    def set_codes_(self, codes: Tensor) -> None:
-        """Copy tile codes ``[O/4, I/4]`` in place, so that compiled graphs stay valid."""
-        self.mask_codes.copy_(codes)
-
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: ``[..., I]`` to ``[..., O]``."""
         if self.phase == "dense":
             return F.linear(input, self.weight, self.bias)
-        weight: Tensor = self.weight
-        if self.soft_scale is not None:
-            soft = SoftThreshold.apply(weight, self.mask_codes, self.soft_scale, self.execution.transposable)  # type: ignore[no-untyped-call]
-            weight = cast(Tensor, soft)
-        output = sparse_linear(
-            input, weight, self.mask_codes, self.bias, gradient=self.gradient, backend=self.execution.backend,
-            transposable=self.execution.transposable, draws=self.draws, seed=self.execution.seed,
-            backward_codes=self.backward_codes,
-        )  # fmt: skip
-        if self.adapter is None:
-            return output
-        down, up = self.adapter
-        return output + F.linear(F.linear(input, down), up)
-
-    def train(self, mode: bool = True) -> "SparseLinear":
-        """Switch between training and evaluation; weights may be swapped around it, so operands are made anew."""
-        if mode != self.training:
-            self.operands.expire()
-        return super().train(mode)
-
-    def describe_products(self) -> str:
-        """Say who computes the layer's products, as far as it has been decided."""
-        if self.execution.backend == "auto" and self.weight.device.type not in AUTO_DEVICES:
-            return "masked"
-        return self.operands.describe()
-
-    def extra_repr(self) -> str:
-        """Describe the layer as ``nn.Linear`` does, and its phase."""
-        return f"{super().extra_repr()}, phase={self.phase}"
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SparseLinear":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # no buffers: data-parallel modules cannot broadcast int16, and averages of codes mean nothing
-        self.mask_codes = fn(self.mask_codes)
-        self.draws = None if self.draws is None else fn(self.draws)
-        self.soft_scale = None if self.soft_scale is None else fn(self.soft_scale)
-        self.backward_codes = None if self.backward_codes is None else fn(self.backward_codes)
-        register(self)
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        register(self)  # copied or loaded
-
-    def _add_mask(self, phase: PhaseKind, execution: Execution) -> None:
-        shape = (self.out_features // 4, self.in_features // 4)
-        codes = torch.full(shape, KEEP_ALL, dtype=torch.int16, device=self.weight.device)
-        self.mask_codes = codes
-        self.phase = phase
-        self.gradient = resolve_gradient_rule("ste")
-        self.execution = execution
-        draws = draw_counter(0, device=self.weight.device) if execution.weight_product == "mvue" else None
-        self.draws = draws
-        self.soft_scale = None
-        self.backward_codes = None
-        self.adapter = None
-        self.operands = Operands(execution)
-        register(self)
+        return multiply(self, input)
 
 
-def to_sparse_(layer: nn.Linear, phase: PhaseKind = "sparse", execution: Execution | None = None) -> SparseLinear:
-    """Turn an exact ``nn.Linear`` into a :class:`SparseLinear` in place; its mask keeps everything."""
-    layer.__class__ = SparseLinear
-    sparse = cast(SparseLinear, layer)
-    sparse._add_mask(phase, execution or Execution())
-    return sparse
-
-
-def to_dense_(layer: SparseLinear, zeros: bool = True) -> nn.Linear:
-    """Turn a :class:`SparseLinear` back into ``nn.Linear`` in place; with ``zeros``, a mask in force is written."""
-    if zeros and layer.is_masked:
-        if layer.soft_scale is not None:
-            soft = soft_thresholded(layer.weight.data, layer.mask_codes, layer.execution.transposable)
-            layer.weight.data.copy_(soft * layer.soft_scale)
-        apply_mask_(layer.weight.data, layer.mask_codes)
-    del layer.mask_codes, layer.draws, layer.soft_scale, layer.backward_codes, layer.adapter
-    for name in ("phase", "gradient", "execution", "operands"):
-        layer.__dict__.pop(name, None)
-    dense = cast(nn.Linear, layer)
-    dense.__class__ = nn.Linear
-    return dense
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # autocast leaves float64 and integers alone
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+def multiply(layer: MaskedLayer, input: Tensor) -> Tensor:
+    """Multiply tokens ``[..., K]`` by a masked layer's matrix, add bias and adapter: ``[..., O]``."""
+    output = sparse_linear(
+        input, layer.thresholded_matrix(), layer.mask_codes, layer.bias, gradient=layer.gradient,
+        backend=layer.execution.backend, transposable=layer.execution.transposable, draws=layer.draws,
+        seed=layer.execution.seed, backward_codes=layer.backward_codes,
+    )  # fmt: skip
+    if layer.adapter is None:
+        return output
+    down, up = layer.adapter
+    return output + F.linear(F.linear(input, down), up)
 
 
 def _masked(weight: Tensor, codes: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from .distributed import require_equal_codes
 from .kernels.mask_search.operator import search_tiles_
 from .kernels.statistics.operator import tile_statistics
 from .kernels.tile_codes.reference import unpack_codes
-from .linear import SparseLinear
+from .masked_layer import MaskedLayer
+from .matrices import weight_of
 from .patterns import TRANSPOSABLE, Pattern
 
 MAX_AGE = 255
@@ -30,7 +31,7 @@ class MaskState:
     """
 
     def __init__(
-        self, layers: Mapping[str, SparseLinear], pattern: Pattern, criterion: Criterion, track_age: bool = False,
+        self, layers: Mapping[str, MaskedLayer], pattern: Pattern, criterion: Criterion, track_age: bool = False,
         hysteresis: float = 0.0,
     ) -> None:  # fmt: skip
         self.layers = dict(layers)
@@ -71,7 +72,7 @@ class MaskState:
         for name, codes in new.items():
             if name in old and name in self.ages:
                 age = self.ages[name] = self.ages[name].to(codes.device)  # the model may have moved
-                age.add_(age < MAX_AGE).masked_fill_(unpack_codes(old[name] ^ codes), 0)
+                age.add_(age < MAX_AGE).masked_fill_(weight_of(unpack_codes(old[name] ^ codes), age.shape), 0)
             self.layers[name].set_codes_(codes)
         statistics = self._statistics(old)
         if self.exists:
@@ -90,7 +91,7 @@ class MaskState:
         if self.pattern.search_backward is None:
             return
         for layer in self.layers.values():
-            found = self.pattern.search_backward(layer.weight, layer.mask_codes)
+            found = self.pattern.search_backward(layer.matrix, layer.mask_codes)
             if layer.backward_codes is None:
                 layer.backward_codes = found
             else:
@@ -103,7 +104,7 @@ class MaskState:
             for every in self._by_device():  # all of a device in one call, so that equal layouts share a launch
                 names = [name for name in every if name in wanted]
                 codes = [torch.empty_like(self.layers[name].mask_codes) for name in names]
-                search_tiles_([self.layers[name].weight.detach() for name in names], codes, magnitude=True)
+                search_tiles_([self.layers[name].matrix.detach() for name in names], codes, magnitude=True)
                 found.update(zip(names, codes, strict=True))
             return {name: found[name] for name in self.layers if name in wanted}
         return {
@@ -112,12 +113,12 @@ class MaskState:
             if name in wanted
         }
 
-    def _scores(self, name: str, layer: SparseLinear, clock: int, bonus: float) -> Tensor:
-        scores = self.criterion.scores(layer.weight, layer=name, clock=clock)
+    def _scores(self, name: str, layer: MaskedLayer, clock: int, bonus: float) -> Tensor:
+        scores = self.criterion.scores(layer.matrix, layer=name, clock=clock)
         if not bonus:
             return scores
         mean = torch.where(scores.isfinite(), scores, 0).mean()
-        return scores + bonus * mean * layer.mask
+        return scores + bonus * mean * unpack_codes(layer.mask_codes)
 
     def kept_fractions(self) -> dict[str, float]:
         """Return ``Σ|W⊙M| / Σ|W|`` of every layer, from one transfer."""
@@ -131,7 +132,7 @@ class MaskState:
         for names in self._by_device():
             layers = [self.layers[name] for name in names]
             rows = tile_statistics(
-                [layer.weight.detach() for layer in layers],
+                [layer.matrix.detach() for layer in layers],
                 [layer.mask_codes for layer in layers],
                 [previous[name] for name in names] if previous else [],
             )
@@ -179,6 +180,7 @@ class MaskState:
             "pattern": self.pattern.name,
             "exists": self.exists,
             "codes": {name: codes.detach().cpu().clone() for name, codes in self.codes.items()},
+            "shapes": {name: list(layer.weight.shape) for name, layer in self.layers.items()},
             "flips": plain(self.flips),
             "virtual_flips": plain(self.virtual_flips),
             "sums_at_refresh": None if self.sums_at_refresh is None else self.sums_at_refresh.tolist(),
@@ -214,6 +216,11 @@ class MaskState:
                 + "; resume with the same model and targets."
             )
         for name, codes in state["codes"].items():
+            if (saved_shape := state["shapes"].get(name)) != (here_shape := list(self.layers[name].weight.shape)):
+                raise ValueError(
+                    f"state's layer {name!r} has a weight {saved_shape} but the model's is {here_shape}: resume with "
+                    "the same model."
+                )
             expected = tuple(self.layers[name].mask_codes.shape)
             if not isinstance(codes, Tensor) or codes.dtype != torch.int16 or tuple(codes.shape) != expected:
                 found = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__

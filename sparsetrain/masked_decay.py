@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from .kernels.masked_update.operator import add_masked_decays_
+from .matrices import matrix_of, written_as_matrices
 
 DecayTarget = Literal["gradient", "weight", "by_optimizer"]
 """gradient: ``g += λ·(1-M)⊙W``; weight: ``W -= lr·λ·(1-M)⊙W``; by_optimizer: on weights with SGD, else on gradients."""
@@ -75,8 +76,9 @@ class MaskedDecay:
         decay = torch.full((), self.at(age), dtype=torch.float64, device=device)
         if self._target == "gradient" or (self._target == "by_optimizer" and not isinstance(optimizer, SGD)):
             decay = decay if scale is None else decay * scale.to(device)
-            gradients = [weight.grad.detach() for weight in weights if weight.grad is not None]
-            add_masked_decays_(gradients, [weight.detach() for weight in weights], codes, decay)
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            with written_as_matrices(gradients) as matrices:
+                add_masked_decays_(matrices, [matrix_of(weight.detach()) for weight in weights], codes, decay)
             return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
@@ -86,9 +88,9 @@ class MaskedDecay:
         for position, weight in enumerate(weights):
             by_rate.setdefault(id(rates[id(weight)]), []).append(position)
         for positions in by_rate.values():
-            own = [weights[position].detach() for position in positions]
             rate = rates[id(weights[positions[0]])]
-            add_masked_decays_(own, own, [codes[position] for position in positions], -decay * rate)
+            with written_as_matrices([weights[position] for position in positions]) as own:
+                add_masked_decays_(own, own, [codes[position] for position in positions], -decay * rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Return λ."""

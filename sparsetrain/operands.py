@@ -61,9 +61,16 @@ Stamp = tuple[int, ...]
 class Layer(Protocol):
     """What owns operands."""
 
-    weight: Tensor
     mask_codes: Tensor
     operands: "Operands"
+
+    @property
+    def weight(self) -> Tensor:
+        """The master."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """The master as a matrix, which shares its storage where products are sparse."""
 
     @property
     def bias(self) -> Tensor | None:
@@ -287,7 +294,7 @@ def stamp_of(*tensors: Tensor) -> Stamp | None:
 
 def renew_(layers: Sequence[Layer]) -> None:
     """Fill the operands of several layers anew, in place; equal layouts share a launch."""
-    _renew([(layer.operands, layer.weight, layer.mask_codes) for layer in layers])
+    _renew([(layer.operands, layer.matrix.detach(), layer.mask_codes) for layer in layers])
     for layer in layers:
         if layer.bias is not None:
             for held in layer.operands._bias.values():

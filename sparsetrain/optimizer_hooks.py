@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .kernels.masked_update.reference import apply_mask_
+from .matrices import written_as_matrices
 
 AdjustGradients = Callable[[Optimizer, "Tensor | None"], None]
 
@@ -92,4 +93,5 @@ def clear_pruned_moments_(optimizers: Sequence[Optimizer], weight: Tensor, codes
     for optimizer in optimizers:
         for value in optimizer.state.get(weight, {}).values():
             if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
-                apply_mask_(value, codes)
+                with written_as_matrices([value]) as (matrix,):
+                    apply_mask_(matrix, codes)

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from .linear import PhaseKind
+from .masked_layer import PhaseKind
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Selection: which linear layers of a model become sparse, and why the others stay dense."""
+"""Selection: which linear and convolutional layers become sparse, and why the others stay dense."""
 
 import difflib
+import math
 import re
 import warnings
 from collections import defaultdict
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .linear import SparseLinear
+from .masked_layer import MaskedLayer
 
 MLP_PARTS = frozenset(
     {"mlp", "ffn", "ff", "feed_forward", "feedforward", "ffwd", "moe", "experts", "densereludense", "intermediate"}
@@ -24,16 +25,28 @@ ATTENTION_PARTS = frozenset(["attn", "attention", "self_attn", "self_attention",
 """Components of a layer's name that keep it out of the target ``"mlp"``."""
 
 HEAD_PARTS = frozenset(["head", "lm_head", "classifier", "output_head", "embed_out", "score"])
-"""Last components of a layer's name that keep it out of the target ``"all-linear"``."""
+"""Last components of a layer's name that keep it out of the targets that name no layer."""
+
+Candidate = nn.Linear | nn.Conv1d | nn.Conv2d
+
+LAYERS: dict[type[Candidate], tuple[str, str]] = {
+    nn.Linear: ("out_features", "in_features"),
+    nn.Conv1d: ("out_channels", "in_channels"),
+    nn.Conv2d: ("out_channels", "in_channels"),
+}
+"""The classes of layers that can be sparse, with the names of their sizes."""
+
+GROUPS: dict[str, tuple[type[nn.Module], ...]] = {"all-linear": (nn.Linear,), "all-conv": (nn.Conv1d, nn.Conv2d)}
+"""Targets that stand for every layer of some classes."""
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One linear layer's fate.
+    """One layer's fate.
 
     Args:
         name: The layer's name in the model.
-        shape: ``(O, I)``.
+        shape: ``(O, I)``, or ``(O, I, *kernel)`` of a convolution.
         reason: Why it stays dense; empty for a sparse layer.
         products: Who computes a sparse layer's products; empty if that is not known yet.
     """
@@ -51,12 +64,12 @@ class LayerChoice:
     @property
     def count(self) -> int:
         """Entries of the weight."""
-        return self.shape[0] * self.shape[1] if len(self.shape) == 2 else 0
+        return math.prod(self.shape) if len(self.shape) >= 2 else 0
 
 
 @dataclass(frozen=True)
 class SelectionReport:
-    """Every linear layer of a model: sparse, or dense with the reason.
+    """Every linear and convolutional layer of a model: sparse, or dense with the reason.
 
     Args:
         choices: One per layer, in the model's order.
@@ -90,7 +103,7 @@ class SelectionReport:
             f"pattern: {self.pattern.replace('_', '-')} 2:4"
         )
 
-    def with_products(self, layers: Mapping[str, SparseLinear]) -> "SelectionReport":
+    def with_products(self, layers: Mapping[str, MaskedLayer]) -> "SelectionReport":
         """Return the report with who computes the products of these layers, as decided by now."""
         choices = (
             replace(choice, products=layers[choice.name].describe_products()) if choice.name in layers else choice
@@ -117,34 +130,37 @@ def select_layers(
     exclude: str | Sequence[str] = (),
     pattern: str = "transposable",
 ) -> SelectionReport:
-    """Decide for every linear layer of a model whether it becomes sparse; changes nothing.
+    """Decide for every linear and convolutional layer of a model whether it becomes sparse; changes nothing.
 
     Args:
         model: Any module.
-        targets: One or several of: ``"all-linear"`` (every linear layer but an output head), ``"mlp"`` (the linear
-            layers of feed-forward blocks), the end of a layer's name (``"fc1"``, ``"mlp.up"``), or a regular
-            expression that matches the whole name.
+        targets: One or several of: ``"all-linear"`` (every linear layer but an output head), ``"all-conv"`` (every 1-D
+            and 2-D convolution), ``"mlp"`` (the layers of feed-forward blocks), the end of a layer's name (``"fc1"``,
+            ``"mlp.up"``), or a regular expression that matches the whole name.
         exclude: Ends of names or regular expressions, as in ``targets``; they win over targets.
         pattern: Named in the report.
 
     Raises:
-        ValueError: If a target matches no linear layer, is no regular expression, or no layer is left to be sparse.
+        ValueError: If a target matches no layer, is no regular expression, or no layer is left to be sparse.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
         >>> [choice.name for choice in select_layers(model, targets=["2"]).sparse]
         ['2']
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Candidate)}
     wanted = _as_list("targets", targets)
     unwanted = _as_list("exclude", exclude)
-    matches = {target: {name for name in layers if _matches(target, name, "targets")} for target in wanted}
+    matches = {
+        target: {name for name, layer in layers.items() if _matches(target, name, layer, "targets")}
+        for target in wanted
+    }
     for target, names in matches.items():
         if not names:
             raise ValueError(_no_match(target, list(layers)))
     for entry in unwanted:
-        if not any(_matches(entry, name, "exclude") for name in layers):
-            warnings.warn(f"exclude: {entry!r} matches no linear layer of the model.", stacklevel=2)
+        if not any(_matches(entry, name, layer, "exclude") for name, layer in layers.items()):
+            warnings.warn(f"exclude: {entry!r} matches no layer of the model.", stacklevel=2)
     heads = _output_heads(model, layers)
     owners = _parameter_owners(model)
     choices = []
@@ -152,9 +168,9 @@ def select_layers(
         hits = [target for target in wanted if name in matches[target]]
         if not hits:
             reason = "not in targets"
-        elif any(_matches(entry, name, "exclude") for entry in unwanted):
+        elif any(_matches(entry, name, layer, "exclude") for entry in unwanted):
             reason = "excluded"
-        elif name in heads and all(target in ("all-linear", "mlp") for target in hits):
+        elif name in heads and all(target in (*GROUPS, "mlp") for target in hits):
             reason = "output head (name it in targets to make it sparse)"
         else:
             reason = _why_not(name, layer, owners)
@@ -171,16 +187,18 @@ def select_layers(
 def _as_list(argument: str, value: str | Sequence[str]) -> list[str]:
     entries = [value] if isinstance(value, str) else list(value)
     if argument == "targets" and not entries:
-        raise ValueError("targets is empty: pass 'all-linear', 'mlp', the ends of layer names, or regular expressions.")
+        raise ValueError(
+            "targets is empty: pass 'all-linear', 'all-conv', 'mlp', the ends of layer names, or regular expressions."
+        )
     for entry in entries:
         if not isinstance(entry, str):
             raise TypeError(f"{argument} holds {entry!r}: its entries must be strings, so pass names of layers.")
     return entries
 
 
-def _matches(entry: str, name: str, argument: str) -> bool:
-    if entry == "all-linear":
-        return True
+def _matches(entry: str, name: str, layer: Candidate, argument: str) -> bool:
+    if entry in GROUPS:
+        return isinstance(layer, GROUPS[entry])
     parts = name.lower().split(".")
     if entry == "mlp":
         # an explicit component "mlp" is enough; otherwise a familiar name outside an attention block
@@ -197,16 +215,16 @@ def _matches(entry: str, name: str, argument: str) -> bool:
 
 def _no_match(target: str, names: list[str]) -> str:
     if not names:
-        return f"targets: {target!r} matches nothing, because the model has no nn.Linear layer."
+        return f"targets: {target!r} matches nothing, because the model has no linear or convolutional layer."
     close = difflib.get_close_matches(target, [*names, *{name.rpartition(".")[2] for name in names}], n=3, cutoff=0.5)
-    shown = close or names[:5]
+    shown = ", ".join(map(repr, close or names[:5])) + ("" if close or len(names) <= 5 else ", …")
     return (
-        f"targets: {target!r} matches no linear layer; allowed are 'all-linear', 'mlp', the end of a name or a regular "
-        f"expression, and the model has {', '.join(map(repr, shown))}{'' if close or len(names) <= 5 else ', …'}."
+        f"targets: {target!r} matches no layer; allowed are 'all-linear', 'all-conv', 'mlp', the end of a name or a "
+        f"regular expression, and the model has {shown}."
     )
 
 
-def _output_heads(model: nn.Module, layers: dict[str, nn.Linear]) -> set[str]:
+def _output_heads(model: nn.Module, layers: dict[str, Candidate]) -> set[str]:
     heads = {name for name in layers if name.rpartition(".")[2].lower() in HEAD_PARTS}
     for module in model.modules():
         get_head = getattr(module, "get_output_embeddings", None)
@@ -224,27 +242,31 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _why_not(name: str, layer: nn.Linear, owners: dict[int, list[str]]) -> str:
-    if isinstance(layer, SparseLinear):
+def _why_not(name: str, layer: Candidate, owners: dict[int, list[str]]) -> str:
+    if isinstance(layer, MaskedLayer):
         return "already sparse (call finish() or export_dense_() first)"
-    if type(layer) is not nn.Linear:
-        return f"subclass of nn.Linear ({type(layer).__name__})"
+    if type(layer) not in LAYERS:
+        base = next(base for base in LAYERS if isinstance(layer, base))
+        return f"subclass of nn.{base.__name__} ({type(layer).__name__})"
     if type(layer.weight).__name__ == "DTensor":
         return "sharded weight (DTensor)"
-    for dimension, size in (("out_features", layer.out_features), ("in_features", layer.in_features)):
+    if (groups := getattr(layer, "groups", 1)) != 1:
+        return f"groups is {groups}, and a mask needs 1"
+    for dimension in LAYERS[type(layer)]:
+        size = getattr(layer, dimension)
         if size % 4:
             return f"{dimension} {size} is not a multiple of 4"
     others = [owner for owner in owners[id(layer.weight)] if owner != f"{name}.weight".lstrip(".")]
     return f"tied to {others[0]}" if others else ""
 
 
-def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
-    """Yield the name and module of every :class:`SparseLinear` of a model."""
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:
+    """Yield the name and module of every :class:`MaskedLayer` of a model."""
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear):
+        if isinstance(module, MaskedLayer):
             yield name, module
 
 
-def linear_weight_count(modules: Iterable[nn.Module]) -> int:
-    """Count the weights of all linear layers."""
-    return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
+def weight_count(modules: Iterable[nn.Module]) -> int:
+    """Count the weights of all linear and convolutional layers."""
+    return sum(module.weight.numel() for module in modules if isinstance(module, Candidate))

@@ -1,4 +1,4 @@
-"""``sparsify_`` makes a model's linear layers sparse in place; ``export_dense_`` gives plain ``nn.Linear`` back."""
+"""``sparsify_`` makes a model's layers sparse in place; ``export_dense_`` gives the plain layers back."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,9 +8,12 @@ from torch import Tensor, nn
 
 from .backends import BACKENDS, resolve_backend
 from .backends.interface import WeightProduct
+from .conversion import to_dense_, to_sparse_
+from .convolution import is_pointwise
 from .criteria import Criterion, resolve_criterion
 from .gradient_rules import GradientRule, resolve_gradient_rule
-from .linear import PhaseKind, SparseLinear, to_dense_, to_sparse_
+from .masked_layer import MaskedLayer, PhaseKind
+from .matrices import matrix_of
 from .operands import Execution
 from .patterns import resolve_pattern
 from .products import HALF_DTYPES
@@ -32,13 +35,13 @@ def sparsify_(
     phase: PhaseKind = "sparse",
     verbose: bool = True,
 ) -> SelectionReport:
-    """Make linear layers sparse in place: parameters, names, hooks, ties and ``state_dict`` keys stay as they were.
+    """Make layers sparse in place: parameters, names, hooks, ties and ``state_dict`` keys stay as they were.
 
     Weights are not changed; the layers' products see them through the mask. If anything fails, the model is left as
     it was. For a schedule, use :class:`sparsetrain.SparseTraining`, which calls this function.
 
     Args:
-        model: Any module; its ``nn.Linear`` layers are candidates.
+        model: Any module; its linear layers and convolutions are candidates.
         targets: As in :func:`sparsetrain.select_layers`.
         exclude: As in :func:`sparsetrain.select_layers`.
         pattern: ``"transposable"`` or ``"row_wise"``.
@@ -55,7 +58,7 @@ def sparsify_(
         verbose: Print the one-line summary.
 
     Returns:
-        Every linear layer, with the reason where it stays dense.
+        Every linear and convolutional layer, with the reason where it stays dense.
 
     Raises:
         ValueError: If a name is unknown, a target matches nothing, no layer is left, or the backend can run none of
@@ -78,12 +81,11 @@ def sparsify_(
     codes: dict[str, Tensor] = {}
     if phase != "dense":
         for name, layer in chosen.items():
-            assert isinstance(layer, nn.Linear)
-            codes[name] = search.search(criterion.scores(layer.weight, layer=name, clock=0))
-    done: list[SparseLinear] = []
+            assert isinstance(layer.weight, Tensor)
+            codes[name] = search.search(criterion.scores(matrix_of(layer.weight.detach()), layer=name, clock=0))
+    done: list[MaskedLayer] = []
     try:
         for name, layer in chosen.items():
-            assert isinstance(layer, nn.Linear)
             done.append(to_sparse_(layer, phase, executions[name]))
             done[-1].gradient = rule
             if name in codes:
@@ -99,25 +101,31 @@ def sparsify_(
 
 def _executions(layers: Mapping[str, nn.Module], wanted: Execution) -> dict[str, Execution]:
     """Return every layer's execution: the one wanted, or ``masked`` with the reason; an error if none can have it."""
-    if wanted.backend in ("auto", "masked"):
-        return dict.fromkeys(layers, wanted)
-    found, reasons = {}, []
-    for name, layer in layers.items():
-        assert isinstance(layer, nn.Linear)
-        device, dtype = layer.weight.device, layer.weight.dtype
-        if device.type == "cpu" and torch.cuda.is_available():
-            device = torch.device("cuda")  # models are often moved afterwards
-        half = dtype if dtype in HALF_DTYPES else torch.bfloat16  # under autocast
-        reason = BACKENDS[wanted.backend].why_not(device, half, (layer.out_features, layer.in_features))
-        found[name] = wanted if reason is None else replace(wanted, backend="masked", note=reason)
-        reasons += [] if reason is None else [reason]
-    if len(reasons) == len(layers):
-        raise ValueError(f"backend is {wanted.backend!r} but {reasons[0]}")
-    return found
+    reasons = {name: _why_masked(layer, wanted.backend) for name, layer in layers.items()}
+    if wanted.backend not in ("auto", "masked") and all(reasons.values()):
+        raise ValueError(f"backend is {wanted.backend!r} but {next(iter(reasons.values()))}")
+    masked = replace(wanted, backend="masked", weight_product="dense")
+    return {name: replace(masked, note=reason) if reason else wanted for name, reason in reasons.items()}
+
+
+def _why_masked(layer: nn.Module, backend: str) -> str | None:
+    """Return why a layer's products cannot be a backend's; None if they can."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if weight.dim() > 2 and not is_pointwise(layer):
+        kernel = "×".join(map(str, weight.shape[2:]))
+        return f"a convolution with kernel {kernel} or padding has no sparse product: leave it to 'masked'."
+    if backend in ("auto", "masked"):
+        return None
+    device = weight.device
+    if device.type == "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda")  # models are often moved afterwards
+    half = weight.dtype if weight.dtype in HALF_DTYPES else torch.bfloat16  # under autocast
+    return BACKENDS[backend].why_not(device, half, (weight.shape[0], weight.shape[1]))
 
 
 def export_dense_(model: nn.Module, *, zeros: bool = True) -> list[str]:
-    """Turn every :class:`SparseLinear` back into ``nn.Linear`` in place.
+    """Turn every sparse layer back into its dense class in place.
 
     Args:
         model: Any module.

@@ -12,15 +12,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .adapters import Adapters
+from .conversion import to_dense_
 from .criteria import resolve_criterion
 from .criteria.observer import Observer
 from .estimated_gradient import renumber_
 from .gradient_rules import resolve_gradient_rule
 from .kernels.masked_update.operator import apply_masks_
-from .linear import PhaseKind, to_dense_
 from .lr_restart import LRRestart
 from .mask_state import MaskState
 from .masked_decay import MaskedDecay
+from .masked_layer import PhaseKind
+from .matrices import written_as_matrices
 from .methods.method import Method
 from .methods.presets import resolve_method
 from .metrics import PruneMetrics, total_metrics
@@ -28,7 +30,7 @@ from .operands import renew_
 from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
 from .patterns import resolve_pattern
 from .second_moments import SecondMoments
-from .selection import SelectionReport, linear_weight_count, select_layers, sparse_layers
+from .selection import SelectionReport, select_layers, sparse_layers, weight_count
 from .soft_threshold import soft_scale
 from .sparsify import sparsify_
 from .training_checks import STATE_VERSION, check_setup, check_state
@@ -125,7 +127,7 @@ class SparseTraining:
         self._moments = SecondMoments() if self.timeline.earliest else None
         self._decay = MaskedDecay(self.method.decay, self.method.decay_on, self._steps(self.method.decay_ramp))
         self._weights = {name: layer.weight for name, layer in self.masks.layers.items()}
-        self._linear_weights = linear_weight_count(model.modules())
+        self._weight_count = weight_count(model.modules())
         owners = [entry for entry in optimizers if owned_parameters(entry) & set(map(id, self._weights.values()))]
         self._optimizers = owners or optimizers
         self._owned = {id(entry): owned_parameters(entry) for entry in self._optimizers}
@@ -148,15 +150,16 @@ class SparseTraining:
 
     @property
     def report(self) -> SelectionReport:
-        """Every linear layer: sparse, and who computes its products, or dense with the reason."""
+        """Every linear and convolutional layer: sparse, and who computes its products, or dense with the reason."""
         return self._report if self.finished else self._report.with_products(self.masks.layers)
 
     @property
     def sparse_flops_share(self) -> float:
-        """Share of the linear layers' GEMM FLOPs that can run sparse now."""
-        active = sum(layer.weight.numel() for layer in self.masks.layers.values() if layer.is_masked)
+        """Share of the layers' GEMM FLOPs that can run sparse now, if all have as many tokens."""
+        layers = self.masks.layers.values()
+        active = sum(layer.weight.numel() for layer in layers if layer.is_masked and layer.has_sparse_products)
         products = self.masks.pattern.sparse_products + (self.method.weight_product == "mvue")
-        return products * active / (3 * self._linear_weights)
+        return products * active / (3 * self._weight_count)
 
     @property
     def refreshed(self) -> bool:
@@ -170,10 +173,10 @@ class SparseTraining:
             per_layer: Add ``layer/<name>/flip_rate`` and ``layer/<name>/<field of PruneMetrics>``.
 
         Returns:
-            Always: ``clock`` (steps), ``sparse_layers`` (whose mask is in force), ``sparse_flops_share`` (of the linear
-            layers' GEMMs), ``violations`` (must be 0), ``refresh_ms`` and ``repack_ms`` (host time of the last
-            search, and of packing after the last step), ``operand_bytes`` (packed weights on the device); ``decay``
-            (λ) if there is one. Once a mask exists: the fields of :class:`PruneMetrics`;
+            Always: ``clock`` (steps), ``sparse_layers`` (whose mask is in force), ``sparse_flops_share`` (of the
+            layers' GEMMs, if all have as many tokens), ``violations`` (must be 0), ``refresh_ms`` and ``repack_ms``
+            (host time of the last search, and of packing after the last step), ``operand_bytes`` (packed weights on
+            the device); ``decay`` (λ) if there is one. Once a mask exists: the fields of :class:`PruneMetrics`;
             ``kept_fraction_at_refresh``, of the masters the last search saw, as frozen masks zero what they prune;
             ``flip_rate`` and ``virtual_flip_rate``, the fraction of entries that changed at the last refresh of a
             sparse or dense phase; ``flip_rate_ratio``, the first over the second; ``age_mean`` (refreshes).
@@ -224,7 +227,7 @@ class SparseTraining:
         return rate / virtual if rate is not None and virtual else None
 
     def finish(self, *, zeros: bool = True) -> None:
-        """Remove the hooks and give plain ``nn.Linear`` layers back; metrics and state stay readable.
+        """Remove the hooks and give plain layers back; metrics and state stay readable.
 
         Args:
             zeros: Write zeros into what is pruned if the run ends sparse; False keeps the dense masters.
@@ -322,7 +325,8 @@ class SparseTraining:
                 age = self.clock - self._phase_start
                 self._decay.apply_(optimizer, list(weights.values()), codes, age, scale)
             elif masks_gradient:
-                apply_masks_([gradients[name] for name in weights], codes)
+                with written_as_matrices([gradients[name] for name in weights]) as matrices:
+                    apply_masks_(matrices, codes)
 
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: its layers' packed weights are out of date."""
@@ -424,7 +428,7 @@ class SparseTraining:
             elif self.method.forward == "soft" and layer.soft_scale is None:
                 with torch.no_grad():
                     transposable = layer.execution.transposable
-                    layer.soft_scale = soft_scale(layer.weight, layer.mask_codes, transposable)
+                    layer.soft_scale = soft_scale(layer.matrix, layer.mask_codes, transposable)
 
     def _apply_masks(self) -> None:
         if not self.method.frozen_in_place:
@@ -432,7 +436,8 @@ class SparseTraining:
         for every in self._weights_by_device().values():
             weights = {name: weight for name, weight in every.items() if name in self._active}
             codes = [self.masks.layers[name].mask_codes for name in weights]
-            apply_masks_([weight.data for weight in weights.values()], codes)
+            with written_as_matrices(list(weights.values())) as matrices:
+                apply_masks_(matrices, codes)
 
     def _weights_by_device(self, owned: set[int] | None = None) -> dict[torch.device, dict[str, Tensor]]:
         devices: dict[torch.device, dict[str, Tensor]] = {}

@@ -13,6 +13,8 @@ from .statistics import MovingAverage
 class Wanda(MovingAverage):
     """Keep the largest ``|W|·‖X_j‖₂``: the weight times the norm of the input feature it multiplies.
 
+    Of a convolution, the feature is the channel, over all positions.
+
     The squared norms of a step's inputs, over all tokens, micro-batches and data-parallel ranks, enter a moving
     average. Inputs that training forwards saw count when their backward runs, so evaluation and recomputation do not.
 
@@ -49,5 +51,5 @@ class Wanda(MovingAverage):
 
     def scores_from(self, weight: Tensor, statistic: Tensor) -> Tensor:
         """Return ``|W|·‖X_j‖₂``, or ``|W|`` if no input was counted."""
-        norms = statistic.sqrt()
+        norms = statistic.sqrt().repeat(weight.shape[1] // statistic.numel())  # at every kernel position
         return weight.abs() * torch.where(norms.any(), norms, torch.ones_like(norms))

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..linear import SparseLinear
+from ..masked_layer import MaskedLayer
+from ..matrices import matrix_of
 from .interface import Criterion
 
 
@@ -28,6 +29,7 @@ class Observer:
         layers: Layer name to layer.
 
     Example:
+        >>> from sparsetrain import SparseLinear
         >>> from .registry import resolve_criterion
         >>> layer = SparseLinear(8, 4)
         >>> observer = Observer(resolve_criterion("wanda"), {"fc": layer})
@@ -40,7 +42,7 @@ class Observer:
         True
     """
 
-    def __init__(self, criterion: Criterion, layers: Mapping[str, SparseLinear]) -> None:
+    def __init__(self, criterion: Criterion, layers: Mapping[str, MaskedLayer]) -> None:
         self.criterion = criterion
         self.layers = dict(layers)
         self._passing: dict[str, Tensor] = {}
@@ -52,7 +54,8 @@ class Observer:
         if "input" not in self.criterion.needs or self._handles:
             return
         for name, layer in self.layers.items():
-            summary = self.criterion.summarize_input(layer.weight.detach()[:1])
+            features = layer.weight.shape[1]
+            summary = self.criterion.summarize_input(layer.matrix.detach()[:1, :features])
             self._passing[name], self._gathered[name] = torch.zeros_like(summary), torch.zeros_like(summary)
             self._handles.append(layer.register_forward_hook(_ForwardHook(self, name), with_kwargs=True))
             if layer.weight.requires_grad:
@@ -74,7 +77,7 @@ class Observer:
         """
         if "gradient" in self.criterion.needs:
             for name, gradient in gradients.items():
-                self.criterion.observe_gradient(name, self.layers[name].weight, gradient, scale)
+                self.criterion.observe_gradient(name, self.layers[name].matrix, matrix_of(gradient), scale)
         self._hand_over(gradients)
 
     def after_step(self) -> None:
@@ -123,7 +126,7 @@ class _ForwardHook:
         if self.observer is None or not (layer.training and torch.is_grad_enabled() and output.requires_grad):
             return None
         observer, name = self.observer, self.name
-        input: Tensor = args[0] if args else kwargs["input"]
+        input = observer.layers[name].features_last(args[0] if args else kwargs["input"])
         summary = observer.criterion.summarize_input(input.detach())
         if torch.compiler.is_compiling():  # where tensors inside the graph take no hooks
             return _AddInBackward.apply(output, summary, observer.passing(name, summary.device))  # type: ignore[no-untyped-call, no-any-return]

@@ -344,7 +344,7 @@ def test_misuse_is_refused_early(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="max_steps=-1"):
         endless.fit(model(), batches())
     module = model()
-    with pytest.raises(ValueError, match="'nowhere' matches no linear layer"):
+    with pytest.raises(ValueError, match="'nowhere' matches no layer"):
         trainer(tmp_path, 2, SparseTrainingCallback(targets="nowhere")).fit(module, batches())
     assert type(module.net[0]) is nn.Linear
 

@@ -40,6 +40,13 @@ def mlp(width: int = 16, hidden: int = 32, seed: int = 0, bias: bool = True) -> 
     return nn.Sequential(nn.Linear(width, hidden, bias), nn.Tanh(), nn.Linear(hidden, width, bias))
 
 
+def convnet(channels: int = 4, hidden: int = 16, seed: int = 0) -> nn.Sequential:
+    """Convolutions on 2×2 images that are made of 16 numbers, so that :func:`train` fits it as it fits :func:`mlp`."""
+    torch.manual_seed(seed)
+    convolutions = nn.Conv2d(channels, hidden, 3, padding=1), nn.Tanh(), nn.Conv2d(hidden, channels, 1)
+    return nn.Sequential(nn.Unflatten(1, (channels, 2, 2)), *convolutions, nn.Flatten())
+
+
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0, clip: float | None = None
 ) -> None:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
+from sparsetrain.conversion import to_sparse_
 from sparsetrain.criteria import (
     CRITERIA,
     Criterion,
@@ -29,7 +30,6 @@ from sparsetrain.criteria import (
     resolve_criterion,
 )
 from sparsetrain.criteria.observer import Observer
-from sparsetrain.linear import to_sparse_
 from sparsetrain.optimizer_hooks import StepHooks
 
 STATISTICS = {

@@ -1,0 +1,51 @@
+"""Dense layers into masked ones and back, in place: parameters, names, hooks and ties stay as they are."""
+
+from typing import cast
+
+from torch import nn
+
+from .convolution import SparseConv1d, SparseConv2d
+from .kernels.masked_update.reference import apply_mask_
+from .linear import SparseLinear
+from .masked_layer import MaskedLayer, PhaseKind
+from .matrices import written_as_matrices
+from .operands import Execution
+from .soft_threshold import soft_thresholded
+
+SPARSE_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {
+    masked.dense_class: masked for masked in (SparseLinear, SparseConv1d, SparseConv2d)
+}
+"""Dense class to masked class."""
+
+
+def to_sparse_(layer: nn.Module, phase: PhaseKind = "sparse", execution: Execution | None = None) -> MaskedLayer:
+    """Turn an exact ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` into a masked layer; its mask keeps everything.
+
+    Example:
+        >>> type(to_sparse_(nn.Linear(8, 4))).__name__
+        'SparseLinear'
+    """
+    layer.__class__ = SPARSE_CLASSES[type(layer)]
+    sparse = cast(MaskedLayer, layer)
+    sparse._add_mask(phase, execution or Execution())
+    return sparse
+
+
+def to_dense_(layer: MaskedLayer, zeros: bool = True) -> nn.Module:
+    """Turn a masked layer back into its dense class; with ``zeros``, a mask in force is written into the weight.
+
+    Example:
+        >>> layer = to_sparse_(nn.Linear(8, 4))
+        >>> type(to_dense_(layer)).__name__
+        'Linear'
+    """
+    if zeros and layer.is_masked:
+        with written_as_matrices([layer.weight.data]) as (matrix,):
+            if layer.soft_scale is not None:
+                soft = soft_thresholded(matrix, layer.mask_codes, layer.execution.transposable)
+                matrix.copy_(soft * layer.soft_scale)
+            apply_mask_(matrix, layer.mask_codes)
+    layer._remove_mask()
+    dense = cast(nn.Module, layer)
+    dense.__class__ = layer.dense_class
+    return dense

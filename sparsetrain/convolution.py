@@ -1,0 +1,176 @@
+"""``SparseConv1d`` and ``SparseConv2d``: convolutions whose weight, as the matrix of an implicit GEMM, is masked."""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .autocast import as_autocast
+from .gradient_rules import GradientRule
+from .kernels.tile_codes.reference import unpack_codes
+from .linear import multiply
+from .masked_layer import MaskedLayer
+from .matrices import matrix_of, weight_of
+
+
+class MaskWeight(torch.autograd.Function):
+    """``W⊙M`` forward; backward, the gradient by a gradient rule."""
+
+    @staticmethod
+    def forward(weight: Tensor, codes: Tensor, rule: GradientRule) -> Tensor:
+        """Return the masked weight ``[O, I, *kernel]``."""
+        return weight.masked_fill(weight_of(~unpack_codes(codes), weight.shape), 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep the codes."""
+        ctx.save_for_backward(inputs[1])
+        ctx.rule = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        """Return the gradient of the master."""
+        gradient = ctx.rule.apply(matrix_of(gradients[0]), ctx.saved_tensors[0])
+        return weight_of(gradient, gradients[0].shape), None, None
+
+
+class TwoWeightConvolution(torch.autograd.Function):
+    """A convolution whose input gradient is that of another weight; without padding, which the caller adds."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, weight: Tensor, backward_weight: Tensor, bias: Tensor | None, stride: Any, dilation: Any
+    ) -> Tensor:
+        """Convolve."""
+        none = [0] * len(stride)
+        return torch.convolution(input, weight, bias, stride, none, dilation, False, none, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what the gradients need."""
+        input, weight, backward_weight, bias, ctx.stride, ctx.dilation = inputs
+        ctx.bias_shape = None if bias is None else list(bias.shape)
+        ctx.save_for_backward(input, weight, backward_weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        """Return the gradients of input, weight and bias."""
+        input, weight, backward_weight = ctx.saved_tensors
+        none = [0] * len(ctx.stride)
+        rest = (ctx.bias_shape, ctx.stride, none, ctx.dilation, False, none, 1)
+        backward = torch.ops.aten.convolution_backward
+        wanted = [False, ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+        _, weight_gradient, bias_gradient = backward(gradients[0], input, weight, *rest, wanted)
+        input_gradient = None
+        if ctx.needs_input_grad[0]:
+            input_gradient = backward(gradients[0], input, backward_weight, *rest, [True, False, False])[0]
+        return input_gradient, weight_gradient, None, bias_gradient, None, None
+
+
+class SparseConvolution(MaskedLayer):
+    """A convolution with a mask on its matrix ``[O, kernel·I]``, so that groups of four are input channels.
+
+    A 1×1 convolution without padding is a linear layer on every position and has its products, sparse ones included.
+    Larger kernels are convolved with the masked weight, densely.
+    """
+
+    in_channels: int
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: Any
+    _reversed_padding_repeated_twice: list[int]
+
+    @property
+    def has_sparse_products(self) -> bool:
+        """Whether it is a linear layer on every position, whose products are sparse GEMMs."""
+        return is_pointwise(self)
+
+    def features_last(self, input: Tensor) -> Tensor:
+        """Return the input with its channels in the last dimension."""
+        return input.movedim(-len(self.stride) - 1, -1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``[batch, I, *space]``, or one image ``[I, *space]``."""
+        if self.phase == "dense":
+            return cast(Tensor, super().forward(input))
+        return self._multiply_positions(input) if self.has_sparse_products else self._convolve(input)
+
+    def _multiply_positions(self, input: Tensor) -> Tensor:
+        tokens = self.features_last(input)
+        if any(step > 1 for step in self.stride):
+            steps = (slice(None, None, step) for step in self.stride)
+            tokens = tokens[(..., *steps, slice(None))]  # type: ignore[index]
+        output = multiply(self, tokens).movedim(-1, -len(self.stride) - 1)
+        # the order in memory is that which the dense convolution gives
+        return output if _channels_last(input) else output.contiguous()
+
+    def _convolve(self, input: Tensor) -> Tensor:
+        master = self.weight
+        if self.soft_scale is not None:
+            master = weight_of(self.thresholded_matrix(), self.weight.shape)
+        weight = self._masked(master, self.mask_codes)
+        if self.backward_codes is None:
+            return cast(Tensor, self._conv_forward(input, weight, self.bias))  # type: ignore[operator]
+        backward_weight = self._masked(master.detach(), self.backward_codes)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        padded = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+        tensors = [as_autocast(tensor) for tensor in (padded, weight, backward_weight)]
+        bias = None if self.bias is None else as_autocast(self.bias)
+        return cast(Tensor, TwoWeightConvolution.apply(*tensors, bias, self.stride, self.dilation))  # type: ignore[no-untyped-call]
+
+    def _masked(self, master: Tensor, codes: Tensor) -> Tensor:
+        weight = cast(Tensor, MaskWeight.apply(master, codes, self.gradient))  # type: ignore[no-untyped-call]
+        if self.adapter is not None:
+            down, up = self.adapter
+            weight = weight + weight_of(up @ down, weight.shape)
+        # the output lies in memory as the weight does
+        return weight.contiguous() if self.weight.is_contiguous() else weight
+
+
+class SparseConv1d(SparseConvolution, nn.Conv1d):
+    """An ``nn.Conv1d`` with a mask: same parameters, same ``state_dict``, and tile codes beside them.
+
+    Made in place by :func:`sparsetrain.sparsify_`; ``groups`` is 1 and both channel counts are multiples of 4.
+
+    Example:
+        >>> from sparsetrain import sparsify_
+        >>> model = nn.Sequential(nn.Conv1d(8, 4, 3))
+        >>> _ = sparsify_(model, "all-conv", verbose=False)
+        >>> model[0].mask.shape, model[0](torch.zeros(2, 8, 9)).shape
+        (torch.Size([4, 8, 3]), torch.Size([2, 4, 7]))
+    """
+
+    dense_class = nn.Conv1d
+
+
+class SparseConv2d(SparseConvolution, nn.Conv2d):
+    """An ``nn.Conv2d`` with a mask: same parameters, same ``state_dict``, and tile codes beside them.
+
+    Made in place by :func:`sparsetrain.sparsify_`; ``groups`` is 1 and both channel counts are multiples of 4.
+
+    Example:
+        >>> from sparsetrain import sparsify_
+        >>> model = nn.Sequential(nn.Conv2d(8, 4, 3))
+        >>> _ = sparsify_(model, "all-conv", verbose=False)
+        >>> model[0].mask.sum().item(), tuple(model[0].mask_codes.shape)
+        (144, (1, 18))
+    """
+
+    dense_class = nn.Conv2d
+
+
+def is_pointwise(layer: nn.Module) -> bool:
+    """Return whether a convolution is a linear layer on every position: kernel 1, no padding.
+
+    Example:
+        >>> is_pointwise(nn.Conv2d(8, 4, 1, stride=2)), is_pointwise(nn.Conv2d(8, 4, 1, padding=1))
+        (True, False)
+    """
+    kernel: tuple[int, ...] = layer.kernel_size  # type: ignore[assignment]
+    padding: list[int] = layer._reversed_padding_repeated_twice  # type: ignore[assignment]
+    return all(size == 1 for size in kernel) and not any(padding)
+
+
+def _channels_last(input: Tensor) -> bool:
+    return input.dim() == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,134 @@
+"""``MaskedLayer``: what sparse linear layers and sparse convolutions share: codes, phase, and how products are made."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from .estimated_gradient import draw_counter
+from .gradient_rules import GradientRule, resolve_gradient_rule
+from .kernels.tile_codes.reference import unpack_codes
+from .matrices import matrix_of, weight_of
+from .operands import Execution, Operands, register
+from .soft_threshold import SoftThreshold
+from .tiles import KEEP_ALL
+
+PhaseKind = Literal["dense", "sparse", "frozen"]
+"""dense: no mask; sparse: the mask is refreshed while training; frozen: the mask is fixed."""
+
+AUTO_DEVICES = ("cuda",)
+"""Where ``backend="auto"`` has a choice; elsewhere it is ``masked``."""
+
+
+def has_choice(device: str) -> bool:
+    """Return whether ``backend="auto"`` has more than ``masked`` to choose from on a type of device."""
+    return device in AUTO_DEVICES
+
+
+class MaskedLayer(nn.Module):
+    """A layer whose weight, seen as a matrix ``[O, K]``, has a 2:4 mask; the mask is held as tile codes beside it.
+
+    Mixed into a dense layer class, whose instances become masked ones in place and back.
+    """
+
+    _dynamo_marked_static = True  # sizes of codes are no dynamic dimensions, as those of a dense layer's weight are not
+
+    dense_class: ClassVar[type[nn.Module]]
+
+    weight: Tensor
+    bias: Any  # a parameter or None; the dense classes declare it differently
+    mask_codes: Tensor
+    draws: Tensor | None
+    backward_codes: Tensor | None  # of the input gradient's product, if they are others
+    adapter: tuple[Tensor, Tensor] | None  # down [r, K] and up [O, r]
+    soft_scale: Tensor | None  # β of the soft threshold; None for a hard mask
+    phase: PhaseKind
+    gradient: GradientRule
+    execution: Execution
+    operands: Operands
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as a matrix ``[O, K]``, in which K is kernel positions times input features."""
+        return matrix_of(self.weight)
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask as bool, shaped like the weight, whether or not it is in force."""
+        return weight_of(unpack_codes(self.mask_codes), self.weight.shape)
+
+    @property
+    def has_sparse_products(self) -> bool:
+        """Whether its products with the mask have the form of a sparse GEMM."""
+        return True
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the mask is in force."""
+        return self.phase != "dense"
+
+    @torch.no_grad()
+    def set_codes_(self, codes: Tensor) -> None:
+        """Copy tile codes ``[O/4, K/4]`` in place, so that compiled graphs stay valid."""
+        self.mask_codes.copy_(codes)
+
+    def features_last(self, input: Tensor) -> Tensor:
+        """Return the layer's input with its features in the last dimension."""
+        return input
+
+    def thresholded_matrix(self) -> Tensor:
+        """Return the matrix, or what the soft threshold leaves of it; the mask is still to be applied."""
+        if self.soft_scale is None:
+            return self.matrix
+        soft = SoftThreshold.apply(self.matrix, self.mask_codes, self.soft_scale, self.execution.transposable)  # type: ignore[no-untyped-call]
+        return cast(Tensor, soft)
+
+    def train(self, mode: bool = True) -> "MaskedLayer":
+        """Switch between training and evaluation; weights may be swapped around it, so operands are made anew."""
+        if mode != self.training:
+            self.operands.expire()
+        return super().train(mode)
+
+    def describe_products(self) -> str:
+        """Say who computes the layer's products, as far as it has been decided."""
+        if self.execution.backend == "auto" and not has_choice(self.weight.device.type):
+            return "masked"
+        return self.operands.describe()
+
+    def extra_repr(self) -> str:
+        """Describe the layer as its dense class does, and its phase."""
+        return f"{super().extra_repr()}, phase={self.phase}"
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "MaskedLayer":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # no buffers: data-parallel modules cannot broadcast int16, and averages of codes mean nothing
+        self.mask_codes = fn(self.mask_codes)
+        self.draws = None if self.draws is None else fn(self.draws)
+        self.soft_scale = None if self.soft_scale is None else fn(self.soft_scale)
+        self.backward_codes = None if self.backward_codes is None else fn(self.backward_codes)
+        register(self)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        register(self)  # copied or loaded
+
+    def _add_mask(self, phase: PhaseKind, execution: Execution) -> None:
+        rows, columns = self.matrix.shape
+        device = self.weight.device
+        self.mask_codes = torch.full((rows // 4, columns // 4), KEEP_ALL, dtype=torch.int16, device=device)
+        self.phase = phase
+        self.gradient = resolve_gradient_rule("ste")
+        self.execution = execution
+        self.draws = draw_counter(0, device=device) if execution.weight_product == "mvue" else None
+        self.soft_scale = None
+        self.backward_codes = None
+        self.adapter = None
+        self.operands = Operands(execution)
+        register(self)
+
+    def _remove_mask(self) -> None:
+        del self.mask_codes, self.draws, self.soft_scale, self.backward_codes, self.adapter
+        for name in ("phase", "gradient", "execution", "operands"):
+            self.__dict__.pop(name, None)
