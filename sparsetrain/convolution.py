@@ -84,7 +84,7 @@ class SparseConvolution(MaskedLayer):
     @property
     def has_sparse_products(self) -> bool:
         """Whether it is a linear layer on every position, whose products are sparse GEMMs."""
-        return is_pointwise(self)
+        return self.is_two_of_four and is_pointwise(self)
 
     def features_last(self, input: Tensor) -> Tensor:
         """Return the input with its channels in the last dimension."""
@@ -94,7 +94,7 @@ class SparseConvolution(MaskedLayer):
         """Convolve ``[batch, I, *space]``, or one image ``[I, *space]``."""
         if self.phase == "dense":
             return cast(Tensor, super().forward(input))
-        return self._multiply_positions(input) if self.has_sparse_products else self._convolve(input)
+        return self._multiply_positions(input) if is_pointwise(self) else self._convolve(input)
 
     def _multiply_positions(self, input: Tensor) -> Tensor:
         tokens = self.features_last(input)

@@ -207,10 +207,11 @@ class SparseLinear(MaskedLayer, nn.Linear):
 
 def multiply(layer: MaskedLayer, input: Tensor) -> Tensor:
     """Multiply tokens ``[..., K]`` by a masked layer's matrix, add bias and adapter: ``[..., O]``."""
+    execution = layer.execution
     output = sparse_linear(
         input, layer.thresholded_matrix(), layer.mask_codes, layer.bias, gradient=layer.gradient,
-        backend=layer.execution.backend, transposable=layer.execution.transposable, draws=layer.draws,
-        seed=layer.execution.seed, backward_codes=layer.backward_codes,
+        backend=execution.backend if layer.is_two_of_four else "masked", transposable=execution.transposable,
+        draws=layer.draws, seed=execution.seed, backward_codes=layer.backward_codes,
     )  # fmt: skip
     if layer.adapter is None:
         return output

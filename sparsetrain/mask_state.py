@@ -1,13 +1,14 @@
 """The masks of a run and what is known of their history: refresh, flips, ages, violations."""
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .criteria import Criterion, Magnitude
+from .criteria.scope import dense_layers, dense_tiles
 from .distributed import require_equal_codes
 from .kernels.mask_search.operator import search_tiles_
 from .kernels.statistics.operator import tile_statistics
@@ -15,6 +16,7 @@ from .kernels.tile_codes.reference import unpack_codes
 from .masked_layer import MaskedLayer
 from .matrices import weight_of
 from .patterns import TRANSPOSABLE, Pattern
+from .tiles import KEEP_ALL
 
 MAX_AGE = 255
 
@@ -28,16 +30,19 @@ class MaskState:
         criterion: What ranks the entries.
         track_age: Keep for every entry the refreshes since it last flipped (one byte a weight, up to 255).
         hysteresis: Added to the scores of entries that are kept now, as a fraction of the layer's mean score.
+        tile_budget: The fraction of the tiles, over all layers that are searched together, that keep everything.
     """
 
     def __init__(
         self, layers: Mapping[str, MaskedLayer], pattern: Pattern, criterion: Criterion, track_age: bool = False,
-        hysteresis: float = 0.0,
+        hysteresis: float = 0.0, tile_budget: float = 0.0,
     ) -> None:  # fmt: skip
         self.layers = dict(layers)
         self.pattern = pattern
         self.criterion = criterion
         self.hysteresis = hysteresis
+        self.tile_budget = tile_budget
+        self.kept = 2  # of every four entries
         self.exists = False
         self.refresh_ms = 0.0
         self.flips: dict[str, Tensor] = {}
@@ -99,7 +104,8 @@ class MaskState:
 
     def _search(self, clock: int, wanted: set[str]) -> dict[str, Tensor]:
         bonus = self.hysteresis if self.exists else 0.0
-        if self.pattern is TRANSPOSABLE and type(self.criterion) is Magnitude and not bonus:
+        plain = not bonus and not self.tile_budget and self.kept == 2
+        if plain and self.pattern is TRANSPOSABLE and type(self.criterion) is Magnitude:
             found: dict[str, Tensor] = {}
             for every in self._by_device():  # all of a device in one call, so that equal layouts share a launch
                 names = [name for name in every if name in wanted]
@@ -107,11 +113,23 @@ class MaskState:
                 search_tiles_([self.layers[name].matrix.detach() for name in names], codes, magnitude=True)
                 found.update(zip(names, codes, strict=True))
             return {name: found[name] for name in self.layers if name in wanted}
-        return {
-            name: self.pattern.search(self._scores(name, layer, clock, bonus))
-            for name, layer in self.layers.items()
-            if name in wanted
+        if not self.tile_budget:
+            return {
+                name: self.pattern.search(self._scores(name, layer, clock, bonus), self.kept)
+                for name, layer in self.layers.items()
+                if name in wanted
+            }
+        scores = {name: self._scores(name, self.layers[name], clock, bonus) for name in self.layers if name in wanted}
+        masks = {name: self.pattern.search(matrix, self.kept) for name, matrix in scores.items()}
+        dense = dense_tiles(scores, masks, self.tile_budget)
+        return {name: codes.masked_fill_(dense[name], KEEP_ALL) for name, codes in masks.items()}
+
+    def costliest_layers(self, clock: int, budget: float) -> list[str]:
+        """Return the layers that masks would cost most by the criterion's scores, within a budget of weights."""
+        scores = {
+            name: self.criterion.scores(layer.matrix, layer=name, clock=clock) for name, layer in self.layers.items()
         }
+        return dense_layers(scores, self.codes, budget)
 
     def _scores(self, name: str, layer: MaskedLayer, clock: int, bonus: float) -> Tensor:
         scores = self.criterion.scores(layer.matrix, layer=name, clock=clock)
@@ -155,8 +173,14 @@ class MaskState:
         return float(torch.stack([flips[name].cpu() for name in names]).sum()) / entries
 
     def violations(self) -> int:
-        """Count the groups of four, in masks that are in force, that do not keep exactly two; must be 0."""
-        counts = [self.pattern.count_violations(layer.mask_codes) for layer in self.layers.values() if layer.is_masked]
+        """Count the groups of four, in masks that are in force, that do not keep what they should; must be 0."""
+        codes = [layer.mask_codes for layer in self.layers.values() if layer.is_masked]
+        return self._count_violations(codes, self.kept)
+
+    def _count_violations(self, codes: Sequence[Tensor], kept: int) -> int:
+        if self.tile_budget:
+            codes = [layer[layer != KEEP_ALL][None] for layer in codes]  # the other tiles, in a row
+        counts = [self.pattern.count_violations(layer, kept) for layer in codes]
         return int(torch.stack(counts).sum()) if counts else 0
 
     def magnitude_sums(self) -> dict[str, Tensor]:
@@ -179,6 +203,7 @@ class MaskState:
         return {
             "pattern": self.pattern.name,
             "exists": self.exists,
+            "kept": self.kept,
             "codes": {name: codes.detach().cpu().clone() for name, codes in self.codes.items()},
             "shapes": {name: list(layer.weight.shape) for name, layer in self.layers.items()},
             "flips": plain(self.flips),
@@ -228,7 +253,7 @@ class MaskState:
                     f"state's codes of layer {name!r} are {found} but must be torch.int16 {expected}: "
                     "resume with the same model."
                 )
-            if state["exists"] and int(self.pattern.count_violations(codes)):
+            if state["exists"] and self._count_violations([codes], state["kept"]):
                 raise ValueError(
                     f"state's codes of layer {name!r} are no {self.pattern.name} masks: the checkpoint is damaged."
                 )
@@ -237,6 +262,7 @@ class MaskState:
         """Take back what :meth:`state_dict` returned."""
         self.check_state_dict(state)
         self.exists = bool(state["exists"])
+        self.kept = int(state["kept"])
         for name, layer in self.layers.items():
             layer.set_codes_(state["codes"][name].to(layer.weight.device))
         self.flips = {name: torch.tensor(count) for name, count in state["flips"].items()}

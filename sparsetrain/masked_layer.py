@@ -44,6 +44,7 @@ class MaskedLayer(nn.Module):
     adapter: tuple[Tensor, Tensor] | None  # down [r, K] and up [O, r]
     soft_scale: Tensor | None  # β of the soft threshold; None for a hard mask
     phase: PhaseKind
+    is_two_of_four: bool  # False if the mask keeps more somewhere, which no sparse product can use
     gradient: GradientRule
     execution: Execution
     operands: Operands
@@ -61,7 +62,7 @@ class MaskedLayer(nn.Module):
     @property
     def has_sparse_products(self) -> bool:
         """Whether its products with the mask have the form of a sparse GEMM."""
-        return True
+        return self.is_two_of_four
 
     @property
     def is_masked(self) -> bool:
@@ -92,6 +93,8 @@ class MaskedLayer(nn.Module):
 
     def describe_products(self) -> str:
         """Say who computes the layer's products, as far as it has been decided."""
+        if not self.is_two_of_four:
+            return "masked: its mask keeps more than 2:4"
         if self.execution.backend == "auto" and not has_choice(self.weight.device.type):
             return "masked"
         return self.operands.describe()
@@ -119,6 +122,7 @@ class MaskedLayer(nn.Module):
         device = self.weight.device
         self.mask_codes = torch.full((rows // 4, columns // 4), KEEP_ALL, dtype=torch.int16, device=device)
         self.phase = phase
+        self.is_two_of_four = True
         self.gradient = resolve_gradient_rule("ste")
         self.execution = execution
         self.draws = draw_counter(0, device=device) if execution.weight_product == "mvue" else None
@@ -130,5 +134,5 @@ class MaskedLayer(nn.Module):
 
     def _remove_mask(self) -> None:
         del self.mask_codes, self.draws, self.soft_scale, self.backward_codes, self.adapter
-        for name in ("phase", "gradient", "execution", "operands"):
+        for name in ("phase", "is_two_of_four", "gradient", "execution", "operands"):
             self.__dict__.pop(name, None)

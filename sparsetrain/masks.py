@@ -1,52 +1,59 @@
-"""Masks from scores: transposable 2:4 (exact) and row-wise N:M, and the predicates that check them."""
+"""Masks from scores: transposable n:4 (exact) and row-wise N:M, and the predicates that check them."""
 
 import torch
 from torch import Tensor
 
 from .kernels.mask_search.operator import search_tiles, search_tiles_with_mask
+from .kernels.mask_search.permutations import search_permutations
 from .kernels.mask_search.reference import search_row_wise
+from .kernels.tile_codes.reference import unpack_codes
 from .tiles import _require_dtype, require_tiles
 
 
-def transposable_codes(scores: Tensor) -> Tensor:
+def transposable_codes(scores: Tensor, n: int = 2) -> Tensor:
     """Return the tile codes of :func:`transposable_mask`.
 
     Args:
         scores: ``[..., O, I]``, any floating dtype; O and I multiples of 4.
+        n: Entries kept of every row and column of a tile: 1, 2 or 3.
 
     Returns:
         int16 ``[..., O/4, I/4]``.
 
     Raises:
         TypeError: If the scores are not floating point.
-        ValueError: If O or I is not a multiple of 4.
+        ValueError: If O or I is not a multiple of 4, or n is not allowed.
 
     Example:
         >>> import torch
         >>> transposable_codes(torch.rand(8, 16)).shape
         torch.Size([2, 4])
     """
-    codes: Tensor = search_tiles(_as_matrix(scores))
+    _require_kept(n)
+    matrix = _as_matrix(scores)
+    codes: Tensor = search_tiles(matrix) if n == 2 else search_permutations(matrix, n)
     return codes.view(*scores.shape[:-2], scores.shape[-2] // 4, scores.shape[-1] // 4)
 
 
-def transposable_mask(scores: Tensor) -> Tensor:
-    """Return the transposable 2:4 mask that keeps the largest sum of scores: exact, per 4×4 tile.
+def transposable_mask(scores: Tensor, n: int = 2) -> Tensor:
+    """Return the transposable n:4 mask that keeps the largest sum of scores: exact, per 4×4 tile.
 
-    Exactly two entries of every row and every column of a tile are kept. Scores may be signed; for a weight pass
-    ``weight.abs()``. NaN and infinities rank as ±2^100, so the mask is always valid. Deterministic: ties go to the
-    first of the row pairings (01)(23), (02)(13), (03)(12); then the upper row of a pair prefers columns 01, then 23,
-    then the left column of each half.
+    Exactly n entries of every row and every column of a tile are kept. Scores may be signed; for a weight pass
+    ``weight.abs()``. NaN and infinities rank as ±2^100, so the mask is always valid. Deterministic. Of 2:4, ties
+    go to the first of the row pairings (01)(23), (02)(13), (03)(12); then the upper row of a pair prefers columns 01,
+    then 23, then the left column of each half. Of 1:4 and 3:4, they go to the first permutation that is kept, or
+    pruned, in lexicographic order.
 
     Args:
         scores: ``[..., O, I]``, any floating dtype; O and I multiples of 4. Ranked in float32 (float64 in float64).
+        n: Entries kept of every row and column of a tile: 1, 2 or 3.
 
     Returns:
         bool, same shape.
 
     Raises:
         TypeError: If the scores are not floating point.
-        ValueError: If O or I is not a multiple of 4.
+        ValueError: If O or I is not a multiple of 4, or n is not allowed.
 
     Example:
         >>> import torch
@@ -57,6 +64,9 @@ def transposable_mask(scores: Tensor) -> Tensor:
     Source: the complementary-pair identity; derivation in ``kernels/mask_search/README.md``. The pattern is from
     Hubara et al., "Accelerated Sparse Neural Training", arXiv 2102.08124.
     """
+    _require_kept(n)
+    if n != 2:
+        return unpack_codes(transposable_codes(scores, n))
     mask: Tensor = search_tiles_with_mask(_as_matrix(scores))[1]
     return mask.view(scores.shape)
 
@@ -90,15 +100,16 @@ def nm_mask(scores: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tensor:
     return search_row_wise(moved, n, m).movedim(-1, dim).contiguous()
 
 
-def is_transposable(mask: Tensor) -> bool:
-    """Say whether every aligned 4×4 tile keeps exactly two entries of each of its rows and columns.
+def is_transposable(mask: Tensor, n: int = 2) -> bool:
+    """Say whether every aligned 4×4 tile keeps exactly n entries of each of its rows and columns.
 
     Args:
         mask: bool ``[..., O, I]``.
+        n: 1, 2 or 3.
 
     Raises:
         TypeError: If the mask is not bool.
-        ValueError: If O or I is not a multiple of 4.
+        ValueError: If O or I is not a multiple of 4, or n is not allowed.
 
     Example:
         >>> import torch
@@ -107,7 +118,8 @@ def is_transposable(mask: Tensor) -> bool:
     """
     _require_dtype("mask", mask, torch.bool)
     require_tiles("mask", mask.shape)
-    return _exactly(mask, 2, 4, -1) and _exactly(mask, 2, 4, -2)
+    _require_kept(n)
+    return _exactly(mask, n, 4, -1) and _exactly(mask, n, 4, -2)
 
 
 def is_nm(mask: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> bool:
@@ -142,6 +154,11 @@ def _as_matrix(scores: Tensor) -> Tensor:
 def _exactly(mask: Tensor, n: int, m: int, dim: int) -> bool:
     groups = mask.movedim(dim, -1)
     return bool((torch.unflatten(groups, -1, (-1, m)).sum(-1) == n).all()) if mask.numel() else True
+
+
+def _require_kept(n: int) -> None:
+    if n not in (1, 2, 3):
+        raise ValueError(f"n is {n!r}: of four, a transposable mask keeps 1, 2 or 3.")
 
 
 def _require_floating(scores: Tensor) -> None:

@@ -16,42 +16,43 @@ class Pattern:
 
     Args:
         name: The name users write.
-        search: Scores ``[O, I]`` to int16 tile codes ``[O/4, I/4]``.
-        along_rows: Two of every four are kept along ``in_features``.
-        along_columns: Two of every four are kept along ``out_features``.
+        search: Scores ``[O, I]`` and the number of entries kept of every four (2 or 3) to int16 tile codes
+            ``[O/4, I/4]``.
+        along_rows: The mask is n:4 along ``in_features``.
+        along_columns: The mask is n:4 along ``out_features``.
         sparse_products: How many of a layer's three GEMMs (forward, input gradient, weight gradient) can run sparse.
         search_backward: Masked weight ``[O, I]`` and its codes to the codes of the input gradient's product, if they
             are others.
     """
 
     name: str
-    search: Callable[[Tensor], Tensor]
+    search: Callable[[Tensor, int], Tensor]
     along_rows: bool
     along_columns: bool
     sparse_products: int
     search_backward: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def count_violations(self, codes: Tensor) -> Tensor:
-        """Count the groups of four that do not keep exactly two; int64 scalar tensor."""
+    def count_violations(self, codes: Tensor, kept: int = 2) -> Tensor:
+        """Count the groups of four that do not keep exactly ``kept``; int64 scalar tensor."""
         count = codes.new_zeros((), dtype=torch.int64)
         if self.along_rows:
-            count = count + _unbalanced_nibbles(codes)
+            count = count + _unbalanced_nibbles(codes, kept)
         if self.along_columns:
-            count = count + _unbalanced_nibbles(transpose_codes(codes))
+            count = count + _unbalanced_nibbles(transpose_codes(codes), kept)
         return count
 
 
-def _unbalanced_nibbles(codes: Tensor) -> Tensor:
+def _unbalanced_nibbles(codes: Tensor, kept: int) -> Tensor:
     bits = codes.to(torch.int32) & 0xFFFF
     bits = bits - (bits >> 1 & 0x5555)
     counts = (bits & 0x3333) + (bits >> 2 & 0x3333)  # four counts, 0 to 4, in four nibbles
-    wrong = counts ^ 0x2222
+    wrong = counts ^ kept * 0x1111
     flags = (wrong | wrong >> 1 | wrong >> 2) & 0x1111
     return count_bits(flags.to(torch.int16)).sum()
 
 
-def _search_row_wise(scores: Tensor) -> Tensor:
-    return pack_codes(nm_mask(scores))
+def _search_row_wise(scores: Tensor, kept: int = 2) -> Tensor:
+    return pack_codes(nm_mask(scores, kept))
 
 
 def prune_again(weight: Tensor, codes: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Literal, get_args
 
 from .masked_layer import PhaseKind
 
@@ -15,21 +15,23 @@ class Phase:
         kind: ``"dense"`` (no mask), ``"sparse"`` (mask refreshed every period) or ``"frozen"`` (mask fixed).
         length: Optimizer steps (int), a fraction of the run (float), or None for what the others leave.
         share: Of the layers, those that lose the least magnitude first, whose masks are in force; the rest stays dense.
+        kept: Of every four entries, how many masks keep: 2, or 3, which no sparse product can use.
         earliest: For a dense phase: it ends before its length, but not before this, once the optimizer's second moments
             have settled; steps (int) or a fraction (float).
 
     Raises:
-        ValueError: If the kind is unknown, or the length or share is out of range.
+        ValueError: If the kind is unknown, or another value is out of range.
 
     Example:
         >>> Phase("dense", 0.15)
-        Phase(kind='dense', length=0.15, share=1.0, earliest=None)
+        Phase(kind='dense', length=0.15, share=1.0, earliest=None, kept=2)
     """
 
     kind: PhaseKind
     length: int | float | None = None
     share: float = 1.0
     earliest: int | float | None = None
+    kept: int = 2
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(PhaseKind):
@@ -43,6 +45,8 @@ class Phase:
             )
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share!r}: it must be more than 0 and at most 1.")
+        if self.kept not in (2, 3):
+            raise ValueError(f"kept is {self.kept!r}: masks keep 2 or 3 of every four entries.")
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,14 @@ class Timeline:
         starts: First step of each phase; the first is 0.
         shares: Of the layers, in each phase; empty if it is always all.
         earliest: First step at which each phase may end early, or None; empty if none may.
+        kept: Of every four entries, how many masks keep in each phase; empty if it is always 2.
     """
 
     kinds: tuple[PhaseKind, ...]
     starts: tuple[int, ...]
     shares: tuple[float, ...] = ()
     earliest: tuple[int | None, ...] = ()
+    kept: tuple[int, ...] = ()
 
     def at(self, step: int) -> tuple[PhaseKind, int]:
         """Return the kind and first step of the phase that the forward of ``step`` (0-based) belongs to."""
@@ -82,6 +88,10 @@ class Timeline:
     def share_at(self, step: int) -> float:
         """Return the share of layers whose masks are in force in the phase of ``step``."""
         return self.shares[bisect_right(self.starts, step) - 1] if self.shares else 1.0
+
+    def kept_at(self, step: int) -> int:
+        """Return how many of every four entries masks keep in the phase of ``step``."""
+        return self.kept[bisect_right(self.starts, step) - 1] if self.kept else 2
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,7 @@ class Schedule:
         starts: list[int] = []
         shares: list[float] = []
         earliest: list[int | None] = []
+        kept: list[int] = []
         step = 0
         for phase, length in zip(self.phases, lengths, strict=True):
             rest = length is None
@@ -151,11 +162,13 @@ class Schedule:
                 kinds.append(phase.kind)
                 starts.append(step)
                 shares.append(phase.share)
+                kept.append(phase.kept)
                 after = self._steps(phase.earliest, total_steps)
                 earliest.append(None if after is None else step + after)
             step += steps
         return Timeline(tuple(kinds), tuple(starts), tuple(shares) if set(shares) != {1.0} else (),
-                        tuple(earliest) if any(entry is not None for entry in earliest) else ())  # fmt: skip
+                        tuple(earliest) if any(entry is not None for entry in earliest) else (),
+                        tuple(kept) if set(kept) != {2} else ())  # fmt: skip
 
     @staticmethod
     def _steps(length: int | float | None, total_steps: int | None) -> int | None:
@@ -177,7 +190,7 @@ def from_scratch(warmup: int | float = 0.0, tail: int | float = 1 / 6) -> Schedu
 
     Example:
         >>> from_scratch(warmup=0.15).resolve(600)
-        Timeline(kinds=('dense', 'sparse', 'dense'), starts=(0, 90, 500), shares=(), earliest=())
+        Timeline(kinds=('dense', 'sparse', 'dense'), starts=(0, 90, 500), shares=(), earliest=(), kept=())
     """
     require_length("warmup", warmup)
     require_length("tail", tail)
@@ -196,34 +209,49 @@ def dense_prune_retrain(prune_at: int | float = 0.5) -> Schedule:
 
     Example:
         >>> dense_prune_retrain(0.5).resolve(600)
-        Timeline(kinds=('dense', 'frozen'), starts=(0, 300), shares=(), earliest=())
+        Timeline(kinds=('dense', 'frozen'), starts=(0, 300), shares=(), earliest=(), kept=())
     """
     require_length("prune_at", prune_at)
     phases = [Phase("dense", prune_at), Phase("frozen")]
     return Schedule(tuple(phase for phase in phases if phase.length != 0))
 
 
-def rounds(count: int = 3, start: int | float = 0.25, every: int | float = 0.2) -> Schedule:
-    """Train dense, then prune in rounds, each followed by retraining with frozen masks; in each, more of the layers.
+def rounds(
+    count: int | None = None, start: int | float = 0.25, every: int | float = 0.2,
+    by: Literal["layers", "density"] = "layers",
+) -> Schedule:  # fmt: skip
+    """Train dense, then prune in rounds, each followed by retraining with frozen masks; each round prunes more.
 
     Args:
-        count: Rounds; after round k, k / count of the layers are pruned, those that lose the least magnitude first.
+        count: Rounds. By layers: after round k, k / count of the layers are pruned, those that lose the least magnitude
+            first; None is 3. By density there are two: 3:4, then 2:4.
         start: When the first round prunes, in steps (int) or as a fraction (float).
         every: From one round to the next, likewise; the last round's masks stay to the end.
+        by: What grows: the share of ``"layers"`` that are pruned, or what all of them lose: ``"density"``.
 
     Raises:
         ValueError: If a length or the number of rounds is out of range.
 
     Example:
-        >>> rounds(2, start=0.5, every=0.25).resolve(100)
-        Timeline(kinds=('dense', 'frozen', 'frozen'), starts=(0, 50, 75), shares=(1.0, 0.5, 1.0), earliest=())
+        >>> rounds(2, start=0.5, every=0.25).resolve(100).shares
+        (1.0, 0.5, 1.0)
+        >>> rounds(start=0.5, every=0.25, by="density").resolve(100).kept
+        (2, 3, 2)
     """
     require_length("start", start)
     require_length("every", every)
+    if by not in ("layers", "density"):
+        raise ValueError(f"by is {by!r}: it must be 'layers' or 'density'.")
+    if by == "density" and count not in (None, 2):
+        raise ValueError(f"count is {count!r}: by density there are 2 rounds, 3:4 and 2:4, so leave count away.")
+    count = 3 if count is None else count
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"count is {count!r}: it must be an int of at least 1 (rounds).")
     phases = [Phase("dense", start)] if start else []
-    phases += [Phase("frozen", every, share=number / count) for number in range(1, count)]
+    if by == "density":
+        phases += [Phase("frozen", every, kept=3)]
+    else:
+        phases += [Phase("frozen", every, share=number / count) for number in range(1, count)]
     return Schedule((*phases, Phase("frozen")))
 
 

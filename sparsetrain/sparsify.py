@@ -82,7 +82,7 @@ def sparsify_(
     if phase != "dense":
         for name, layer in chosen.items():
             assert isinstance(layer.weight, Tensor)
-            codes[name] = search.search(criterion.scores(matrix_of(layer.weight.detach()), layer=name, clock=0))
+            codes[name] = search.search(criterion.scores(matrix_of(layer.weight.detach()), layer=name, clock=0), 2)
     done: list[MaskedLayer] = []
     try:
         for name, layer in chosen.items():

@@ -104,6 +104,8 @@ class SparseTraining:
         self.timeline = self.method.schedule.resolve(total_steps)
         self._watch_dense = watch_dense
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        if self.method.mixes_tiles and backend not in ("auto", "masked"):
+            raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
         report = select_layers(model, targets, exclude, self.method.pattern)
         check_setup(model, report, self.method, self.timeline, optimizers, lr_schedulers, total_steps, watch_dense)
         self._report = sparsify_(
@@ -119,10 +121,12 @@ class SparseTraining:
         criterion = copy.deepcopy(resolve_criterion(self.method.criterion))  # its statistics are this run's
         layers = dict(sparse_layers(model))
         own = {choice.name: layers[choice.name] for choice in self._report.sparse}
-        self.masks = MaskState(own, pattern, criterion, track_age, self.method.hysteresis)
+        budget = self.method.dense_budget if self.method.mixes_tiles else 0.0
+        self.masks = MaskState(own, pattern, criterion, track_age, self.method.hysteresis, budget)
         self._observer = Observer(criterion, self.masks.layers)
         self._observer.install()
         self._active: set[str] = set()
+        self._dense: set[str] | None = None  # layers that stay dense by the method's budget, once that is known
         self._adapters: Adapters | None = None
         self._moments = SecondMoments() if self.timeline.earliest else None
         self._decay = MaskedDecay(self.method.decay, self.method.decay_on, self._steps(self.method.decay_ramp))
@@ -255,6 +259,7 @@ class SparseTraining:
             "last_refresh": self._last_refresh,
             "lr_restart": self._lr_restart.state_dict() if self._lr_restart else None,
             "active": sorted(self._active),
+            "dense": None if self._dense is None else sorted(self._dense),
             "starts": list(self.timeline.starts),
             "adapters": None if self._adapters is None else self._adapters.state_dict(),
             "moments": None if self._moments is None else self._moments.state_dict(),
@@ -288,6 +293,7 @@ class SparseTraining:
         if self._adapters is not None:
             self._adapters.load_state_dict(state["adapters"])
         self._active = set(state["active"])
+        self._dense = None if state["dense"] is None else set(state["dense"])
         self._decay.load_state_dict(state["decay"])
         for name, layer in self.masks.layers.items():
             scale = state["soft_scales"].get(name)
@@ -384,27 +390,33 @@ class SparseTraining:
         self._repack_ms = 1e3 * (time.perf_counter() - start)
 
     def _enter(self, kind: PhaseKind, start: int) -> None:
-        kept = self._active if kind == "frozen" and self.phase != "dense" else set()
-        searched = set(self.masks.layers) - kept
-        self.phase = kind  # what a search counts flips as
+        kept = self.timeline.kept_at(self.clock)
+        goes_on = kind == "frozen" and self.phase != "dense" and kept == self.masks.kept
+        held = self._active if goes_on else set()  # their masks stay
+        searched = set(self.masks.layers) - held
+        self.phase, self.masks.kept = kind, kept  # what a search finds, and counts flips as
         if searched and (kind != "dense" or self._watch_dense):
-            self._refresh(searched if kept else None)
-        self._active = set() if kind == "dense" else self._choose_active(kept, self.timeline.share_at(self.clock))
+            self._refresh(searched if held else None)
+        self._active = set() if kind == "dense" else self._choose_active(held, self.timeline.share_at(self.clock))
         self._set_phase(kind, start)
         if kind == "frozen":
             self._apply_masks()
             if self.method.clear_moments:
-                for name in self._active - kept:
+                for name in self._active - held:
                     clear_pruned_moments_(self._optimizers, self._weights[name], self.masks.layers[name].mask_codes)
 
-    def _choose_active(self, kept: set[str], share: float) -> set[str]:
+    def _choose_active(self, held: set[str], share: float) -> set[str]:
         """Return the layers whose masks are in force: those that are, then those that lose the least magnitude."""
-        count = max(len(kept), round(share * len(self.masks.layers)), 1)
-        if count == len(self.masks.layers):
-            return set(self.masks.layers)
+        if self._dense is None:
+            by_layers = self.method.dense_budget if self.method.dense_unit == "layers" else 0.0
+            self._dense = set(self.masks.costliest_layers(self.clock, by_layers)) if by_layers else set()
+        maskable = len(self.masks.layers) - len(self._dense)
+        count = max(len(held), round(share * maskable), 1)
+        if count == maskable:
+            return set(self.masks.layers) - self._dense
         fractions = self.masks.kept_fractions()
-        order = sorted(fractions, key=lambda name: (name not in kept, -fractions[name]))
-        return set(order[:count])
+        names = [name for name in fractions if name not in self._dense]
+        return set(sorted(names, key=lambda name: (name not in held, -fractions[name]))[:count])
 
     def _restore(self, zeros: bool) -> None:
         self._hooks.remove()
@@ -422,10 +434,11 @@ class SparseTraining:
         rule = resolve_gradient_rule(self.method.frozen_gradient if kind == "frozen" else self.method.gradient)
         for name, layer in self.masks.layers.items():
             layer.phase, layer.gradient = kind if name in self._active else "dense", rule
+            layer.is_two_of_four = self.masks.kept == 2 and not self.masks.tile_budget
             layer.operands.managed = True
-            if layer.phase == "dense":
+            if layer.phase == "dense" or not layer.is_two_of_four:
                 layer.operands.release()
-            elif self.method.forward == "soft" and layer.soft_scale is None:
+            if layer.phase != "dense" and self.method.forward == "soft" and layer.soft_scale is None:
                 with torch.no_grad():
                     transposable = layer.execution.transposable
                     layer.soft_scale = soft_scale(layer.matrix, layer.mask_codes, transposable)

@@ -20,8 +20,8 @@ STATE_VERSION = 2
 
 STATE_KEYS = frozenset(
     {"version", "clock", "method", "stepped", "last_refresh", "lr_restart", "active", "starts", "moments", "adapters",
-     "decay", "soft_scales", "pattern", "exists", "codes", "shapes", "backward_codes", "flips", "virtual_flips",
-     "sums_at_refresh", "ages", "criterion"}
+     "decay", "soft_scales", "pattern", "exists", "kept", "dense", "codes", "shapes", "backward_codes", "flips",
+     "virtual_flips", "sums_at_refresh", "ages", "criterion"}
 )  # fmt: skip
 
 

@@ -1,4 +1,8 @@
-"""Which tiles stay dense when scores are compared over all layers."""
+"""Which layers or tiles stay dense when scores are compared over the whole model: where masks would cost most.
+
+The loss of a tile is the sum of the scores that its mask prunes, over the layer's mean absolute score, so that layers
+of different scale compare. Not a number counts as no loss.
+"""
 
 from collections.abc import Mapping
 
@@ -14,9 +18,8 @@ from ..tiles import require_tiles
 def keep_dense_tiles(scores: Mapping[str, Tensor], budget: float, pattern: str = "transposable") -> dict[str, Tensor]:
     """Choose the tiles, over all layers, that masking would cost most, to keep them dense.
 
-    A tile's loss is the sum of the scores that its mask prunes, divided by the layer's mean absolute score, so that
-    layers of different scale compare. The ``round(budget · tiles)`` tiles of the largest loss are chosen; of equal
-    losses, the earlier layer's and then the earlier tile's, row by row. Not a number counts as no loss.
+    The ``round(budget · tiles)`` tiles of the largest loss are chosen; of equal losses, the earlier layer's and then
+    the earlier tile's, row by row.
 
     Args:
         scores: Layer name to scores ``[O, I]``, floating point; O and I multiples of 4.
@@ -36,14 +39,50 @@ def keep_dense_tiles(scores: Mapping[str, Tensor], budget: float, pattern: str =
 
     Source: a dense or a 2:4 choice per tile is that of PATCH, arXiv 2509.23410, which learns it instead.
     """
-    if not 0 <= budget <= 1:
-        raise ValueError(f"budget is {budget!r}: it must be a fraction of the tiles, 0 to 1.")
-    search = resolve_pattern(pattern).search
-    for name, matrix in scores.items():
-        require_tiles(f"scores of layer {name!r}", matrix.shape)
+    return dense_tiles(scores, _search(scores, budget, pattern), budget)
+
+
+@torch.no_grad()
+def keep_dense_layers(scores: Mapping[str, Tensor], budget: float, pattern: str = "transposable") -> list[str]:
+    """Choose the layers that masking would cost most, to keep them dense.
+
+    Layers are taken by their mean loss of a tile, largest first, each if it still fits into the budget; of equal
+    losses, the earlier one first.
+
+    Args:
+        scores: Layer name to scores ``[O, I]``, floating point; O and I multiples of 4.
+        budget: The fraction of all weights that may stay dense, 0 to 1.
+        pattern: What the mask of the other layers looks like: a pattern's name.
+
+    Returns:
+        Their names, in the order of ``scores``.
+
+    Raises:
+        ValueError: If the budget or the pattern is not allowed, or a size is not a multiple of 4.
+
+    Example:
+        >>> keep_dense_layers({"first": torch.eye(4), "second": torch.ones(4, 4)}, budget=0.5)
+        ['second']
+    """
+    return dense_layers(scores, _search(scores, budget, pattern), budget)
+
+
+def dense_tiles(scores: Mapping[str, Tensor], codes: Mapping[str, Tensor], budget: float) -> dict[str, Tensor]:
+    """Choose as :func:`keep_dense_tiles` does, for masks that are given.
+
+    Args:
+        scores: Layer name to scores ``[O, I]``.
+        codes: Layer name to int16 tile codes ``[O/4, I/4]``.
+        budget: The fraction of all tiles that stays dense.
+
+    Example:
+        >>> codes = {"fc": torch.tensor([[-1, 0x3C3C]], dtype=torch.int16)}  # the first prunes nothing
+        >>> dense_tiles({"fc": torch.ones(4, 8)}, codes, budget=0.5)
+        {'fc': tensor([[False,  True]])}
+    """
     if not scores:
         return {}
-    losses = {name: _relative_losses(matrix, unpack_codes(search(matrix))) for name, matrix in scores.items()}
+    losses = _losses(scores, codes)
     device = next(iter(losses.values())).device
     flat = torch.cat([loss.flatten().to(device) for loss in losses.values()])
     order = flat.argsort(descending=True, stable=True)
@@ -55,9 +94,45 @@ def keep_dense_tiles(scores: Mapping[str, Tensor], budget: float, pattern: str =
     }
 
 
-def _relative_losses(scores: Tensor, mask: Tensor) -> Tensor:
+def dense_layers(scores: Mapping[str, Tensor], codes: Mapping[str, Tensor], budget: float) -> list[str]:
+    """Choose as :func:`keep_dense_layers` does, for masks that are given.
+
+    Args:
+        scores: Layer name to scores ``[O, I]``.
+        codes: Layer name to int16 tile codes ``[O/4, I/4]``.
+        budget: The fraction of all weights that may stay dense.
+
+    Example:
+        >>> codes = {"a": torch.tensor([[-1]]), "b": torch.tensor([[0x3C3C]])}  # the first prunes nothing
+        >>> codes = {name: code.to(torch.int16) for name, code in codes.items()}
+        >>> dense_layers({"a": torch.ones(4, 4), "b": torch.ones(4, 4)}, codes, budget=0.5)
+        ['b']
+    """
+    means = {name: float(loss.mean()) for name, loss in _losses(scores, codes).items()}
+    left = budget * sum(matrix.numel() for matrix in scores.values())
+    chosen = set()
+    for name in sorted(means, key=lambda name: -means[name]):
+        if scores[name].numel() <= left:
+            chosen.add(name)
+            left -= scores[name].numel()
+    return [name for name in scores if name in chosen]
+
+
+def _search(scores: Mapping[str, Tensor], budget: float, pattern: str) -> dict[str, Tensor]:
+    if not 0 <= budget <= 1:
+        raise ValueError(f"budget is {budget!r}: it must be a fraction of the tiles or weights, 0 to 1.")
+    search = resolve_pattern(pattern).search
+    for name, matrix in scores.items():
+        require_tiles(f"scores of layer {name!r}", matrix.shape)
+    return {name: search(matrix, 2) for name, matrix in scores.items()}
+
+
+def _losses(scores: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what masking takes from every tile, float64 ``[O/4, I/4]``."""
-    rows, columns = scores.shape
-    exact = scores.double()
-    pruned = exact.masked_fill(mask, 0).view(rows // 4, 4, columns // 4, 4).sum((1, 3))
-    return (pruned / exact.abs().mean()).nan_to_num(nan=0.0)
+    found = {}
+    for name, matrix in scores.items():
+        exact = matrix.double()
+        rows, columns = codes[name].shape
+        pruned = exact.masked_fill(unpack_codes(codes[name]), 0).view(rows, 4, columns, 4).sum((1, 3))
+        found[name] = (pruned / exact.abs().mean()).nan_to_num(nan=0.0)
+    return found

@@ -30,6 +30,10 @@ class Method:
         hysteresis: Bonus of entries that are kept now, as a fraction of the layer's mean score: masks flip less.
         forward: ``"hard"``: products see ``W⊙M``; ``"soft"``: kept entries shrink by what is pruned beside them, times
             a factor that is fixed at the first sparse step.
+        dense_budget: What may stay dense of the layers that are selected, as a fraction: where masking costs most by
+            the criterion's scores, compared over all layers.
+        dense_unit: ``"layers"``: whole layers, a fraction of the weights, chosen when masks first come into force;
+            ``"tiles"``: 4×4 tiles, chosen at every search; layers with both kinds of tiles have dense products.
         frozen_in_place: Write zeros into what frozen masks prune; False keeps the dense master.
         gradient: Rule of the weight gradient in sparse phases.
         frozen_gradient: Rule of the weight gradient in frozen phases.
@@ -60,6 +64,8 @@ class Method:
     decay_ramp: int | float = 0
     hysteresis: float = 0.0
     forward: Literal["hard", "soft"] = "hard"
+    dense_budget: float = 0.0
+    dense_unit: Literal["layers", "tiles"] = "layers"
     frozen_in_place: bool = True
     gradient: str | GradientRule = "ste"
     frozen_gradient: str | GradientRule = "masked"
@@ -84,6 +90,10 @@ class Method:
         require_length("decay_ramp", self.decay_ramp)
         if not 0 <= self.hysteresis < float("inf"):
             raise ValueError(f"hysteresis is {self.hysteresis!r}: it must be a finite number of at least 0.")
+        if not 0 <= self.dense_budget < 1:
+            raise ValueError(f"dense_budget is {self.dense_budget!r}: it must be at least 0 and below 1.")
+        if self.dense_unit not in ("layers", "tiles"):
+            raise ValueError(f"dense_unit is {self.dense_unit!r}: it must be 'layers' or 'tiles'.")
         if self.forward not in ("hard", "soft"):
             raise ValueError(f"forward is {self.forward!r}: it must be 'hard' or 'soft'.")
         if self.decay_on not in get_args(DecayTarget):
@@ -97,6 +107,18 @@ class Method:
             )
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule is {self.schedule!r}: it must be a Schedule.")
+        if resolve_pattern(self.pattern).search_backward is not None and (
+            self.mixes_tiles or any(phase.kept != 2 for phase in self.schedule.phases)
+        ):
+            raise ValueError(
+                f"pattern is {self.pattern!r} but masks are to keep more than 2:4: its second mask is for 2:4 alone, "
+                "so use 'row_wise' or 'transposable'."
+            )
+
+    @property
+    def mixes_tiles(self) -> bool:
+        """Whether some tiles of a masked layer may stay dense."""
+        return self.dense_budget > 0 and self.dense_unit == "tiles"
 
     def describe(self) -> dict[str, Any]:
         """Return the method as plain numbers, strings, lists and dicts, for logs and checkpoints."""

@@ -126,19 +126,22 @@ def dense_to_sparse_finetune(
 
 
 def iterative(
-    count: int = 3,
+    count: int | None = None,
     start: int | float = 0.25,
     every: int | float = 0.2,
+    by: Literal["layers", "density"] = "layers",
     pattern: str = "transposable",
     criterion: str | Criterion = "magnitude",
     clear_moments: bool = True,
 ) -> Method:
-    """Dense training, then rounds that each prune more of the layers and retrain with masks frozen.
+    """Dense training, then rounds that each prune more and retrain with masks frozen.
 
     Args:
-        count: Rounds; after round k, k / count of the layers are pruned, those that lose the least magnitude first.
+        count: Rounds. By layers: after round k, k / count of the layers are pruned, those that lose the least magnitude
+            first; None is 3. By density there are two: 3:4, then 2:4.
         start: When the first round prunes, in steps (int) or as a fraction (float).
         every: From one round to the next, likewise.
+        by: What grows: the share of ``"layers"`` that are pruned, or what all of them lose: ``"density"``.
         pattern: ``"transposable"`` or ``"row_wise"``.
         criterion: What ranks the entries.
         clear_moments: Clear the optimizer's moments of pruned entries.
@@ -148,13 +151,13 @@ def iterative(
         (0, 250, 450, 650)
 
     Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015, arXiv 1506.02626,
-    with the layers as the unit, because a 2:4 layer has one density.
+    with layers, or the two densities of four, as the rounds.
     """
     return Method(
         name="iterative",
         pattern=pattern,
         criterion=criterion,
-        schedule=rounds(count, start, every),
+        schedule=rounds(count, start, every, by),
         clear_moments=clear_moments,
     )
 
@@ -339,15 +342,17 @@ PRESETS: dict[str, Callable[..., Method]] = {
 def resolve_method(method: str | Method | Mapping[str, Any]) -> Method:
     """Return a method from a preset's name, from a mapping, or the method itself.
 
-    A mapping with the key ``preset`` holds that preset's arguments; another one holds the fields of :class:`Method`.
+    A mapping with the key ``preset`` holds that preset's arguments, and any other fields of :class:`Method` to change;
+    one without the key holds the fields of :class:`Method`.
 
     Raises:
         ValueError: If the preset, or a key of the mapping, is unknown.
         TypeError: If it is none of these.
 
     Example:
-        >>> resolve_method({"preset": "fst", "warmup": 0.15}).name
-        'fst'
+        >>> method = resolve_method({"preset": "fst", "warmup": 0.15, "dense_budget": 0.1})
+        >>> method.schedule.phases[0].length, method.dense_budget
+        (0.15, 0.1)
     """
     if isinstance(method, Method):
         return method
@@ -356,13 +361,17 @@ def resolve_method(method: str | Method | Mapping[str, Any]) -> Method:
     if not isinstance(method, Mapping):
         raise TypeError(f"method is {method!r}: it must be a preset's name ({_names()}), a Method, or a mapping.")
     arguments = dict(method)
+    field_names = [field.name for field in fields(Method)]
     if "preset" not in arguments:
-        return Method(**_checked(arguments, "Method", [field.name for field in fields(Method)]))
+        return Method(**_checked(arguments, "Method", field_names))
     name = arguments.pop("preset")
     if name not in PRESETS:
         raise ValueError(f"method is {name!r}: it must be one of the presets {_names()}, or a Method.")
     preset = PRESETS[name]
-    return preset(**_checked(arguments, name, list(inspect.signature(preset).parameters)))
+    own = list(inspect.signature(preset).parameters)
+    arguments = _checked(arguments, name, [*own, *(field for field in field_names if field not in own)])
+    changes = {key: arguments.pop(key) for key in list(arguments) if key not in own}
+    return replace(preset(**arguments), **changes)
 
 
 def _names() -> str:

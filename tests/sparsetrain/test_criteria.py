@@ -1,5 +1,4 @@
 import copy
-import itertools
 import os
 import pickle
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support import PATTERNS, brute_force_mask, mlp
+from support import brute_force_mask, mlp
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +25,6 @@ from sparsetrain.criteria import (
     Movement,
     Wanda,
     WeightGradient,
-    keep_dense_tiles,
     resolve_criterion,
 )
 from sparsetrain.criteria.observer import Observer
@@ -402,52 +400,6 @@ def test_configurations_compare_and_copies_have_statistics_of_their_own() -> Non
     assert repr(twin) == "WeightGradient(beta=0.5)"
     assert criterion.state_dict()["running"] == {}
     assert st.Method(criterion=twin).describe()["criterion"] == "WeightGradient(beta=0.5)"
-
-
-def brute_force_dense(scores: dict[str, Tensor], budget: float, rows_alone: bool) -> dict[str, np.ndarray]:
-    ranked, dense = [], {}
-    for index, (name, matrix) in enumerate(scores.items()):
-        values = matrix.double().numpy()
-        dense[name] = np.zeros((values.shape[0] // 4, values.shape[1] // 4), bool)
-        for i, j in itertools.product(*map(range, dense[name].shape)):
-            tile = values[4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
-            kept = np.sort(tile, 1)[:, 2:].sum() if rows_alone else (PATTERNS * tile).sum((1, 2)).max()
-            mean = np.abs(values).mean()
-            loss = (tile.sum() - kept) / mean if mean else 0.0
-            ranked.append((-np.round(loss, 9), index, i, j, name))
-    for _, _, i, j, name in sorted(ranked)[: round(budget * len(ranked))]:
-        dense[name][i, j] = True
-    return dense
-
-
-@pytest.mark.parametrize("budget", [0, 0.1, 0.37, 0.5, 1])
-@pytest.mark.parametrize("pattern", ["transposable", "row_wise"])
-def test_dense_tiles_equal_brute_force(pattern: str, budget: float) -> None:
-    scores = {
-        "first": torch.randn(8, 16).abs(),
-        "loud": 1000 * torch.rand(16, 8),
-        "signed": torch.randn(12, 12),
-        "zero": torch.zeros(8, 8),
-        "equal": torch.ones(8, 12),  # ties
-        "half": torch.rand(4, 8).bfloat16(),
-    }
-    found = keep_dense_tiles(scores, budget, pattern)
-    expected = brute_force_dense(scores, budget, pattern == "row_wise")
-    assert list(found) == list(scores)
-    for name in scores:
-        assert np.array_equal(found[name].numpy(), expected[name]), name
-    assert sum(int(tiles.sum()) for tiles in found.values()) == round(budget * 37)
-
-
-def test_dense_tiles_refuse_what_does_not_fit() -> None:
-    for budget in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"budget is .* 0 to 1"):
-            keep_dense_tiles({"fc": torch.ones(4, 4)}, budget)
-    with pytest.raises(ValueError, match="scores of layer 'fc' has shape"):
-        keep_dense_tiles({"fc": torch.ones(4, 6)}, 0.5)
-    with pytest.raises(ValueError, match="pattern is 'diagonal'"):
-        keep_dense_tiles({"fc": torch.ones(4, 4)}, 0.5, "diagonal")
-    assert keep_dense_tiles({}, 0.5) == {}
 
 
 def _worker(rank: int, folder: str) -> None:

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -11,6 +13,34 @@ def test_masks_of_batches_are_masks_of_their_matrices() -> None:
     assert mask.dtype == torch.bool
     assert torch.equal(mask[1, 2], st.transposable_mask(scores[1, 2]))
     assert st.is_transposable(mask)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_and_three_of_four_are_the_optimum_of_all_their_patterns(n: int, dtype: torch.dtype) -> None:
+    rows = [row for row in itertools.product([0, 1], repeat=4) if sum(row) == n]
+    patterns = [
+        p for p in itertools.product(rows, repeat=4) if all(sum(column) == n for column in zip(*p, strict=True))
+    ]
+    assert len(patterns) == 24
+    scores = torch.randn(3, 8, 12).to(dtype)
+    mask = st.transposable_mask(scores, n)
+    assert st.is_transposable(mask, n)
+    assert not st.is_transposable(mask)
+    assert torch.equal(st.decode_tiles(st.transposable_codes(scores, n)), mask)
+    tiles = scores.double().unflatten(2, (3, 4)).unflatten(1, (2, 4)).transpose(2, 3)  # [3, 2, 3, 4, 4]
+    sums = torch.einsum("abcrk,prk->abcp", tiles, torch.tensor(patterns, dtype=torch.float64))
+    kept = (scores.double() * mask).unflatten(2, (3, 4)).unflatten(1, (2, 4)).sum((2, 4))
+    torch.testing.assert_close(kept, sums.amax(-1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_one_and_three_of_four_are_valid_whatever_the_scores(n: int) -> None:
+    scores = torch.randn(8, 8)
+    scores[0], scores[1], scores[2, ::2] = float("nan"), float("inf"), float("-inf")
+    assert st.is_transposable(st.transposable_mask(scores, n), n)
+    constant = st.transposable_mask(torch.zeros(4, 4), n)  # a tie: the first permutation is kept, or pruned
+    assert torch.equal(constant, torch.eye(4, dtype=torch.bool) ^ (n == 3))
 
 
 def test_scores_are_not_weights() -> None:
@@ -55,6 +85,7 @@ def test_tile_codes_round_trip_and_count_flips() -> None:
         (lambda: st.transposable_mask(torch.randn(6, 8)), ValueError, ["(6, 8)", "multiples of 4"]),
         (lambda: st.transposable_mask(torch.randn(8)), ValueError, ["(8,)", "multiples of 4"]),
         (lambda: st.transposable_mask(torch.ones(8, 8, dtype=torch.int32)), TypeError, ["int32", "floating"]),
+        (lambda: st.transposable_mask(torch.randn(8, 8), 4), ValueError, ["n is 4", "1, 2 or 3"]),
         (lambda: st.nm_mask(torch.randn(8, 6)), ValueError, ["(8, 6)", "m = 4"]),
         (lambda: st.nm_mask(torch.randn(8, 8), 5, 4), ValueError, ["5:4", "between 0 and m"]),
         (lambda: st.nm_mask(torch.randn(8, 8), dim=2), ValueError, ["dim is 2", "(8, 8)"]),

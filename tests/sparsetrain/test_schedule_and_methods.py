@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from support import mlp
 
 from sparsetrain import Magnitude, Method, Phase, Schedule, SparseTraining, dense_prune_retrain, from_scratch
-from sparsetrain.methods import PRESETS, asp_one_shot, fst, resolve_method
+from sparsetrain.methods import PRESETS, asp_one_shot, fst, iterative, resolve_method, slope
 
 
 def kinds(schedule: Schedule, total: int | None) -> str:
@@ -40,6 +42,10 @@ def test_steps_need_no_total_and_the_last_phase_goes_on() -> None:
         (lambda: from_scratch(tail=1.5), ["tail is 1.5", "from 0 to 1"]),
         (lambda: dense_prune_retrain(True), ["prune_at is True"]),
         (lambda: Phase("spars", 3), ["'spars'", "frozen"]),
+        (lambda: Phase("frozen", 3, kept=1), ["kept is 1", "2 or 3"]),
+        (lambda: iterative(3, by="density"), ["count is 3", "3:4 and 2:4"]),
+        (lambda: iterative(by="rows"), ["by is 'rows'", "'layers' or 'density'"]),
+        (lambda: replace(slope(), schedule=iterative(by="density").schedule), ["'double_pruned'", "'row_wise'"]),
         (lambda: Schedule(()), ["no phases"]),
         (lambda: Schedule((Phase("dense"), Phase("sparse"))), ["more than one phase without a length"]),
         (lambda: from_scratch(0.1).resolve(None), ["total_steps is None", "fractions"]),
@@ -73,6 +79,10 @@ def test_a_method_is_a_name_a_mapping_or_itself() -> None:
     }  # fmt: skip
     assert resolve_method(plain) == method
     assert resolve_method("asp_one_shot") == asp_one_shot()
+    changed = replace(asp_one_shot(prune_at=4), frozen_in_place=False, name="mine")
+    assert (
+        resolve_method({"preset": "asp_one_shot", "prune_at": 4, "frozen_in_place": False, "name": "mine"}) == changed
+    )
     with pytest.raises(TypeError, match="method is 3"):
         resolve_method(3)  # type: ignore[arg-type]
 
@@ -81,8 +91,8 @@ def test_descriptions_are_plain_and_tell_methods_apart() -> None:
     assert fst().describe() == Method(**{**fst().__dict__, "criterion": Magnitude()}).describe()
     assert fst().describe() != fst(decay=1e-4).describe()
     assert asp_one_shot().describe()["schedule"] == [
-        {"kind": "dense", "length": 0.5, "share": 1.0, "earliest": None},
-        {"kind": "frozen", "length": None, "share": 1.0, "earliest": None},
+        {"kind": "dense", "length": 0.5, "share": 1.0, "earliest": None, "kept": 2},
+        {"kind": "frozen", "length": None, "share": 1.0, "earliest": None, "kept": 2},
     ]
 
 
