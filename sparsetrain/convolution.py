@@ -114,10 +114,12 @@ class SparseConvolution(MaskedLayer):
             return cast(Tensor, self._conv_forward(input, weight, self.bias))  # type: ignore[operator]
         backward_weight = self._masked(master.detach(), self.backward_codes)
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        padded = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+        one = input.dim() == len(self.stride) + 1  # image without a batch
+        padded = F.pad(input[None] if one else input, self._reversed_padding_repeated_twice, mode=mode)
         tensors = [as_autocast(tensor) for tensor in (padded, weight, backward_weight)]
         bias = None if self.bias is None else as_autocast(self.bias)
-        return cast(Tensor, TwoWeightConvolution.apply(*tensors, bias, self.stride, self.dilation))  # type: ignore[no-untyped-call]
+        output = cast(Tensor, TwoWeightConvolution.apply(*tensors, bias, self.stride, self.dilation))  # type: ignore[no-untyped-call]
+        return output[0] if one else output
 
     def _masked(self, master: Tensor, codes: Tensor) -> Tensor:
         weight = cast(Tensor, MaskWeight.apply(master, codes, self.gradient))  # type: ignore[no-untyped-call]

@@ -178,12 +178,13 @@ class Schedule:
         return length
 
 
-def from_scratch(warmup: int | float = 0.0, tail: int | float = 1 / 6) -> Schedule:
+def from_scratch(warmup: int | float = 0.0, tail: int | float = 1 / 6, freeze: int | float = 0) -> Schedule:
     """Train sparse between a dense head and a dense tail.
 
     Args:
         warmup: Length of the dense head, in steps (int) or as a fraction (float).
         tail: Length of the dense tail, likewise.
+        freeze: For how long masks are frozen before the tail, likewise.
 
     Raises:
         ValueError: If a length is out of range.
@@ -194,7 +195,8 @@ def from_scratch(warmup: int | float = 0.0, tail: int | float = 1 / 6) -> Schedu
     """
     require_length("warmup", warmup)
     require_length("tail", tail)
-    phases = [Phase("dense", warmup), Phase("sparse"), Phase("dense", tail)]
+    require_length("freeze", freeze)
+    phases = [Phase("dense", warmup), Phase("sparse"), Phase("frozen", freeze), Phase("dense", tail)]
     return Schedule(tuple(phase for phase in phases if phase.length != 0))
 
 

@@ -165,6 +165,7 @@ def iterative(
 def recommended(
     warmup: int | float = 0.15,
     decay: float | Literal["auto"] = 2e-3,
+    freeze: int | float = 0.0,
     dense_tail: int | float = 0.0,
     refresh_every: int = 40,
     criterion: str | Criterion = "magnitude",
@@ -174,6 +175,7 @@ def recommended(
     Args:
         warmup: Length of the dense head, in steps (int) or as a fraction (float).
         decay: λ of the masked decay on gradients; about the peak learning rate.
+        freeze: For how long masks are frozen before the tail or the end, likewise.
         dense_tail: Length of a dense tail, likewise, if the model may end dense.
         refresh_every: Optimizer steps between two mask searches.
         criterion: What ranks the entries.
@@ -185,7 +187,7 @@ def recommended(
     Source: :func:`fst`, with the numbers that did best in ``docs/results/methods.md``, on a small model.
     """
     method = fst(refresh_every, decay, warmup, dense_tail, criterion=criterion)
-    return replace(method, name="recommended")
+    return replace(method, name="recommended", schedule=from_scratch(warmup, dense_tail, freeze))
 
 
 def slope(

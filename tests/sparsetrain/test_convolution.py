@@ -181,9 +181,10 @@ def test_it_compiles_without_a_break(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if "pointwise" not in name or "padded" in name])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_double_pruned_input_gradient(name: str, autocast: bool) -> None:
+@pytest.mark.parametrize(("autocast", "batched"), [(False, True), (True, True), (False, False)])
+def test_a_double_pruned_input_gradient(name: str, autocast: bool, batched: bool) -> None:
     layer, x = masked(name, "double_pruned", torch.float32)
+    x = x if batched else x[0]
     twin, backward_twin = dense_twin(layer), dense_twin(layer)
     torch.manual_seed(1)
     layer.backward_codes = torch.randint(-(2**15), 2**15, layer.mask_codes.shape, dtype=torch.int16)
@@ -371,3 +372,49 @@ def test_only_pointwise_convolutions_count_as_sparse_work() -> None:
     training = st.SparseTraining(model, optimizer, "sr_ste", 4, "all-conv", verbose=False)
     assert training.method.pattern == "row_wise"  # one sparse product of three
     assert training.sparse_flops_share == pytest.approx(64 / (3 * (9 * 64 + 64 + 64)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_gpu_finds_the_same_masks_and_gradients(name: str, layout: torch.memory_format) -> None:
+    layer, x = masked(name, dtype=torch.float32)
+    on_gpu = copy.deepcopy(layer).cuda()
+    inputs = x.clone().requires_grad_(), x.cuda().requires_grad_()
+    if x.dim() == 4:
+        on_gpu = on_gpu.to(memory_format=layout)
+        inputs = inputs[0], x.cuda().contiguous(memory_format=layout).requires_grad_()
+    on_gpu.set_codes_(st.transposable_codes(on_gpu.matrix.detach().abs()))
+    assert torch.equal(on_gpu.mask_codes.cpu(), layer.mask_codes)
+    outputs = layer(inputs[0]), on_gpu(inputs[1])
+    direction = torch.randn_like(outputs[0])
+    outputs[0].backward(direction)
+    outputs[1].backward(direction.cuda())
+    for mine, theirs in (
+        (outputs[0], outputs[1]),
+        (inputs[0].grad, inputs[1].grad),
+        (layer.weight.grad, on_gpu.weight.grad),
+    ):
+        torch.testing.assert_close(mine, theirs.cpu(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_pointwise_convolutions_train_on_a_gpu_by_measured_dispatch() -> None:
+    losses = {}
+    for backend in ("auto", "masked"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(256, 512, 1), nn.GELU(), nn.Conv2d(512, 256, 1)).cuda()
+        model = model.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        method = {"preset": "fst", "refresh_every": 5, "dense_tail": 0}
+        training = st.SparseTraining(model, optimizer, method, 20, "all-conv", backend=backend, verbose=False)
+        for step in range(20):
+            x = torch.randn(8, 256, 16, 16, generator=torch.Generator().manual_seed(step)).cuda()
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = (model(x.contiguous(memory_format=torch.channels_last)) - x).float().square().mean()
+            loss.backward()
+            optimizer.step()
+        assert training.metrics()["violations"] == 0
+        losses[backend] = loss.item()
+    assert losses["auto"] == pytest.approx(losses["masked"], rel=2e-2)

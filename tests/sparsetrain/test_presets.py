@@ -56,6 +56,7 @@ SETTINGS = {
         {"refresh_every": 3, "dense_tail": 0, "decay": 0.01, "dense_budget": 0.25, "dense_unit": "tiles"}, zeros=0.375
     ),
     "recommended": Setting({"warmup": 3, "refresh_every": 2, "decay": 0.01}),
+    "recommended, frozen": Setting({"warmup": 2, "refresh_every": 2, "decay": 0.01, "freeze": 6}),
     "s_ste": Setting(),
     "s_ste, transposable": Setting({"pattern": "transposable", "warmup": 2}),
     "slope": Setting({"refresh_every": 3, "adapter_start": 8, "adapter_rank": 2}, ends="dense"),

@@ -5,7 +5,7 @@ import torch
 from support import mlp
 
 from sparsetrain import Magnitude, Method, Phase, Schedule, SparseTraining, dense_prune_retrain, from_scratch
-from sparsetrain.methods import PRESETS, asp_one_shot, fst, iterative, resolve_method, slope
+from sparsetrain.methods import PRESETS, asp_one_shot, fst, iterative, recommended, resolve_method, slope
 
 
 def kinds(schedule: Schedule, total: int | None) -> str:
@@ -20,6 +20,8 @@ def kinds(schedule: Schedule, total: int | None) -> str:
         (from_scratch(0.25, 0.25), "dddssssssddd"),
         (from_scratch(2, 1), "ddsssssssssd"),
         (from_scratch(0, 0), "ssssssssssss"),
+        (from_scratch(1, 2, 0.25), "dssssssfffdd"),
+        (recommended(0.25, freeze=4).schedule, "dddsssssffff"),
         (dense_prune_retrain(0.5), "ddddddffffff"),
         (dense_prune_retrain(0), "ffffffffffff"),
         (dense_prune_retrain(1.0), "dddddddddddd"),
