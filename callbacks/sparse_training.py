@@ -11,6 +11,8 @@ from sparsetrain.checkpoint import CHECKPOINT_KEY, detach_pruned, require_same_w
 from sparsetrain.methods import Method, resolve_method
 from sparsetrain.training import SparseTraining
 
+from .distilled_step import DistilledStep
+
 SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 PRUNED_WEIGHTS = "pruned_weights"
 
@@ -38,6 +40,10 @@ class SparseTrainingCallback(Callback):
         track_age: Keep and log the age of mask entries (one byte a weight).
         per_layer_metrics: Log the metrics of every layer under ``sparsity/layer/<name>/``.
         print_table: Print the table of all linear and convolutional layers, with the reasons of those that stay dense.
+        logits_from: With a method that distils, name of the submodule that gives the logits; "" is the module itself,
+            whose ``forward`` the training step must call then. Every loss the training step returns goes through
+            ``training.distilled``; with manual optimization, call ``callback.training.distilled(loss)`` yourself.
+        teacher: Who teaches, if it is not the model's own dense weights.
 
     Raises:
         ValueError: If the method is unknown or has a bad value.
@@ -62,6 +68,7 @@ class SparseTrainingCallback(Callback):
     ``sparsity/refresh_ms``                milliseconds of the last mask search
     ``sparsity/repack_ms``                 milliseconds of packing weights after the last step
     ``sparsity/operand_bytes``             bytes of packed weights on the device
+    ``sparsity/distillation``              T²·KL from the teacher on the last batch, in nats, of a method that distils
     ``sparsity/clock``                     successful optimizer steps
     =====================================  =========================================================================
 
@@ -84,6 +91,8 @@ class SparseTrainingCallback(Callback):
         track_age: bool = False,
         per_layer_metrics: bool = False,
         print_table: bool = False,
+        logits_from: str = "",
+        teacher: nn.Module | None = None,
     ) -> None:
         self.method = resolve_method(method)
         self.targets = targets
@@ -96,11 +105,14 @@ class SparseTrainingCallback(Callback):
         self.track_age = track_age
         self.per_layer_metrics = per_layer_metrics
         self.print_table = print_table
+        self.logits_from = logits_from
+        self.teacher = teacher
         self.training: SparseTraining | None = None
         self._loaded: dict[str, Any] | None = None
         self._final: dict[str, Any] | None = None
         self._logged_clock = -1
         self._guard: Any = None
+        self._step: DistilledStep | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything is built."""
@@ -122,6 +134,7 @@ class SparseTrainingCallback(Callback):
         self.training = self._loaded = self._final = None
         self._logged_clock = -1
         self._release_guard()
+        self._release_step()
         # a checkpoint of another model must be refused before any of its weights is copied
         register: Any = pl_module.register_load_state_dict_pre_hook
         self._guard = register(_refuse_foreign_weights)
@@ -141,12 +154,16 @@ class SparseTrainingCallback(Callback):
             deterministic=self.deterministic,
             keep_transposed=self.keep_transposed,
             lr_schedulers=schedulers,
+            teacher=self.teacher,
+            logits_from=self.logits_from,
             watch_dense=self.watch_dense,
             track_age=self.track_age,
             state=self._loaded,
             verbose=False,
         )
         self._restore_pruned()
+        if self.method.distillation and pl_module.automatic_optimization:
+            self._step = DistilledStep(pl_module, self.training.distilled)
         rank_zero_info(self.training.report.summary())
         if self.print_table and trainer.is_global_zero:
             self.training.report.print_table()
@@ -172,6 +189,7 @@ class SparseTrainingCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give plain layers back; keep what a checkpoint saved from now on needs for resuming."""
+        self._release_step()
         if self.training is not None:
             weights = dict(pl_module.state_dict())
             self._final = self._state(weights)
@@ -180,6 +198,11 @@ class SparseTrainingCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no guard behind; the layers stay as they are until the next fit, so that a checkpoint can be saved."""
         self._release_guard()
+        self._release_step()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module with its own training step."""
+        self._release_step()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the sparse model into ``state_dict`` and everything else under ``checkpoint["sparsetrain"]``."""
@@ -212,6 +235,11 @@ class SparseTrainingCallback(Callback):
         if self._guard is not None:
             self._guard.remove()
             self._guard = None
+
+    def _release_step(self) -> None:
+        if self._step is not None:
+            self._step.remove()
+            self._step = None
 
     def _restore_pruned(self) -> None:
         if self._loaded is not None and self.training is not None:

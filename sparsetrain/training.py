@@ -15,6 +15,7 @@ from .adapters import Adapters
 from .conversion import to_dense_
 from .criteria import resolve_criterion
 from .criteria.observer import Observer
+from .distillation import Distillation
 from .estimated_gradient import renumber_
 from .gradient_rules import resolve_gradient_rule
 from .kernels.masked_update.operator import apply_masks_
@@ -57,6 +58,9 @@ class SparseTraining:
         keep_transposed: Keep Wᵀ packed between steps; False packs it in every backward and saves 9/16 of a 16-bit
             weight.
         lr_schedulers: Needed by methods that restart the learning-rate schedule.
+        teacher: With a method that distils, who teaches; put into evaluation mode. None copies the module that gives
+            the logits when masks come into force first, from its dense weights.
+        logits_from: With a method that distils, name of the submodule that gives the logits; "" is the model itself.
         watch_dense: Search masks in dense phases as well, without applying them, to log how often they would flip.
         track_age: Keep the age of every mask entry (one byte a weight).
         state: What an earlier :meth:`state_dict` returned, to go on from there; as good as :meth:`load_state_dict`
@@ -93,6 +97,8 @@ class SparseTraining:
         deterministic: bool = False,
         keep_transposed: bool = True,
         lr_schedulers: Sequence[LRScheduler] = (),
+        teacher: nn.Module | None = None,
+        logits_from: str = "",
         watch_dense: bool = True,
         track_age: bool = False,
         state: Mapping[str, Any] | None = None,
@@ -108,6 +114,8 @@ class SparseTraining:
             raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
         report = select_layers(model, targets, exclude, self.method.pattern)
         check_setup(model, report, self.method, self.timeline, optimizers, lr_schedulers, total_steps, watch_dense)
+        share, temperature = self.method.distillation, self.method.distillation_temperature
+        self._distillation = Distillation(share, temperature, model, teacher, logits_from)
         self._report = sparsify_(
             model, targets, exclude, pattern=self.method.pattern, backend=backend, deterministic=deterministic,
             keep_transposed=keep_transposed, weight_product=self.method.weight_product, phase="dense", verbose=False,
@@ -125,6 +133,7 @@ class SparseTraining:
         self.masks = MaskState(own, pattern, criterion, track_age, self.method.hysteresis, budget)
         self._observer = Observer(criterion, self.masks.layers)
         self._observer.install()
+        self._distillation.install()
         self._active: set[str] = set()
         self._dense: set[str] | None = None  # layers that stay dense by the method's budget, once that is known
         self._adapters: Adapters | None = None
@@ -180,7 +189,8 @@ class SparseTraining:
             Always: ``clock`` (steps), ``sparse_layers`` (whose mask is in force), ``sparse_flops_share`` (of the
             layers' GEMMs, if all have as many tokens), ``violations`` (must be 0), ``refresh_ms`` and ``repack_ms``
             (host time of the last search, and of packing after the last step), ``operand_bytes`` (packed weights on
-            the device); ``decay`` (λ) if there is one. Once a mask exists: the fields of :class:`PruneMetrics`;
+            the device); ``decay`` (λ) and ``distillation`` (T²·KL on the last batch, nats) if there is one. Once a mask
+            exists: the fields of :class:`PruneMetrics`;
             ``kept_fraction_at_refresh``, of the masters the last search saw, as frozen masks zero what they prune;
             ``flip_rate`` and ``virtual_flip_rate``, the fraction of entries that changed at the last refresh of a
             sparse or dense phase; ``flip_rate_ratio``, the first over the second; ``age_mean`` (refreshes).
@@ -191,6 +201,7 @@ class SparseTraining:
         values: dict[str, float | None] = {
             "clock": self.clock,
             "decay": self._decay.value if self.method.decay else None,
+            "distillation": self._distillation.term,
             "sparse_layers": len(active),
             "sparse_flops_share": self.sparse_flops_share,
             "violations": self.masks.violations(),
@@ -213,6 +224,39 @@ class SparseTraining:
                     values[f"layer/{name}/flip_rate"] = self.masks.flip_rate(name)
                     values.update({f"layer/{name}/{key}": value for key, value in fields.items()})
         return {key: float(value) for key, value in values.items() if value is not None}
+
+    def distilled(self, loss: Tensor) -> Tensor:
+        """Mix what the teacher says about the last batch into a loss: ``(1 - share)·loss + share·T²·KL``.
+
+        Call it once for every backward, before the loss is divided for accumulation or scaled. It runs the teacher on
+        the arguments of the last training forward of ``logits_from``. In dense phases, without gradients, and with a
+        method that does not distil, it returns the loss itself.
+
+        Args:
+            loss: The task's loss, a scalar.
+
+        Returns:
+            A scalar, at least in float32.
+
+        Raises:
+            RuntimeError: If no training forward of ``logits_from`` was seen since the last call, or it gave no logits:
+                a tensor, or ``logits`` in a mapping or object. An optimizer's step raises it as well, if the method
+                distils and this was not called since the last step.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+            >>> optimizer = torch.optim.AdamW(model.parameters())
+            >>> method = {"preset": "dense_to_sparse_finetune", "distillation": 0.67}
+            >>> training = SparseTraining(model, optimizer, method, total_steps=12, verbose=False)
+            >>> for _ in range(12):
+            ...     optimizer.zero_grad()
+            ...     loss = nn.functional.cross_entropy(model(torch.randn(4, 8)), torch.arange(4))
+            ...     training.distilled(loss).backward()
+            ...     optimizer.step()
+            >>> training.metrics()["distillation"] > 0
+            True
+        """
+        return self._distillation.loss(loss)
 
     def refresh(self) -> None:
         """Search masks now, whatever the schedule says."""
@@ -264,6 +308,7 @@ class SparseTraining:
             "adapters": None if self._adapters is None else self._adapters.state_dict(),
             "moments": None if self._moments is None else self._moments.state_dict(),
             "decay": self._decay.state_dict(),
+            "distillation": self._distillation.state_dict(),
             "soft_scales": {
                 name: float(layer.soft_scale)
                 for name, layer in self.masks.layers.items()
@@ -279,6 +324,8 @@ class SparseTraining:
             ValueError: If the state is damaged or of another model; nothing is changed then.
         """
         check_state(state, self.masks, self.method, self.total_steps)
+        self._distillation.check_state(state.get("distillation"), bool(state["active"]))
+        self._distillation.load_state_dict(state.get("distillation"))
         self.masks.load_state_dict(state)
         for layer in self.masks.layers.values():
             layer.operands.expire()
@@ -311,6 +358,8 @@ class SparseTraining:
             for name, weight in self._weights.items()
             if id(weight) in owned and weight.grad is not None
         }
+        if gradients:
+            self._distillation.before_step()
         self._observer.before_step(gradients, scale)
         if self._adapters is not None:
             self._adapters.average_gradients(optimizer)
@@ -343,6 +392,7 @@ class SparseTraining:
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
         self._observer.after_step()
+        self._distillation.after_step()
         self.clock += 1
         if self._moments is not None and self.phase == "dense":
             self._moments.commit()
@@ -394,6 +444,8 @@ class SparseTraining:
         goes_on = kind == "frozen" and self.phase != "dense" and kept == self.masks.kept
         held = self._active if goes_on else set()  # their masks stay
         searched = set(self.masks.layers) - held
+        if kind != "dense":
+            self._distillation.take()
         self.phase, self.masks.kept = kind, kept  # what a search finds, and counts flips as
         if searched and (kind != "dense" or self._watch_dense):
             self._refresh(searched if held else None)
@@ -421,6 +473,7 @@ class SparseTraining:
     def _restore(self, zeros: bool) -> None:
         self._hooks.remove()
         self._observer.remove()
+        self._distillation.remove()
         merge = self._adapters is not None and any(layer.adapter is not None for layer in self.masks.layers.values())
         if self._adapters is not None:
             self._adapters.remove()
@@ -431,6 +484,7 @@ class SparseTraining:
 
     def _set_phase(self, kind: PhaseKind, start: int) -> None:
         self.phase, self._phase_start = kind, start
+        self._distillation.active = kind != "dense"
         rule = resolve_gradient_rule(self.method.frozen_gradient if kind == "frozen" else self.method.gradient)
         for name, layer in self.masks.layers.items():
             layer.phase, layer.gradient = kind if name in self._active else "dense", rule

@@ -45,6 +45,9 @@ class Method:
             :meth:`sparsetrain.SparseTraining.adapters`.
         clear_moments: Clear the optimizer's moments of pruned entries when a mask freezes.
         restart_lr: Restart the learning-rate schedule when a mask freezes.
+        distillation: Share of the divergence from a dense teacher in the loss of sparse and frozen phases, as
+            :meth:`sparsetrain.SparseTraining.distilled` computes it; 0 for none.
+        distillation_temperature: T, which divides the logits of both.
 
     Raises:
         ValueError: If a value is not allowed; the message names the field.
@@ -75,6 +78,8 @@ class Method:
     adapter_merge: bool = True
     clear_moments: bool = False
     restart_lr: bool = False
+    distillation: float = 0.0
+    distillation_temperature: float = 2.0
 
     def __post_init__(self) -> None:
         resolve_pattern(self.pattern)
@@ -104,6 +109,12 @@ class Method:
         if self.weight_product not in get_args(WeightProduct):
             raise ValueError(
                 f"weight_product is {self.weight_product!r}: it must be one of {list(get_args(WeightProduct))}."
+            )
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation is {self.distillation!r}: it must be a number from 0 to 1.")
+        if not 0 < self.distillation_temperature < float("inf"):
+            raise ValueError(
+                f"distillation_temperature is {self.distillation_temperature!r}: it must be a finite number above 0."
             )
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule is {self.schedule!r}: it must be a Schedule.")

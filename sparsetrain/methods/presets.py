@@ -94,10 +94,10 @@ def dense_to_sparse_finetune(
     refresh_every: int = 10,
     pattern: str = "row_wise",
     criterion: str | Criterion = "magnitude",
+    distillation: float = 0.0,
+    temperature: float = 2.0,
 ) -> Method:
     """Turn a trained dense model into a sparse one: moving masks under a growing decay, then frozen masks.
-
-    Distillation from the dense model, an option of the paper, belongs into the model's loss.
 
     Args:
         decay: λ of the masked decay on gradients.
@@ -106,6 +106,9 @@ def dense_to_sparse_finetune(
         refresh_every: Optimizer steps between two mask searches.
         pattern: ``"row_wise"``, as in the papers, or ``"transposable"``.
         criterion: What ranks the entries.
+        distillation: Share of the divergence from the dense model in the loss, 0 to 1; AST, arXiv 2407.20584, has 0.67.
+            In a loop of your own, the loss then goes through :meth:`sparsetrain.SparseTraining.distilled`.
+        temperature: T of the distillation, 2 in AST.
 
     Example:
         >>> dense_to_sparse_finetune().schedule.resolve(1000).kinds
@@ -122,6 +125,8 @@ def dense_to_sparse_finetune(
         refresh_every=refresh_every,
         decay=decay,
         decay_ramp=decay_ramp,
+        distillation=distillation,
+        distillation_temperature=temperature,
     )
 
 

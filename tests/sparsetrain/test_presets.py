@@ -39,6 +39,9 @@ SETTINGS = {
     "asp_one_shot": Setting({"prune_at": 6}),
     "asp_one_shot, row-wise": Setting({"prune_at": 6, "pattern": "row_wise"}),
     "dense_to_sparse_finetune": Setting({"decay": 0.02, "decay_ramp": 0.4, "freeze_at": 9, "refresh_every": 2}),
+    "dense_to_sparse_finetune, distilled": Setting(
+        {"decay": 0.02, "decay_ramp": 0.4, "freeze_at": 9, "refresh_every": 2, "distillation": 0.3, "temperature": 1.5}
+    ),
     "fst": Setting({"refresh_every": 3, "warmup": 2, "dense_tail": 3, "decay": 0.01}, ends="dense"),
     "fst, mvue": Setting({"refresh_every": 3, "dense_tail": 0, "mvue": True}),
     "fst, automatic": Setting(
@@ -102,7 +105,7 @@ def test_it_trains_and_lowers_the_loss(name: str, build: Callable[..., nn.Sequen
             return (model(x) - x.flip(1)).square().mean().item()
 
     before = loss()
-    train(model, optimizer, 150)
+    train(model, optimizer, 150, distilled=training.distilled)
     assert loss() < 0.8 * before
     assert training.clock == 150
 
@@ -125,7 +128,7 @@ def test_masks_are_valid_at_every_step(name: str, build: Callable[..., nn.Sequen
                 assert training.method.pattern != "transposable" or st.is_transposable(mask.movedim(2, 0), kept)
                 if layer.phase == "frozen":
                     assert not layer.weight[~layer.mask].any()
-        train(model, optimizer, 1, start=step)
+        train(model, optimizer, 1, start=step, distilled=training.distilled)
     assert seen - {"dense"}
 
 
@@ -136,14 +139,14 @@ def test_resuming_equals_the_uninterrupted_run_bit_for_bit(
 ) -> None:
     model = build()
     optimizer, training = start(name, model)
-    train(model, optimizer, stop, clip=0.1)
+    train(model, optimizer, stop, clip=0.1, distilled=training.distilled)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), training.state_dict()))
-    train(model, optimizer, STEPS - stop, start=stop, clip=0.1)
+    train(model, optimizer, STEPS - stop, start=stop, clip=0.1, distilled=training.distilled)
     other = build(seed=1)
     other.load_state_dict(saved[0])
     other_optimizer, resumed = start(name, other, state=saved[2])
     other_optimizer.load_state_dict(saved[1])
-    train(other, other_optimizer, STEPS - stop, start=stop, clip=0.1)
+    train(other, other_optimizer, STEPS - stop, start=stop, clip=0.1, distilled=resumed.distilled)
     for ours, theirs in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
     ours, theirs = training.metrics(), resumed.metrics()
@@ -163,7 +166,7 @@ def test_accumulation_changes_no_clock(name: str, build: Callable[..., nn.Sequen
             optimizer.zero_grad()
             for part in range(accumulate):
                 x = torch.randn(16, 16, generator=torch.Generator().manual_seed(100 * step + part))
-                (model(x) - x.flip(1)).square().mean().backward()
+                training.distilled((model(x) - x.flip(1)).square().mean()).backward()
             optimizer.step()
             phases = [layer.phase for layer in training.masks.layers.values()]
             history.append((training.clock, training.phase, training.refreshed, sorted(phases)))
@@ -176,7 +179,7 @@ def test_finishing_gives_a_dense_model_that_computes_the_same(name: str, build: 
     model = build()
     keys = list(model.state_dict())
     optimizer, training = start(name, model)
-    train(model, optimizer, STEPS)
+    train(model, optimizer, STEPS, distilled=training.distilled)
     x = torch.randn(8, 16)
     expected = model(x)
     training.finish()
@@ -193,7 +196,7 @@ def test_a_second_run_on_the_same_model_works(name: str, build: Callable[..., nn
     model = build()
     for _ in range(2):
         optimizer, training = start(name, model)
-        train(model, optimizer, STEPS)
+        train(model, optimizer, STEPS, distilled=training.distilled)
         training.finish()
         assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
