@@ -248,13 +248,13 @@ class SparseTrainingCallback(Callback):
 
 
 def _estimated_steps(trainer: Trainer, method: Method) -> int | None:
-    if not method.schedule.needs_total:
+    if not method.needs_total:
         return None
     steps = trainer.estimated_stepping_batches
     if steps == float("inf") or steps < 1:
         raise MisconfigurationException(
             f"trainer has max_steps={trainer.max_steps} and max_epochs={trainer.max_epochs}, so the run has no length, "
-            "but the schedule has fractions: set max_steps, or SparseTrainingCallback(total_steps=...)."
+            "but the method has fractions of it: set max_steps, or SparseTrainingCallback(total_steps=...)."
         )
     return int(steps)
 

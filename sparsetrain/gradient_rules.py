@@ -1,6 +1,6 @@
 """Gradient rules: what of a masked layer's weight gradient reaches kept and pruned entries."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,15 +23,21 @@ class GradientRule:
     kept: float = 1.0
     pruned: float = 1.0
 
+    name: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # compiled graphs are specialized on strings, but not on numbers that change from phase to phase
+        names = {(1.0, 1.0): "ste", (1.0, 0.0): "masked"}
+        object.__setattr__(self, "name", names.get((self.kept, self.pruned), "scaled"))
+
     def apply(self, gradient: Tensor, codes: Tensor) -> Tensor:
         """Return the scaled gradient ``[O, I]`` for tile codes ``[O/4, I/4]``."""
-        if self.kept == self.pruned:
-            return gradient if self.kept == 1 else gradient * self.kept
-        pruned = ~unpack_codes(codes)
-        if self.pruned == 0:
-            scaled = gradient.masked_fill(pruned, 0)
-            return scaled if self.kept == 1 else scaled * self.kept
-        return (gradient * self.kept).where(~pruned, gradient * self.pruned)
+        if self.name == "ste":
+            return gradient
+        kept = unpack_codes(codes)
+        if self.name == "masked":
+            return gradient.masked_fill(~kept, 0)
+        return (gradient * self.kept).where(kept, gradient * self.pruned)
 
 
 def scaled(kept: float, pruned: float) -> GradientRule:

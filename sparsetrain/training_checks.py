@@ -41,10 +41,8 @@ def check_setup(
             "decay is 'auto' but no dense phase of two refreshes comes before the sparse one: give the schedule a "
             f"dense head of at least {2 * method.refresh_every} steps, or a number for decay."
         )
-    used = {"adapter_start": method.adapter_rank, "decay_ramp": method.decay_ramp}
-    for name in [name for name in used if used[name]]:
-        if isinstance(getattr(method, name), float) and total_steps is None:
-            raise ValueError(f"total_steps is None but {name} is a fraction: pass total_steps, or give it in steps.")
+    for name in method.fractions if total_steps is None else ():
+        raise ValueError(f"total_steps is None but {name} is a fraction: pass total_steps, or give it in steps.")
     if timeline.earliest:
         require_second_moments(optimizers)
     if method.restart_lr and not lr_schedulers:

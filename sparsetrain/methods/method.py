@@ -127,6 +127,17 @@ class Method:
             )
 
     @property
+    def needs_total(self) -> bool:
+        """Whether the length of the run must be known, because something is a fraction of it."""
+        return self.schedule.needs_total or bool(self.fractions)
+
+    @property
+    def fractions(self) -> list[str]:
+        """The fields beside the schedule that are fractions of the run and in use."""
+        used = {"adapter_start": self.adapter_rank, "decay_ramp": self.decay_ramp}
+        return [name for name in used if used[name] and isinstance(getattr(self, name), float)]
+
+    @property
     def mixes_tiles(self) -> bool:
         """Whether some tiles of a masked layer may stay dense."""
         return self.dense_budget > 0 and self.dense_unit == "tiles"
@@ -136,6 +147,7 @@ class Method:
         plain = asdict(self)
         plain["criterion"] = repr(resolve_criterion(self.criterion))
         for key in ("gradient", "frozen_gradient"):
-            plain[key] = asdict(resolve_gradient_rule(getattr(self, key)))
+            rule = resolve_gradient_rule(getattr(self, key))
+            plain[key] = {"kept": rule.kept, "pruned": rule.pruned}
         plain["schedule"] = [asdict(phase) for phase in self.schedule.phases]
         return plain

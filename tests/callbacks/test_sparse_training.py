@@ -335,6 +335,14 @@ def test_a_checkpoint_without_state_warns_and_starts_at_step_zero(tmp_path: Path
     assert callback.training.clock == 4
 
 
+def test_fractions_outside_of_the_schedule_take_the_length_from_the_trainer(tmp_path: Path) -> None:
+    method = {"preset": "dense_to_sparse_finetune", "freeze_at": 4, "decay_ramp": 0.5}
+    callback = SparseTrainingCallback(method)
+    trainer(tmp_path, 6, callback).fit(Regression(), batches())
+    assert callback.training is not None
+    assert callback.training.total_steps == 6
+
+
 def test_misuse_is_refused_early(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'fts'"):
         SparseTrainingCallback("fts")

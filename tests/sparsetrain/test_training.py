@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import brute_force_mask, mlp, train
+from support import brute_force_mask, convnet, mlp, train
 from torch import nn
 
 import sparsetrain as st
@@ -401,3 +401,23 @@ def test_the_engine_refuses_models_wrapped_in_fsdp() -> None:
     model = FullyShardedDataParallel(nn.Linear(8, 8))
     with pytest.raises(ValueError, match="FSDP"):
         st.SparseTraining(model, adamw(model), "fst", 4)
+
+
+@pytest.mark.parametrize("build", [mlp, convnet])
+@pytest.mark.parametrize("gradient", ["ste", "scaled"])
+def test_a_compiled_model_trains_through_all_phases_as_an_eager_one(build: Any, gradient: str) -> None:
+    phases = (st.Phase("dense", 2), st.Phase("sparse", 3), st.Phase("frozen", 3), st.Phase("dense", 2))
+    rule = st.scaled(1.0, 0.5) if gradient == "scaled" else gradient
+    method = st.Method(schedule=st.Schedule(phases), refresh_every=2, gradient=rule)
+    weights = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = build()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        st.SparseTraining(model, optimizer, method, 10, ["all-linear"] if build is mlp else "all-conv", verbose=False)
+        runner = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        train(runner, optimizer, 10)
+        weights.append(copy.deepcopy(model.state_dict()))
+    torch._dynamo.reset()
+    for mine, theirs in zip(weights[0].values(), weights[1].values(), strict=True):
+        torch.testing.assert_close(mine, theirs)
