@@ -17,6 +17,7 @@ from .criteria import resolve_criterion
 from .criteria.observer import Observer
 from .distillation import Distillation
 from .estimated_gradient import renumber_
+from .frozen_moments import FrozenMoments
 from .gradient_rules import resolve_gradient_rule
 from .kernels.masked_update.operator import apply_masks_
 from .lr_restart import LRRestart
@@ -138,6 +139,7 @@ class SparseTraining:
         self._dense: set[str] | None = None  # layers that stay dense by the method's budget, once that is known
         self._adapters: Adapters | None = None
         self._moments = SecondMoments() if self.timeline.earliest else None
+        self._frozen_moments = FrozenMoments(optimizers if self.method.freeze_second_moments else [])
         self._decay = MaskedDecay(self.method.decay, self.method.decay_on, self._steps(self.method.decay_ramp))
         self._weights = {name: layer.weight for name, layer in self.masks.layers.items()}
         self._weight_count = weight_count(model.modules())
@@ -307,6 +309,7 @@ class SparseTraining:
             "starts": list(self.timeline.starts),
             "adapters": None if self._adapters is None else self._adapters.state_dict(),
             "moments": None if self._moments is None else self._moments.state_dict(),
+            "frozen_moments": self._frozen_moments.state_dict(),
             "decay": self._decay.state_dict(),
             "distillation": self._distillation.state_dict(),
             "soft_scales": {
@@ -324,8 +327,9 @@ class SparseTraining:
             ValueError: If the state is damaged or of another model; nothing is changed then.
         """
         check_state(state, self.masks, self.method, self.total_steps)
-        self._distillation.check_state(state.get("distillation"), bool(state["active"]))
-        self._distillation.load_state_dict(state.get("distillation"))
+        self._distillation.check_state(state["distillation"], bool(state["active"]))
+        self._frozen_moments.check_state_dict(state["frozen_moments"])
+        self._distillation.load_state_dict(state["distillation"])
         self.masks.load_state_dict(state)
         for layer in self.masks.layers.values():
             layer.operands.expire()
@@ -337,6 +341,7 @@ class SparseTraining:
         if self._moments is not None and state["moments"]:
             self.timeline = replace(self.timeline, starts=tuple(state["starts"]))
             self._moments.load_state_dict(state["moments"], next(iter(self._weights.values())).device)
+        self._frozen_moments.load_state_dict(state["frozen_moments"])
         if self._adapters is not None:
             self._adapters.load_state_dict(state["adapters"])
         self._active = set(state["active"])
@@ -451,6 +456,8 @@ class SparseTraining:
             self._refresh(searched if held else None)
         self._active = set() if kind == "dense" else self._choose_active(held, self.timeline.share_at(self.clock))
         self._set_phase(kind, start)
+        if kind != "dense":
+            self._frozen_moments.freeze()
         if kind == "frozen":
             self._apply_masks()
             if self.method.clear_moments:
@@ -474,6 +481,7 @@ class SparseTraining:
         self._hooks.remove()
         self._observer.remove()
         self._distillation.remove()
+        self._frozen_moments.remove()
         merge = self._adapters is not None and any(layer.adapter is not None for layer in self.masks.layers.values())
         if self._adapters is not None:
             self._adapters.remove()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .frozen_moments import require_freezable
 from .mask_state import MaskState
 from .methods.method import Method
 from .optimizer_hooks import owned_parameters
@@ -16,12 +17,12 @@ from .schedule import Timeline
 from .second_moments import require_second_moments
 from .selection import SelectionReport
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 STATE_KEYS = frozenset(
     {"version", "clock", "method", "stepped", "last_refresh", "lr_restart", "active", "starts", "moments", "adapters",
-     "decay", "soft_scales", "pattern", "exists", "kept", "dense", "codes", "shapes", "backward_codes", "flips",
-     "virtual_flips", "sums_at_refresh", "ages", "criterion"}
+     "decay", "distillation", "frozen_moments", "soft_scales", "pattern", "exists", "kept", "dense", "codes", "shapes",
+     "backward_codes", "flips", "virtual_flips", "sums_at_refresh", "ages", "criterion"}
 )  # fmt: skip
 
 
@@ -45,6 +46,13 @@ def check_setup(
         raise ValueError(f"total_steps is None but {name} is a fraction: pass total_steps, or give it in steps.")
     if timeline.earliest:
         require_second_moments(optimizers)
+    if method.freeze_second_moments:
+        if timeline.kinds[0] != "dense":
+            raise ValueError(
+                f"freeze_second_moments is True but the first phase is {timeline.kinds[0]}: begin with a dense phase, "
+                "in which second moments form, or set it to False."
+            )
+        require_freezable(optimizers)
     if method.restart_lr and not lr_schedulers:
         raise ValueError("method has restart_lr=True but lr_schedulers is empty: pass the learning-rate schedulers.")
 

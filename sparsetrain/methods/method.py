@@ -48,6 +48,7 @@ class Method:
         distillation: Share of the divergence from a dense teacher in the loss of sparse and frozen phases, as
             :meth:`sparsetrain.SparseTraining.distilled` computes it; 0 for none.
         distillation_temperature: T, which divides the logits of both.
+        freeze_second_moments: From the first masked phase on, keep Adam's second moments of all parameters as they are.
 
     Raises:
         ValueError: If a value is not allowed; the message names the field.
@@ -80,6 +81,7 @@ class Method:
     restart_lr: bool = False
     distillation: float = 0.0
     distillation_temperature: float = 2.0
+    freeze_second_moments: bool = False
 
     def __post_init__(self) -> None:
         resolve_pattern(self.pattern)

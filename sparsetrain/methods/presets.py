@@ -310,10 +310,9 @@ def step(
     pattern: str = "row_wise",
     refresh_every: int = 1,
     criterion: str | Criterion = "magnitude",
+    freeze_second_moments: bool = True,
 ) -> Method:
-    """A dense head that ends by itself when Adam's second moments have settled, then sparse training as in SR-STE.
-
-    The paper also freezes the second moments afterwards; here Adam goes on.
+    """A dense head that ends when Adam's second moments have settled, then sparse training with the moments frozen.
 
     Args:
         latest: Longest dense head, in steps (int) or as a fraction (float).
@@ -322,6 +321,7 @@ def step(
         pattern: ``"row_wise"``, as in the paper, or ``"transposable"``.
         refresh_every: Optimizer steps between two mask searches.
         criterion: What ranks the entries.
+        freeze_second_moments: Keep Adam's second moments as they are at the end of the head; False lets Adam go on.
 
     Example:
         >>> step().schedule.resolve(1000).starts, step().schedule.resolve(1000).earliest
@@ -337,6 +337,7 @@ def step(
         schedule=Schedule((Phase("dense", latest, earliest=earliest), Phase("sparse"))),
         refresh_every=refresh_every,
         decay=decay,
+        freeze_second_moments=freeze_second_moments,
     )
 
 

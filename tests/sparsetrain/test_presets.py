@@ -464,6 +464,27 @@ def test_step_ends_its_dense_head_when_second_moments_have_settled() -> None:
     assert phases == ["dense"] * expected + ["sparse"] * (400 - expected)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_step_goes_on_with_the_second_moments_of_its_dense_head(frozen: bool) -> None:
+    arguments = {"latest": 5, "earliest": 5, "decay": 0.05, "freeze_second_moments": frozen}
+    model, oracle = run({"preset": "step", **arguments}, SETTINGS["step"].optimizer)
+    states: list[dict[str, Tensor]] = [{} for _ in range(4)]
+    for step in range(12):
+        masks = [row_wise(weight.float()) if step >= 5 else weight == weight for weight in oracle.weights]
+        weights, biases = oracle.gradients(step, [w * m for w, m in zip(oracle.weights, masks, strict=True)])
+        decayed = [g + 0.05 * ~m * w for g, m, w in zip(weights, masks, oracle.weights, strict=True)]
+        for kind, (values, gradients) in enumerate(((oracle.weights, decayed), (oracle.biases, biases))):
+            for place, gradient in enumerate(gradients):
+                value, state = values[place], states[2 * kind + place]
+                if not frozen or step < 5:
+                    values[place] = adamw_step(value, gradient, state, step)
+                    continue
+                state["m"] = 0.9 * state["m"] + 0.1 * gradient
+                m, v = state["m"] / (1 - 0.9 ** (step + 1)), state["v"] / (1 - 0.999**5)
+                values[place] = value * (1 - 1e-2 * 0.01) - 1e-2 * m / (v.sqrt() + 1e-8)
+    assert_equal(model, oracle)
+
+
 def test_step_needs_an_optimizer_with_second_moments() -> None:
     model = mlp()
     with pytest.raises(ValueError, match=r"^optimizer is SGD but the dense head ends .* without 'earliest'\.$"):
