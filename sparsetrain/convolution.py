@@ -112,7 +112,7 @@ class SparseConvolution(MaskedLayer):
         weight = self._masked(master, self.mask_codes)
         if self.backward_codes is None:
             return cast(Tensor, self._conv_forward(input, weight, self.bias))  # type: ignore[operator]
-        backward_weight = self._masked(master.detach(), self.backward_codes)
+        backward_weight = self._masked(master.detach(), self.mask_codes & self.backward_codes)
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         one = input.dim() == len(self.stride) + 1  # image without a batch
         padded = F.pad(input[None] if one else input, self._reversed_padding_repeated_twice, mode=mode)

@@ -43,7 +43,8 @@ class SparseLinearFunction(torch.autograd.Function):
         """Compute the forward product."""
         if rules.forward == "masked":
             return F.linear(input, _masked(weight, codes), bias)
-        result = masked_product(input.reshape(-1, weight.shape[1]), weight, codes, bias, False, rules.forward)
+        rows = input.reshape(-1, weight.shape[1])
+        result = masked_product(rows, weight, codes, bias, False, rules.forward, backward_codes)
         return result.view(*input.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -68,11 +69,10 @@ class SparseLinearFunction(torch.autograd.Function):
         rows = output_gradient.reshape(-1, weight.shape[0])  # [tokens, O]
         if ctx.needs_input_grad[0]:
             if rules.input_gradient == "masked":
-                input_gradient = output_gradient.matmul(
-                    _masked(weight, codes if backward_codes is None else backward_codes).to(output_gradient.dtype)
-                )
+                kept = codes if backward_codes is None else codes & backward_codes
+                input_gradient = output_gradient.matmul(_masked(weight, kept).to(output_gradient.dtype))
             else:
-                product = masked_product(rows, weight, codes, None, True, rules.input_gradient)
+                product = masked_product(rows, weight, codes, None, True, rules.input_gradient, backward_codes)
                 input_gradient = product.view(input.shape)
         if ctx.needs_input_grad[1]:
             tokens = input.reshape(-1, weight.shape[1])
@@ -111,12 +111,13 @@ def sparse_linear(
         gradient: Rule of the weight gradient: ``"ste"``, ``"masked"`` or ``scaled(kept, pruned)``.
         backend: Who computes the products with the masked weight: a backend's name, or ``"auto"``: the fastest of
             those that give right numbers here, by measurement; without a GPU that is ``"masked"``.
-        transposable: Whether the mask is transposable; if not, the input gradient is computed densely.
+        transposable: Whether the mask is transposable; if not, and without ``backward_codes``, the input gradient is
+            computed densely.
         draws: Counter of a random estimate, int64 ``[2]``: then the weight gradient is computed from an unbiased 2:4
             estimate of the output gradient, and the counter goes up by one in every backward.
         seed: Of the estimate.
-        backward_codes: int16 ``[O/4, I/4]`` of the mask in the input gradient's product, if it is another one; that
-            product is computed densely then.
+        backward_codes: int16 ``[O/4, I/4]`` that keep two of every four along ``out_features``: then the input
+            gradient's product sees what both codes keep.
 
     Returns:
         ``[..., O]``.
@@ -157,7 +158,7 @@ def sparse_linear(
             f"input is {input.dtype} but weight is {weight.dtype}: they must be alike outside of autocast, so cast one "
             "of them or use autocast."
         )
-    rules = Rules(rule, name, name if transposable and backward_codes is None else "masked", seed)
+    rules = Rules(rule, name, name if transposable or backward_codes is not None else "masked", seed)
     result = SparseLinearFunction.apply(input, weight, codes, bias, draws, backward_codes, rules)  # type: ignore[no-untyped-call]
     return cast(Tensor, result)
 

@@ -96,11 +96,7 @@ class MaskState:
         if self.pattern.search_backward is None:
             return
         for layer in self.layers.values():
-            found = self.pattern.search_backward(layer.matrix, layer.mask_codes)
-            if layer.backward_codes is None:
-                layer.backward_codes = found
-            else:
-                layer.backward_codes.copy_(found)
+            layer.set_backward_codes_(self.pattern.search_backward(layer.matrix, layer.mask_codes))
 
     def _search(self, clock: int, wanted: set[str]) -> dict[str, Tensor]:
         bonus = self.hysteresis if self.exists else 0.0
@@ -257,6 +253,13 @@ class MaskState:
                 raise ValueError(
                     f"state's codes of layer {name!r} are no {self.pattern.name} masks: the checkpoint is damaged."
                 )
+        for name, codes in state["backward_codes"].items():
+            fits = name in here and codes.dtype == torch.int16 and codes.shape == self.layers[name].mask_codes.shape
+            if not fits or int(self.pattern.count_backward_violations(codes)):
+                raise ValueError(
+                    f"state's backward codes of layer {name!r} do not keep two of four along out_features: the "
+                    "checkpoint is damaged or of another version."
+                )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
@@ -274,4 +277,4 @@ class MaskState:
                 age.copy_(state["ages"][name])
         self.criterion.load_state_dict(state["criterion"])
         for name, codes in state["backward_codes"].items():
-            self.layers[name].backward_codes = codes.to(self.layers[name].weight.device).clone()
+            self.layers[name].set_backward_codes_(codes)

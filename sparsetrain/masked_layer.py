@@ -40,7 +40,7 @@ class MaskedLayer(nn.Module):
     bias: Any  # a parameter or None; the dense classes declare it differently
     mask_codes: Tensor
     draws: Tensor | None
-    backward_codes: Tensor | None  # of the input gradient's product, if they are others
+    backward_codes: Tensor | None  # the input gradient's product sees what they keep too
     adapter: tuple[Tensor, Tensor] | None  # down [r, K] and up [O, r]
     soft_scale: Tensor | None  # β of the soft threshold; None for a hard mask
     phase: PhaseKind
@@ -73,6 +73,13 @@ class MaskedLayer(nn.Module):
     def set_codes_(self, codes: Tensor) -> None:
         """Copy tile codes ``[O/4, K/4]`` in place, so that compiled graphs stay valid."""
         self.mask_codes.copy_(codes)
+
+    @torch.no_grad()
+    def set_backward_codes_(self, codes: Tensor) -> None:
+        """Give the input gradient's product codes ``[O/4, K/4]`` of its own; in place, if it has some."""
+        if self.backward_codes is None:
+            self.backward_codes = torch.empty_like(self.mask_codes)
+        self.backward_codes.copy_(codes)
 
     def features_last(self, input: Tensor) -> Tensor:
         """Return the layer's input with its features in the last dimension."""

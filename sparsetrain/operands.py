@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .backends import BACKENDS, Backend, Operand
-from .backends.filling import PARTS, Filling, fill_
+from .backends.filling import Filling, fill_
 from .backends.interface import WeightProduct
 from .dispatch import Choice
 
@@ -62,6 +62,7 @@ class Layer(Protocol):
     """What owns operands."""
 
     mask_codes: Tensor
+    backward_codes: Tensor | None
     operands: "Operands"
 
     @property
@@ -83,6 +84,8 @@ class Operands:
     A change is seen by the version counters and storages of weight and codes, and an optimizer's step counts as one,
     because fused optimizers leave the counters alone. Other writes without a trace, as those through ``weight.data``,
     have to be told by :meth:`expire`.
+
+    With backward codes, Wᵀ is packed at the places that they keep, with zeros where the mask prunes.
 
     Who sets ``managed`` calls :func:`renew_` after each step; a CUDA graph then reads what it finds. In other graphs
     every product is captured with the packing before it.
@@ -113,7 +116,10 @@ class Operands:
         """Bytes that the operands take on the device."""
         return sum(operand.bytes for operand in self._made.values())
 
-    def get(self, weight: Tensor, codes: Tensor, backend: Backend, transposed: bool, dtype: torch.dtype) -> Operand:
+    def get(
+        self, weight: Tensor, codes: Tensor, backend: Backend, transposed: bool, dtype: torch.dtype,
+        backward: Tensor | None = None,
+    ) -> Operand:  # fmt: skip
         """Return W (or Wᵀ if ``transposed``), masked, as the backend reads it; up to date.
 
         Raises:
@@ -123,11 +129,11 @@ class Operands:
             self.release(captured=True)
         self._device = weight.device
         capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        stamp = stamp_of(weight, codes)
+        stamp = _stamp(weight, codes, backward)
         if stamp is None or stamp != self._stamp or (capturing and not self.managed):
-            _renew([(self, weight, codes)])
+            _renew([(self, weight, codes, backward)])
             self._stamp = None if capturing else self._stamp  # what is captured has not happened yet
-        if transposed and backend.symmetric:
+        if transposed and backend.symmetric and backward is None:
             operand = self.get(weight, codes, backend, False, dtype)
             return Operand(operand.shape[::-1], (operand.tensors[0].t(),))
         key = (backend.name, transposed, dtype)
@@ -135,10 +141,12 @@ class Operands:
         if capturing:
             self._captured.add(key)
         if key not in self._made:
-            return self._make(weight, codes, backend, key, capturing)
+            return self._make(weight, codes, backward, backend, key, capturing)
         return self._made[key]
 
-    def _make(self, weight: Tensor, codes: Tensor, backend: Backend, key: Key, capturing: bool) -> Operand:
+    def _make(
+        self, weight: Tensor, codes: Tensor, backward: Tensor | None, backend: Backend, key: Key, capturing: bool
+    ) -> Operand:
         _, transposed, dtype = key
         keep = self.execution.keep_transposed or not transposed
         shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
@@ -154,13 +162,10 @@ class Operands:
                 operand = backend.allocate(shape, dtype, weight.device)
         if not keep:
             self._shared[shared] = _SHARED[shared] = operand
-        filling = Filling(weight, codes, backend, dtype)
-        if transposed:
-            filling.transpose = operand
-            filling.operand = None if keep else self._made.get((backend.name, False, dtype))  # written as it is
-        else:
-            filling.operand = operand
-        fill_([filling])
+        alone = keep or backward is not None
+        first = None if alone else self._made.get((backend.name, False, dtype))  # written as it is
+        parts = (first, operand) if transposed else (operand, None)
+        fill_(_fillings(weight, codes, backward, backend, dtype, *parts))
         if keep:
             self._made[key] = operand
         return operand
@@ -212,9 +217,9 @@ class Operands:
                 del self._made[key]
         return self._made
 
-    def _renewed(self, weight: Tensor, codes: Tensor) -> None:
-        self._stamp = stamp_of(weight, codes)
-        self._held = _hold(weight), _hold(codes)
+    def _renewed(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> None:
+        self._stamp = _stamp(weight, codes, backward)
+        self._held = tuple(_hold(tensor) for tensor in (weight, codes, backward) if tensor is not None)
 
 
 class _Bias:
@@ -294,20 +299,34 @@ def stamp_of(*tensors: Tensor) -> Stamp | None:
 
 def renew_(layers: Sequence[Layer]) -> None:
     """Fill the operands of several layers anew, in place; equal layouts share a launch."""
-    _renew([(layer.operands, layer.matrix.detach(), layer.mask_codes) for layer in layers])
+    _renew([(layer.operands, layer.matrix.detach(), layer.mask_codes, layer.backward_codes) for layer in layers])
     for layer in layers:
         if layer.bias is not None:
             for held in layer.operands._bias.values():
                 held.renew_(layer.bias)
 
 
-def _renew(sources: Sequence[tuple[Operands, Tensor, Tensor]]) -> None:
+def _renew(sources: Sequence[tuple[Operands, Tensor, Tensor, Tensor | None]]) -> None:
     fillings = []
-    for operands, weight, codes in sources:
+    for operands, weight, codes, backward in sources:
         made = operands._stale()
         for name, dtype in {(name, dtype): None for name, _, dtype in made}:
-            parts = {part: made.get((name, transposed, dtype)) for part, transposed in PARTS.items()}
-            fillings.append(Filling(weight, codes, BACKENDS[name], dtype, **parts))
+            parts = [made.get((name, transposed, dtype)) for transposed in (False, True)]
+            fillings += _fillings(weight, codes, backward, BACKENDS[name], dtype, *parts)
     fill_(fillings)
-    for operands, weight, codes in sources:
-        operands._renewed(weight, codes)
+    for operands, weight, codes, backward in sources:
+        operands._renewed(weight, codes, backward)
+
+
+def _stamp(weight: Tensor, codes: Tensor, backward: Tensor | None) -> Stamp | None:
+    return stamp_of(weight, codes) if backward is None else stamp_of(weight, codes, backward)
+
+
+def _fillings(
+    weight: Tensor, codes: Tensor, backward: Tensor | None, backend: Backend, dtype: torch.dtype,
+    operand: Operand | None, transpose: Operand | None,
+) -> list[Filling]:  # fmt: skip
+    if backward is None or transpose is None:
+        return [Filling(weight, codes, backend, dtype, operand, transpose)]
+    again = Filling(weight, backward, backend, dtype, None, transpose, within=codes)
+    return [again] if operand is None else [Filling(weight, codes, backend, dtype, operand), again]

@@ -21,8 +21,8 @@ class Pattern:
         along_rows: The mask is n:4 along ``in_features``.
         along_columns: The mask is n:4 along ``out_features``.
         sparse_products: How many of a layer's three GEMMs (forward, input gradient, weight gradient) can run sparse.
-        search_backward: Masked weight ``[O, I]`` and its codes to the codes of the input gradient's product, if they
-            are others.
+        search_backward: Weight ``[O, I]`` and its codes to codes that keep two of every four along ``out_features``;
+            the input gradient's product sees what both keep. None if it sees what the forward sees.
     """
 
     name: str
@@ -41,6 +41,10 @@ class Pattern:
             count = count + _unbalanced_nibbles(transpose_codes(codes), kept)
         return count
 
+    def count_backward_violations(self, codes: Tensor) -> Tensor:
+        """Count the groups of four along ``out_features`` in which ``search_backward``'s codes do not keep two."""
+        return _unbalanced_nibbles(transpose_codes(codes), 2)
+
 
 def _unbalanced_nibbles(codes: Tensor, kept: int) -> Tensor:
     bits = codes.to(torch.int32) & 0xFFFF
@@ -56,22 +60,26 @@ def _search_row_wise(scores: Tensor, kept: int = 2) -> Tensor:
 
 
 def prune_again(weight: Tensor, codes: Tensor) -> Tensor:
-    """Return the codes of what is kept twice: by a mask, and by 2:4 along ``out_features`` of the masked weight.
+    """Return codes that keep two of every four along ``out_features``, first of all what a mask keeps.
 
     Args:
         weight: ``[O, I]``.
-        codes: int16 ``[O/4, I/4]``.
+        codes: int16 ``[O/4, I/4]`` of the mask.
+
+    Returns:
+        int16 ``[O/4, I/4]``; where the mask keeps fewer than two, some of what it prunes fills the places.
 
     Example:
         >>> weight, codes = torch.ones(4, 4), torch.full((1, 1), 0x3333, dtype=torch.int16)  # keeps two columns
-        >>> int(count_bits(prune_again(weight, codes)).sum())
-        4
+        >>> again = prune_again(weight, codes)
+        >>> int(count_bits(again).sum()), int(count_bits(again & codes).sum())
+        (8, 4)
 
     Source: the double-pruned backward of Mozaffari et al., "SLoPe", ICLR 2025, arXiv 2405.16325.
     """
     kept = unpack_codes(codes)
     # what the mask prunes ranks behind zeros that it keeps
-    return pack_codes(nm_mask(weight.detach().abs().masked_fill(~kept, -1.0), dim=0) & kept)
+    return pack_codes(nm_mask(weight.detach().abs().masked_fill(~kept, -1.0), dim=0))
 
 
 TRANSPOSABLE = Pattern("transposable", transposable_codes, along_rows=True, along_columns=True, sparse_products=2)

@@ -16,7 +16,8 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 # define and impl instead of custom_op: it costs 5 microseconds less a call on the host
 _LIBRARY = torch.library.Library("sparsetrain", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "masked_product(Tensor rows, Tensor weight, Tensor codes, Tensor? bias, bool transposed, str backend) -> Tensor",
+    "masked_product(Tensor rows, Tensor weight, Tensor codes, Tensor? bias, bool transposed, str backend, "
+    "Tensor? backward_codes=None) -> Tensor",
     # it keeps memory of its own, which a pool of recorded graphs must not own
     tags=(torch.Tag.cudagraph_unsafe,),
 )
@@ -24,7 +25,7 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 
 def masked_product(
     rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None = None, transposed: bool = False,
-    backend: str = "auto",
+    backend: str = "auto", backward_codes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return ``rows·(W⊙M)ᵀ + bias``, or ``rows·(W⊙M)`` if ``transposed``.
 
@@ -34,10 +35,13 @@ def masked_product(
     Args:
         rows: ``[T, I]``, or ``[T, O]`` if ``transposed``; in the dtype of the product.
         weight: ``[O, I]``, the dense master, in any dtype.
-        codes: int16 ``[O/4, I/4]``; transposable if ``transposed`` and the backend is sparse.
+        codes: int16 ``[O/4, I/4]``; transposable if ``transposed``, the backend is sparse and there are no
+            ``backward_codes``.
         bias: ``[O]`` (``[I]`` if ``transposed``) or None, in any dtype.
         transposed: Multiply by W instead of Wᵀ.
         backend: A backend's name, or ``"auto"``.
+        backward_codes: int16 ``[O/4, I/4]`` that keep two of every four along ``out_features``: with ``transposed``,
+            W is masked by both codes. Without, they tell how the other product's operand is packed.
 
     Returns:
         ``[T, O]``, or ``[T, I]`` if ``transposed``, in the dtype of ``rows``, contiguous.
@@ -50,32 +54,36 @@ def masked_product(
         >>> masked_product(torch.ones(1, 4), torch.ones(4, 4), codes).tolist()
         [[4.0, 0.0, 0.0, 0.0]]
     """
-    result: Tensor = torch.ops.sparsetrain.masked_product(rows, weight, codes, bias, transposed, backend)
+    result: Tensor = torch.ops.sparsetrain.masked_product(
+        rows, weight, codes, bias, transposed, backend, backward_codes
+    )  # fmt: skip
     return result
 
 
 def _masked_product(
-    rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, transposed: bool, backend: str
-) -> Tensor:
+    rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, transposed: bool, backend: str,
+    backward_codes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     operands = operands_of(codes) or Operands(Execution(backend))
     choice = choose(operands, rows, (weight.shape[0], weight.shape[1]), bias is not None, transposed, backend)
     added = operands.bias(bias, rows.dtype)
     if choice != MASKED:
         try:
             chosen = BACKENDS[choice.backend]
-            operand = operands.get(weight, codes, chosen, transposed, rows.dtype)
+            operand = operands.get(weight, codes, chosen, transposed, rows.dtype, backward_codes)
             return chosen.product(operand, rows, added, choice.algorithm)
         except RuntimeError as error:
             if backend != "auto" or isinstance(error, torch.OutOfMemoryError):
                 raise
             give_up(operands, rows, bias is not None, transposed, choice, error)
-    operand = operands.get(weight, codes, BACKENDS["masked"], transposed, rows.dtype)
+    operand = operands.get(weight, codes, BACKENDS["masked"], transposed, rows.dtype, backward_codes)
     return BACKENDS["masked"].product(operand, rows, added)
 
 
 def _shape_of_product(
-    rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, transposed: bool, backend: str
-) -> Tensor:
+    rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, transposed: bool, backend: str,
+    backward_codes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     return rows.new_empty(rows.shape[0], weight.shape[1 if transposed else 0])
 
 

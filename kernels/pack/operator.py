@@ -72,7 +72,8 @@ def pack_tiles_(
 
     Args:
         weights: As in :func:`pack_tiles`, each.
-        codes: As in :func:`pack_tiles`, contiguous, each.
+        codes: As in :func:`pack_tiles`, contiguous, each; where they keep two of four along columns alone, what is
+            written for W itself means nothing.
         values: Contiguous, shaped as :func:`pack_tiles` returns it, all of one dtype; overwritten.
         meta: The same.
         values_t: The same; or an empty list, to leave the transposes out (masks may then be row-wise).

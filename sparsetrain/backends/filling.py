@@ -10,8 +10,6 @@ from ..kernels.masked_update.operator import apply_masks_
 from ..kernels.pack.operator import pack_tiles_, unpack_rows
 from .interface import Backend, Operand
 
-PARTS = {"operand": False, "transpose": True}
-
 SCRATCH_WORDS = 1 << 25
 """Words of metadata, 64 MiB, that are packed before they are reordered; at least those of one weight."""
 
@@ -21,7 +19,17 @@ _SCRATCH: dict[torch.device, Tensor] = {}
 
 @dataclass
 class Filling:
-    """A backend's operands of one weight that are to be filled: W's, Wᵀ's or both."""
+    """A backend's operands of one weight that are to be filled: W's, Wᵀ's or both.
+
+    Args:
+        weight: ``[O, I]``.
+        codes: Of the entries that are packed: two of every four along rows for W's, along columns for Wᵀ's.
+        backend: Whose operands they are.
+        dtype: Of their values.
+        operand: W's, or None.
+        transpose: Wᵀ's, or None.
+        within: Codes of a mask that prunes entries first: where they are packed, the value is zero.
+    """
 
     weight: Tensor
     codes: Tensor
@@ -29,6 +37,16 @@ class Filling:
     dtype: torch.dtype
     operand: Operand | None = None
     transpose: Operand | None = None
+    within: Tensor | None = None
+
+    @property
+    def source(self) -> Tensor:
+        """The matrix whose entries are packed."""
+        if self.within is None:
+            return self.weight.detach()
+        masked = torch.empty_like(self.weight, dtype=self.dtype).copy_(self.weight)
+        apply_masks_([masked], [self.within])
+        return masked
 
     @property
     def parts(self) -> list[Operand]:
@@ -57,7 +75,9 @@ def fill_(fillings: Iterable[Filling]) -> None:
             if any(part.values is None for part in filling.parts):
                 _fill_from_matrix(filling)
             else:
-                key = (filling.weight.device, filling.dtype, filling.transpose is None)
+                # alone if its source is a copy, so that there is one copy at a time
+                alone = None if filling.within is None else id(filling)
+                key = (filling.weight.device, filling.dtype, filling.transpose is None, alone)
                 groups.setdefault(key, []).append(filling)
         for group in groups.values():
             for batch in _batches(group):
@@ -111,8 +131,7 @@ def _pack(fillings: list[Filling]) -> None:
                 meta, scratch = scratch[:size].view(shape[0], -1), scratch[size + -size % 8 :]
             columns[2 * place].append(values)
             columns[2 * place + 1].append(meta)
-    weights = [filling.weight.detach() for filling in fillings]
-    pack_tiles_(weights, [filling.codes for filling in fillings], *columns)
+    pack_tiles_([filling.source for filling in fillings], [filling.codes for filling in fillings], *columns)
     for position, filling in enumerate(fillings):
         for part, metas in ((filling.operand, columns[1]), (filling.transpose, columns[3])):
             if part is not None and part.meta is None:
@@ -131,7 +150,9 @@ def _fill_from_matrix(filling: Filling) -> None:
     own = first is not None and first.tensors[0].shape == filling.weight.shape
     matrix = first.tensors[0] if own and first is not None else torch.empty_like(filling.weight, dtype=filling.dtype)
     matrix.copy_(filling.weight)
-    apply_masks_([matrix], [filling.codes])
+    for codes in (filling.codes, filling.within):
+        if codes is not None:
+            apply_masks_([matrix], [codes])
     if filling.operand is not None:
         filling.backend.finish_(filling.operand, matrix)
     if filling.transpose is not None:

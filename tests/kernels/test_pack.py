@@ -97,6 +97,19 @@ def test_one_side_alone_packs_row_wise_masks(kernel_device: str) -> None:
     assert all(same_bits(part.cpu(), want) for (part,), want in zip(packed, expected, strict=True))
 
 
+def test_the_transpose_needs_no_rows_that_keep_two(kernel_device: str) -> None:
+    weight = torch.randn(20, 84)
+    kept = torch.rand(5, 4, 84).argsort(1).argsort(1) < 2
+    mask = kept.view(20, 84)
+    assert (mask.view(20, 21, 4).sum(2) != 2).any()
+    codes = pack_codes(mask)
+    expected = loop(weight.t().bfloat16(), mask.t())
+    assert all(map(same_bits, reference.pack(weight, codes, torch.bfloat16)[2:], expected))
+    packed = poisoned(weight.to(kernel_device), torch.bfloat16)
+    pack_into([weight.to(kernel_device)], [codes.to(kernel_device)], packed, search=False)
+    assert all(same_bits(part.cpu(), want) for (part,), want in zip(packed[2:], expected, strict=True))
+
+
 def test_chunks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(100, 52)
     codes = search_transposable(weight.abs())

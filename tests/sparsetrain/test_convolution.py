@@ -187,8 +187,8 @@ def test_a_double_pruned_input_gradient(name: str, autocast: bool, batched: bool
     x = x if batched else x[0]
     twin, backward_twin = dense_twin(layer), dense_twin(layer)
     torch.manual_seed(1)
-    layer.backward_codes = torch.randint(-(2**15), 2**15, layer.mask_codes.shape, dtype=torch.int16)
-    kept = weight_of(st.decode_tiles(layer.backward_codes), layer.weight.shape)
+    layer.set_backward_codes_(torch.randint(-(2**15), 2**15, layer.mask_codes.shape, dtype=torch.int16))
+    kept = weight_of(st.decode_tiles(layer.mask_codes & layer.backward_codes), layer.weight.shape)
     backward_twin.weight.data.copy_(layer.weight.detach() * kept)
     inputs = [x.clone().requires_grad_() for _ in range(3)]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -172,6 +172,27 @@ def test_an_order_that_cannot_be_learned_is_left_to_the_vendor(nvmath, monkeypat
     assert backend.provider.name == "nvmath"
 
 
+@pytest.mark.parametrize("order", ["learned", "vendor"])
+def test_input_gradients_of_weights_that_are_pruned_twice(nvmath, monkeypatch, order: str) -> None:
+    if order == "vendor":
+        monkeypatch.setattr(layouts, "_decide", lambda *_: ("vendor", "because.", None))
+    model = nn.Sequential(nn.Linear(64, 48))
+    method = {"preset": "slope", "refresh_every": 2, "adapter_rank": 0}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    st.SparseTraining(model, optimizer, method, 6, backend="cusparselt", verbose=False)
+    for _ in range(5):
+        x, dy = torch.randn(8, 64, requires_grad=True), torch.randn(8, 48)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        y.backward(dy.bfloat16())
+        kept = model[0].mask & st.decode_tiles(model[0].backward_codes)
+        close(y, F.linear(x.detach().bfloat16(), model[0].weight.bfloat16(), model[0].bias.bfloat16()))
+        close(x.grad.bfloat16(), dy.bfloat16() @ (model[0].weight * kept).bfloat16())
+        optimizer.step()
+    assert {operand.layout.name for operand in model[0].operands._made.values()} == {order}
+    assert len(model[0].operands._made) == 2
+
+
 def test_plans_are_made_once_for_steps_micro_batches_and_a_bias_that_is_cast(nvmath) -> None:
     model = nn.Sequential(nn.Linear(64, 48))
     st.sparsify_(model, backend="cusparselt", verbose=False)
