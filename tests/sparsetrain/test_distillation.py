@@ -395,7 +395,11 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("distillation"), r"^state has no teacher but .* is 0\.67: pass one as teacher, .*\.$"),
+        (lambda state: state.pop("distillation"), r"^state has no 'distillation': .*\.$"),
+        (
+            lambda state: state.update(distillation=None),
+            r"^state has no teacher but .* is 0\.67: pass one as teacher, .*\.$",
+        ),
         (lambda state: state.update(distillation=3), r"^state has a damaged 'distillation': .*\.$"),
         (lambda state: state["distillation"].update(teacher=None), r"^state has no teacher but .*\.$"),
         (lambda state: state["distillation"].update(given=True), r"^state is of a run with a teacher .* as teacher\.$"),
