@@ -61,7 +61,7 @@ class SparseTrainingCallback(Callback):
     ``sparsity/pruned_magnitude_mean``     mean |w| of pruned entries
     ``sparsity/pruned_count``              pruned entries, of ``sparsity/total_count``
     ``sparsity/nonfinite_count``           NaN and infinite weights
-    ``sparsity/violations``                groups of four that do not keep exactly two; must be 0
+    ``sparsity/violations``                groups of four that do not keep what they should; must be 0
     ``sparsity/sparse_layers``             layers whose mask is in force
     ``sparsity/sparse_flops_share``        share of the layers' GEMM FLOPs that can run sparse now
     ``sparsity/age_mean``                  refreshes since an entry flipped, with ``track_age``
@@ -228,7 +228,7 @@ class SparseTrainingCallback(Callback):
 
     def _state(self, weights: dict[str, Any]) -> dict[str, Any]:
         assert self.training is not None
-        pruned = detach_pruned(weights, self.training.masks.layers)
+        pruned = detach_pruned(weights, self.training.masks.layers, self.method.adapter_merge)
         return {**self.training.state_dict(), PRUNED_WEIGHTS: {name: values.cpu() for name, values in pruned.items()}}
 
     def _release_guard(self) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints that hold the sparse model and everything needed to go on training it.
 
 In a sparse phase the model computes with ``W⊙M`` while the optimizer owns a dense ``W``. :func:`detach_pruned` puts
-``W⊙M`` into a state dict, so that whoever loads it has the model that was evaluated, and returns the pruned values;
-:func:`restore_pruned_` puts them back, bit for bit.
+what the products see into a state dict, so that whoever loads it has the model that was evaluated, and returns the
+rest; :func:`restore_pruned_` puts it back, bit for bit.
 """
 
 from collections.abc import Mapping, MutableMapping
@@ -21,24 +21,28 @@ CHECKPOINT_KEY = "sparsetrain"
 
 
 @torch.no_grad()
-def detach_pruned(state_dict: MutableMapping[str, Any], layers: Mapping[str, MaskedLayer]) -> dict[str, Tensor]:
-    """Replace the masters of masked layers in a state dict by masked copies, and return the pruned values.
+def detach_pruned(
+    state_dict: MutableMapping[str, Any], layers: Mapping[str, MaskedLayer], merge_adapters: bool = False
+) -> dict[str, Tensor]:
+    """Replace the masters of masked layers in a state dict by what products see, and return what is lost by that.
 
     Args:
         state_dict: Changed in place; its tensors are not.
         layers: Layer name to layer; those whose mask is not in force are left alone.
+        merge_adapters: Add the adapters that are in use.
 
     Returns:
-        Layer name to the pruned entries of its weight, in row-major order.
+        Layer name to the pruned entries of its weight, in row-major order; to all entries where those that are kept
+        differ too, by a soft threshold or an adapter.
     """
     pruned = {}
     for name, layer in layers.items():
-        key = f"{name}.weight"
+        key = f"{name}.weight" if name else "weight"
         if layer.is_masked and key in state_dict:
             master = state_dict[key]
-            out = ~layer.mask.to(master.device)
-            pruned[name] = master[out].clone()
-            state_dict[key] = master.masked_fill(out, 0)
+            changed = layer.soft_scale is not None or (merge_adapters and layer.adapter is not None)
+            pruned[name] = (master.flatten() if changed else master[~layer.mask.to(master.device)]).clone()
+            state_dict[key] = layer.effective_weight(master, merge_adapters)
     return pruned
 
 
@@ -64,6 +68,8 @@ def restore_pruned_(
             )
         weight = layers[name].weight
         out = ~unpack_codes(codes[name])
+        if values.numel() == weight.numel():
+            out = torch.ones_like(out)
         if out.numel() != weight.numel() or int(out.sum()) != values.numel():
             raise ValueError(f"checkpoint's pruned values of {name!r} do not fit its mask: the checkpoint is damaged.")
         masks[name] = weight_of(out, weight.shape)

@@ -5,12 +5,9 @@ from typing import cast
 from torch import nn
 
 from .convolution import SparseConv1d, SparseConv2d
-from .kernels.masked_update.reference import apply_mask_
 from .linear import SparseLinear
 from .masked_layer import MaskedLayer, PhaseKind
-from .matrices import written_as_matrices
 from .operands import Execution
-from .soft_threshold import soft_thresholded
 
 SPARSE_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {
     masked.dense_class: masked for masked in (SparseLinear, SparseConv1d, SparseConv2d)
@@ -25,9 +22,15 @@ def to_sparse_(layer: nn.Module, phase: PhaseKind = "sparse", execution: Executi
         >>> type(to_sparse_(nn.Linear(8, 4))).__name__
         'SparseLinear'
     """
-    layer.__class__ = SPARSE_CLASSES[type(layer)]
+    dense_class = type(layer)
+    layer.__class__ = SPARSE_CLASSES[dense_class]
     sparse = cast(MaskedLayer, layer)
-    sparse._add_mask(phase, execution or Execution())
+    try:
+        sparse._add_mask(phase, execution or Execution())
+    except BaseException:
+        sparse._remove_mask()
+        layer.__class__ = dense_class
+        raise
     return sparse
 
 
@@ -40,11 +43,7 @@ def to_dense_(layer: MaskedLayer, zeros: bool = True) -> nn.Module:
         'Linear'
     """
     if zeros and layer.is_masked:
-        with written_as_matrices([layer.weight.data]) as (matrix,):
-            if layer.soft_scale is not None:
-                soft = soft_thresholded(matrix, layer.mask_codes, layer.execution.transposable)
-                matrix.copy_(soft * layer.soft_scale)
-            apply_mask_(matrix, layer.mask_codes)
+        layer.weight.data.copy_(layer.effective_weight(layer.weight.data))
     layer._remove_mask()
     dense = cast(nn.Module, layer)
     dense.__class__ = layer.dense_class

@@ -10,8 +10,8 @@ from .autocast import as_autocast
 from .gradient_rules import GradientRule
 from .kernels.tile_codes.reference import unpack_codes
 from .linear import multiply
-from .masked_layer import MaskedLayer
-from .matrices import matrix_of, weight_of
+from .masked_layer import MaskedLayer, has_choice
+from .matrices import weight_of
 
 
 class MaskWeight(torch.autograd.Function):
@@ -19,8 +19,8 @@ class MaskWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, codes: Tensor, rule: GradientRule) -> Tensor:
-        """Return the masked weight ``[O, I, *kernel]``."""
-        return weight.masked_fill(weight_of(~unpack_codes(codes), weight.shape), 0)
+        """Return the masked weight ``[O, I, *kernel]``, in the same memory order."""
+        return weight.clone().masked_fill_(weight_of(~unpack_codes(codes), weight.shape), 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -31,8 +31,7 @@ class MaskWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
         """Return the gradient of the master."""
-        gradient = ctx.rule.apply(matrix_of(gradients[0]), ctx.saved_tensors[0])
-        return weight_of(gradient, gradients[0].shape), None, None
+        return ctx.rule.apply(gradients[0], ctx.saved_tensors[0]), None, None
 
 
 class TwoWeightConvolution(torch.autograd.Function):
@@ -94,16 +93,28 @@ class SparseConvolution(MaskedLayer):
         """Convolve ``[batch, I, *space]``, or one image ``[I, *space]``."""
         if self.phase == "dense":
             return cast(Tensor, super().forward(input))
-        return self._multiply_positions(input) if is_pointwise(self) else self._convolve(input)
+        return self._multiply_positions(input) if self._multiplies else self._convolve(input)
+
+    @property
+    def _multiplies(self) -> bool:
+        """Whether there is something to gain by products of tokens, which lie otherwise in memory."""
+        execution = self.execution
+        masked = execution.backend == "masked" or not self.is_two_of_four
+        masked = masked or (execution.backend == "auto" and not has_choice(self.weight.device.type))
+        return is_pointwise(self) and (not masked or self.draws is not None)
 
     def _multiply_positions(self, input: Tensor) -> Tensor:
+        if input.dim() not in (len(self.stride) + 1, len(self.stride) + 2) or input.shape[-len(self.stride) - 1] != (
+            self.in_channels
+        ):
+            return cast(Tensor, super().forward(input))  # raises what the dense layer does
         tokens = self.features_last(input)
         if any(step > 1 for step in self.stride):
             steps = (slice(None, None, step) for step in self.stride)
             tokens = tokens[(..., *steps, slice(None))]  # type: ignore[index]
         output = multiply(self, tokens).movedim(-1, -len(self.stride) - 1)
         # the order in memory is that which the dense convolution gives
-        return output if _channels_last(input) else output.contiguous()
+        return output if _channels_last(input) or _channels_last(self.weight) else output.contiguous()
 
     def _convolve(self, input: Tensor) -> Tensor:
         master = self.weight
@@ -174,5 +185,9 @@ def is_pointwise(layer: nn.Module) -> bool:
     return all(size == 1 for size in kernel) and not any(padding)
 
 
-def _channels_last(input: Tensor) -> bool:
-    return input.dim() == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
+def _channels_last(tensor: Tensor) -> bool:
+    # by strides, as a kernel of 1 is contiguous in both orders
+    if tensor.dim() != 4:
+        return False
+    channels, width = tensor.shape[1], tensor.shape[3]
+    return tensor.stride()[1:] == (1, channels * width, channels)

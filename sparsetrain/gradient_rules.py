@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .kernels.tile_codes.reference import unpack_codes
+from .matrices import weight_of
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class GradientRule:
         object.__setattr__(self, "name", names.get((self.kept, self.pruned), "scaled"))
 
     def apply(self, gradient: Tensor, codes: Tensor) -> Tensor:
-        """Return the scaled gradient ``[O, I]`` for tile codes ``[O/4, I/4]``."""
+        """Return the scaled gradient, shaped like a weight or its matrix, for tile codes ``[O/4, K/4]``."""
         if self.name == "ste":
             return gradient
-        kept = unpack_codes(codes)
+        kept = weight_of(unpack_codes(codes), gradient.shape)
         if self.name == "masked":
             return gradient.masked_fill(~kept, 0)
         return (gradient * self.kept).where(kept, gradient * self.pruned)

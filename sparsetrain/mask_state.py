@@ -43,6 +43,7 @@ class MaskState:
         self.hysteresis = hysteresis
         self.tile_budget = tile_budget
         self.kept = 2  # of every four entries
+        self.dense: frozenset[str] | None = None  # layers that a budget keeps dense, once they are chosen
         self.exists = False
         self.refresh_ms = 0.0
         self.flips: dict[str, Tensor] = {}
@@ -53,6 +54,21 @@ class MaskState:
             for name, layer in self.layers.items()
             if track_age
         }
+
+    @property
+    def maskable(self) -> dict[str, MaskedLayer]:
+        """The layers that get masks: all but those that stay dense."""
+        return {name: layer for name, layer in self.layers.items() if name not in (self.dense or ())}
+
+    def keep_dense_(self, names: Collection[str]) -> None:
+        """Give these layers no masks any more; their codes keep everything."""
+        self.dense = frozenset(names)
+        for name in self.dense:
+            self.layers[name].mask_codes.fill_(KEEP_ALL)
+            self.flips.pop(name, None)
+            self.virtual_flips.pop(name, None)
+        if self.dense:
+            self.sums_at_refresh = self._sum_statistics(self._statistics({}))
 
     @property
     def codes(self) -> dict[str, Tensor]:
@@ -73,7 +89,7 @@ class MaskState:
         """
         start = time.perf_counter()
         old = {name: codes.clone() for name, codes in self.codes.items()} if self.exists else {}
-        new = self._search(clock, set(self.layers) if names is None else set(names))
+        new = self._search(clock, set(self.maskable).intersection(self.layers if names is None else names))
         for name, codes in new.items():
             if name in old and name in self.ages:
                 age = self.ages[name] = self.ages[name].to(codes.device)  # the model may have moved
@@ -84,8 +100,7 @@ class MaskState:
             flips = {name: row[5] for name, row in statistics.items()}
             self.flips, self.virtual_flips = (self.flips, flips) if virtual else (flips, self.virtual_flips)
         self.exists = True
-        rows = list(statistics.values())
-        self.sums_at_refresh = torch.stack([row.to(rows[0].device) for row in rows]).sum(0)[:5]
+        self.sums_at_refresh = self._sum_statistics(statistics)
         self.refresh_ms = 1e3 * (time.perf_counter() - start)
         self.refresh_backward()
         require_equal_codes(self.codes)
@@ -95,7 +110,7 @@ class MaskState:
         """Search the masks of input gradients anew, if they are others than those of the forward."""
         if self.pattern.search_backward is None:
             return
-        for layer in self.layers.values():
+        for layer in self.maskable.values():
             layer.set_backward_codes_(self.pattern.search_backward(layer.matrix, layer.mask_codes))
 
     def _search(self, clock: int, wanted: set[str]) -> dict[str, Tensor]:
@@ -131,7 +146,7 @@ class MaskState:
         scores = self.criterion.scores(layer.matrix, layer=name, clock=clock)
         if not bonus:
             return scores
-        mean = torch.where(scores.isfinite(), scores, 0).mean()
+        mean = torch.where(scores.isfinite(), scores, 0).abs().mean()
         return scores + bonus * mean * unpack_codes(layer.mask_codes)
 
     def kept_fractions(self) -> dict[str, float]:
@@ -151,13 +166,18 @@ class MaskState:
                 [previous[name] for name in names] if previous else [],
             )
             found.update(zip(names, rows, strict=True))
-        return {name: found[name] for name in self.layers}
+        return {name: found[name] for name in self.maskable}
 
     def _by_device(self) -> list[list[str]]:
         devices: dict[torch.device, list[str]] = {}
-        for name, layer in self.layers.items():
+        for name, layer in self.maskable.items():
             devices.setdefault(layer.weight.device, []).append(name)
         return list(devices.values())
+
+    @staticmethod
+    def _sum_statistics(statistics: Mapping[str, Tensor]) -> Tensor:
+        rows = list(statistics.values())
+        return torch.stack([row.to(rows[0].device) for row in rows]).sum(0)[:5]
 
     def flip_rate(self, layer: str | None = None, virtual: bool = False) -> float | None:
         """Return the last refresh's flips as a fraction of the entries, of one layer or of all; None before one."""
@@ -200,6 +220,7 @@ class MaskState:
             "pattern": self.pattern.name,
             "exists": self.exists,
             "kept": self.kept,
+            "dense": None if self.dense is None else sorted(self.dense),
             "codes": {name: codes.detach().cpu().clone() for name, codes in self.codes.items()},
             "shapes": {name: list(layer.weight.shape) for name, layer in self.layers.items()},
             "flips": plain(self.flips),
@@ -249,7 +270,8 @@ class MaskState:
                     f"state's codes of layer {name!r} are {found} but must be torch.int16 {expected}: "
                     "resume with the same model."
                 )
-            if state["exists"] and self._count_violations([codes], state["kept"]):
+            masked = state["exists"] and name not in (state["dense"] or ())
+            if masked and self._count_violations([codes], state["kept"]):
                 raise ValueError(
                     f"state's codes of layer {name!r} are no {self.pattern.name} masks: the checkpoint is damaged."
                 )
@@ -266,6 +288,7 @@ class MaskState:
         self.check_state_dict(state)
         self.exists = bool(state["exists"])
         self.kept = int(state["kept"])
+        self.dense = None if state["dense"] is None else frozenset(state["dense"])
         for name, layer in self.layers.items():
             layer.set_codes_(state["codes"][name].to(layer.weight.device))
         self.flips = {name: torch.tensor(count) for name, count in state["flips"].items()}

@@ -11,7 +11,7 @@ from .gradient_rules import GradientRule, resolve_gradient_rule
 from .kernels.tile_codes.reference import unpack_codes
 from .matrices import matrix_of, weight_of
 from .operands import Execution, Operands, register
-from .soft_threshold import SoftThreshold
+from .soft_threshold import SoftThreshold, soft_thresholded
 from .tiles import KEEP_ALL
 
 PhaseKind = Literal["dense", "sparse", "frozen"]
@@ -19,6 +19,13 @@ PhaseKind = Literal["dense", "sparse", "frozen"]
 
 AUTO_DEVICES = ("cuda",)
 """Where ``backend="auto"`` has a choice; elsewhere it is ``masked``."""
+
+
+STATE = (
+    "mask_codes", "draws", "backward_codes", "adapter", "soft_scale", "phase", "is_two_of_four", "gradient",
+    "execution", "operands",
+)  # fmt: skip
+"""What a masked layer has beside its dense class."""
 
 
 def has_choice(device: str) -> bool:
@@ -92,6 +99,24 @@ class MaskedLayer(nn.Module):
         soft = SoftThreshold.apply(self.matrix, self.mask_codes, self.soft_scale, self.execution.transposable)  # type: ignore[no-untyped-call]
         return cast(Tensor, soft)
 
+    @torch.no_grad()
+    def effective_weight(self, master: Tensor, with_adapter: bool = False) -> Tensor:
+        """Return the weight that the products see when the mask is in force, for a master at hand.
+
+        Args:
+            master: Shaped like the weight, on any device.
+            with_adapter: Add the adapter, if there is one.
+        """
+        matrix, codes = matrix_of(master), self.mask_codes.to(master.device)
+        if self.soft_scale is not None:
+            soft = soft_thresholded(matrix, codes, self.execution.transposable)
+            matrix = soft * self.soft_scale.to(master.device)
+        matrix = matrix.masked_fill(~unpack_codes(codes), 0)
+        if with_adapter and self.adapter is not None:
+            down, up = self.adapter
+            matrix = matrix + (up @ down).to(matrix)
+        return weight_of(matrix, master.shape)
+
     def train(self, mode: bool = True) -> "MaskedLayer":
         """Switch between training and evaluation; weights may be swapped around it, so operands are made anew."""
         if mode != self.training:
@@ -140,6 +165,5 @@ class MaskedLayer(nn.Module):
         register(self)
 
     def _remove_mask(self) -> None:
-        del self.mask_codes, self.draws, self.soft_scale, self.backward_codes, self.adapter
-        for name in ("phase", "is_two_of_four", "gradient", "execution", "operands"):
+        for name in STATE:
             self.__dict__.pop(name, None)

@@ -1,6 +1,7 @@
 """Schedules: ordered phases in optimizer steps or fractions of the run, resolved to a timeline of steps."""
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -58,7 +59,7 @@ class Timeline:
         starts: First step of each phase; the first is 0.
         shares: Of the layers, in each phase; empty if it is always all.
         earliest: First step at which each phase may end early, or None; empty if none may.
-        kept: Of every four entries, how many masks keep in each phase; empty if it is always 2.
+        kept: Of every four entries, how many masks keep in each phase, or would; empty if it is always 2.
     """
 
     kinds: tuple[PhaseKind, ...]
@@ -166,9 +167,19 @@ class Schedule:
                 after = self._steps(phase.earliest, total_steps)
                 earliest.append(None if after is None else step + after)
             step += steps
+        kept = self._with_dense_phases(kinds, kept)
         return Timeline(tuple(kinds), tuple(starts), tuple(shares) if set(shares) != {1.0} else (),
                         tuple(earliest) if any(entry is not None for entry in earliest) else (),
                         tuple(kept) if set(kept) != {2} else ())  # fmt: skip
+
+    @staticmethod
+    def _with_dense_phases(kinds: Sequence[PhaseKind], kept: Sequence[int]) -> list[int]:
+        """Give dense phases, whose masks are only watched, the density of the masked phase after them, or before."""
+        found = list(kept)
+        for index in reversed(range(len(kinds))):
+            if kinds[index] == "dense" and len(kinds) > 1:
+                found[index] = found[index + 1] if index + 1 < len(kinds) else found[index - 1]
+        return found
 
     @staticmethod
     def _steps(length: int | float | None, total_steps: int | None) -> int | None:
@@ -238,7 +249,7 @@ def rounds(
         >>> rounds(2, start=0.5, every=0.25).resolve(100).shares
         (1.0, 0.5, 1.0)
         >>> rounds(start=0.5, every=0.25, by="density").resolve(100).kept
-        (2, 3, 2)
+        (3, 3, 2)
     """
     require_length("start", start)
     require_length("every", every)

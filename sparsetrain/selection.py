@@ -5,12 +5,13 @@ import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .masked_layer import MaskedLayer
 
@@ -111,6 +112,11 @@ class SelectionReport:
         )
         return replace(self, choices=tuple(choices))
 
+    def with_dense(self, names: Collection[str], reason: str) -> "SelectionReport":
+        """Return the report with more layers that stay dense."""
+        choices = (replace(choice, reason=reason) if choice.name in names else choice for choice in self.choices)
+        return replace(self, choices=tuple(choices))
+
     def print_table(self, console: Console | None = None) -> None:
         """Print every layer with its shape and, where it stays dense, the reason."""
         table = Table("layer", "shape", "weights", title=self.summary())
@@ -135,8 +141,9 @@ def select_layers(
     Args:
         model: Any module.
         targets: One or several of: ``"all-linear"`` (every linear layer but an output head), ``"all-conv"`` (every 1-D
-            and 2-D convolution), ``"mlp"`` (the layers of feed-forward blocks), the end of a layer's name (``"fc1"``,
-            ``"mlp.up"``), or a regular expression that matches the whole name.
+            and 2-D convolution but an output head), ``"mlp"`` (the layers of feed-forward blocks), the end of a layer's
+            name (``"fc1"``, ``"mlp.up"``), or a regular expression that matches the whole name; all but the first two
+            mean linear layers and convolutions alike.
         exclude: Ends of names or regular expressions, as in ``targets``; they win over targets.
         pattern: Named in the report.
 
@@ -174,7 +181,8 @@ def select_layers(
             reason = "output head (name it in targets to make it sparse)"
         else:
             reason = _why_not(name, layer, owners)
-        choices.append(LayerChoice(name, tuple(layer.weight.shape), reason))
+        shape = () if is_lazy(layer.weight) else tuple(layer.weight.shape)
+        choices.append(LayerChoice(name, shape, reason))
     report = SelectionReport(tuple(choices), pattern)
     if not report.sparse:
         reasons = "; ".join(
@@ -248,6 +256,8 @@ def _why_not(name: str, layer: Candidate, owners: dict[int, list[str]]) -> str:
     if type(layer) not in LAYERS:
         base = next(base for base in LAYERS if isinstance(layer, base))
         return f"subclass of nn.{base.__name__} ({type(layer).__name__})"
+    if layer._parameters.get("weight") is None:
+        return "weight is no parameter (weight_norm, spectral_norm or prune): remove that first"
     if type(layer.weight).__name__ == "DTensor":
         return "sharded weight (DTensor)"
     if (groups := getattr(layer, "groups", 1)) != 1:
@@ -269,4 +279,5 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:
 
 def weight_count(modules: Iterable[nn.Module]) -> int:
     """Count the weights of all linear and convolutional layers."""
-    return sum(module.weight.numel() for module in modules if isinstance(module, Candidate))
+    weights = (module.weight for module in modules if isinstance(module, Candidate))
+    return sum(weight.numel() for weight in weights if not is_lazy(weight))

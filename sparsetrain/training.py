@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from .kernels.masked_update.operator import apply_masks_
 from .lr_restart import LRRestart
 from .mask_state import MaskState
 from .masked_decay import MaskedDecay
-from .masked_layer import PhaseKind
+from .masked_layer import MaskedLayer, PhaseKind
 from .matrices import written_as_matrices
 from .methods.method import Method
 from .methods.presets import resolve_method
@@ -121,47 +122,63 @@ class SparseTraining:
             model, targets, exclude, pattern=self.method.pattern, backend=backend, deterministic=deterministic,
             keep_transposed=keep_transposed, weight_product=self.method.weight_product, phase="dense", verbose=False,
         )  # fmt: skip
+        layers = dict(sparse_layers(model))
+        own = {choice.name: layers[choice.name] for choice in self._report.sparse}
+        self._removals = ExitStack()  # of everything that hangs on the model and the optimizers
+        try:
+            self._set_up(own, optimizers, lr_schedulers, track_age)
+            if state is None:
+                self._enter(*self.timeline.at(0))
+                self._switch_adapters()
+            else:
+                self.load_state_dict(state)
+        except BaseException:
+            self._removals.close()
+            for layer in own.values():
+                to_dense_(layer, zeros=False)
+            raise
+        if verbose:
+            print(self._report.summary())
+
+    def _set_up(
+        self, layers: Mapping[str, MaskedLayer], optimizers: Sequence[Optimizer], lr_schedulers: Sequence[LRScheduler],
+        track_age: bool,
+    ) -> None:  # fmt: skip
+        method = self.method
         self.clock = 0
         self.phase: PhaseKind = "dense"
         self._phase_start = 0
         self._last_refresh = -1
         self._repack_ms = 0.0
-        pattern = resolve_pattern(self.method.pattern)
-        criterion = copy.deepcopy(resolve_criterion(self.method.criterion))  # its statistics are this run's
-        layers = dict(sparse_layers(model))
-        own = {choice.name: layers[choice.name] for choice in self._report.sparse}
-        budget = self.method.dense_budget if self.method.mixes_tiles else 0.0
-        self.masks = MaskState(own, pattern, criterion, track_age, self.method.hysteresis, budget)
-        self._observer = Observer(criterion, self.masks.layers)
-        self._observer.install()
-        self._distillation.install()
         self._active: set[str] = set()
-        self._dense: set[str] | None = None  # layers that stay dense by the method's budget, once that is known
-        self._adapters: Adapters | None = None
-        self._moments = SecondMoments() if self.timeline.earliest else None
-        self._frozen_moments = FrozenMoments(optimizers if self.method.freeze_second_moments else [])
-        self._decay = MaskedDecay(self.method.decay, self.method.decay_on, self._steps(self.method.decay_ramp))
-        self._weights = {name: layer.weight for name, layer in self.masks.layers.items()}
-        self._weight_count = weight_count(model.modules())
-        owners = [entry for entry in optimizers if owned_parameters(entry) & set(map(id, self._weights.values()))]
-        self._optimizers = owners or optimizers
-        self._owned = {id(entry): owned_parameters(entry) for entry in self._optimizers}
-        self._lr_restart = LRRestart(optimizers, lr_schedulers) if self.method.restart_lr else None
-        if self.method.adapter_rank:
-            self._adapters = Adapters(self.masks.layers, self._optimizers, self.method.adapter_rank)
-        self._number_draws()
-        self._hooks = StepHooks(self._optimizers, self._adjust_gradients, self._written, self._advance)
         self._final: tuple[dict[str, float], dict[str, Any]] | None = None
-        try:
-            if state is None:
-                self._enter(*self.timeline.at(0))
-            else:
-                self.load_state_dict(state)
-        except BaseException:
-            self._restore(zeros=False)
-            raise
-        if verbose:
-            print(self._report.summary())
+        criterion = copy.deepcopy(resolve_criterion(method.criterion))  # its statistics are this run's
+        tile_budget = method.dense_budget if method.mixes_tiles else 0.0
+        pattern = resolve_pattern(method.pattern)
+        self.masks = MaskState(layers, pattern, criterion, track_age, method.hysteresis, tile_budget)
+        self._weights = {name: layer.weight for name, layer in self.masks.layers.items()}
+        self._weight_count = weight_count(self.model.modules())
+        owners = [entry for entry in optimizers if owned_parameters(entry) & set(map(id, self._weights.values()))]
+        self._optimizers = owners or list(optimizers)
+        self._owned = {id(entry): owned_parameters(entry) for entry in self._optimizers}
+        self._lr_restart = LRRestart(optimizers, lr_schedulers) if method.restart_lr else None
+        self._moments = SecondMoments() if self.timeline.earliest else None
+        self._decay = MaskedDecay(method.decay, method.decay_on, self._steps(method.decay_ramp))
+        self._frozen_moments = FrozenMoments(optimizers if method.freeze_second_moments else [])
+        self._removals.callback(self._frozen_moments.remove)
+        self._observer = Observer(criterion, self.masks.layers)
+        self._removals.callback(self._observer.remove)
+        self._observer.install()
+        self._removals.callback(self._distillation.remove)
+        self._distillation.install()
+        self._adapters: Adapters | None = None
+        if method.adapter_rank:
+            self._adapters = Adapters(self.masks.layers, self._optimizers, method.adapter_rank)
+            self._removals.callback(self._adapters.remove)
+        self._number_draws()
+        hooks = StepHooks(self._optimizers, self._adjust_gradients, self._written, self._advance)
+        self._hooks = hooks
+        self._removals.callback(hooks.remove)
 
     @property
     def report(self) -> SelectionReport:
@@ -305,7 +322,6 @@ class SparseTraining:
             "last_refresh": self._last_refresh,
             "lr_restart": self._lr_restart.state_dict() if self._lr_restart else None,
             "active": sorted(self._active),
-            "dense": None if self._dense is None else sorted(self._dense),
             "starts": list(self.timeline.starts),
             "adapters": None if self._adapters is None else self._adapters.state_dict(),
             "moments": None if self._moments is None else self._moments.state_dict(),
@@ -326,7 +342,7 @@ class SparseTraining:
         Raises:
             ValueError: If the state is damaged or of another model; nothing is changed then.
         """
-        check_state(state, self.masks, self.method, self.total_steps)
+        check_state(state, self.masks, self.method, self.total_steps, self.timeline)
         self._distillation.check_state(state["distillation"], bool(state["active"]))
         self._frozen_moments.check_state_dict(state["frozen_moments"])
         self._distillation.load_state_dict(state["distillation"])
@@ -345,7 +361,7 @@ class SparseTraining:
         if self._adapters is not None:
             self._adapters.load_state_dict(state["adapters"])
         self._active = set(state["active"])
-        self._dense = None if state["dense"] is None else set(state["dense"])
+        self._report_budget()
         self._decay.load_state_dict(state["decay"])
         for name, layer in self.masks.layers.items():
             scale = state["soft_scales"].get(name)
@@ -448,13 +464,19 @@ class SparseTraining:
         kept = self.timeline.kept_at(self.clock)
         goes_on = kind == "frozen" and self.phase != "dense" and kept == self.masks.kept
         held = self._active if goes_on else set()  # their masks stay
-        searched = set(self.masks.layers) - held
+        searched = set(self.masks.maskable) - held
         if kind != "dense":
             self._distillation.take()
+        if kept != self.masks.kept:
+            self._forget_soft_scales()
         self.phase, self.masks.kept = kind, kept  # what a search finds, and counts flips as
         if searched and (kind != "dense" or self._watch_dense):
             self._refresh(searched if held else None)
         self._active = set() if kind == "dense" else self._choose_active(held, self.timeline.share_at(self.clock))
+        if not self._is_soft:
+            if kind == "frozen":
+                self._write_soft_weights()
+            self._forget_soft_scales()
         self._set_phase(kind, start)
         if kind != "dense":
             self._frozen_moments.freeze()
@@ -466,28 +488,27 @@ class SparseTraining:
 
     def _choose_active(self, held: set[str], share: float) -> set[str]:
         """Return the layers whose masks are in force: those that are, then those that lose the least magnitude."""
-        if self._dense is None:
+        if self.masks.dense is None:
             by_layers = self.method.dense_budget if self.method.dense_unit == "layers" else 0.0
-            self._dense = set(self.masks.costliest_layers(self.clock, by_layers)) if by_layers else set()
-        maskable = len(self.masks.layers) - len(self._dense)
-        count = max(len(held), round(share * maskable), 1)
-        if count == maskable:
-            return set(self.masks.layers) - self._dense
+            self.masks.keep_dense_(self.masks.costliest_layers(self.clock, by_layers) if by_layers else ())
+            self._report_budget()
+        maskable = set(self.masks.maskable)
+        count = max(len(held), round(share * len(maskable)), 1)
+        if count == len(maskable):
+            return maskable
         fractions = self.masks.kept_fractions()
-        names = [name for name in fractions if name not in self._dense]
-        return set(sorted(names, key=lambda name: (name not in held, -fractions[name]))[:count])
+        return set(sorted(fractions, key=lambda name: (name not in held, -fractions[name]))[:count])
+
+    def _report_budget(self) -> None:
+        reason = f"kept dense by dense_budget={self.method.dense_budget:g}"
+        self._report = self._report.with_dense(self.masks.dense or (), reason)
 
     def _restore(self, zeros: bool) -> None:
-        self._hooks.remove()
-        self._observer.remove()
-        self._distillation.remove()
-        self._frozen_moments.remove()
-        merge = self._adapters is not None and any(layer.adapter is not None for layer in self.masks.layers.values())
-        if self._adapters is not None:
-            self._adapters.remove()
+        merge = zeros and self.method.adapter_merge and any(layer.adapter for layer in self.masks.layers.values())
+        self._removals.close()
         for layer in self.masks.layers.values():
             to_dense_(layer, zeros)
-        if self._adapters is not None and merge and zeros and self.method.adapter_merge:
+        if self._adapters is not None and merge:
             self._adapters.merge_()
 
     def _set_phase(self, kind: PhaseKind, start: int) -> None:
@@ -500,10 +521,26 @@ class SparseTraining:
             layer.operands.managed = True
             if layer.phase == "dense" or not layer.is_two_of_four:
                 layer.operands.release()
-            if layer.phase != "dense" and self.method.forward == "soft" and layer.soft_scale is None:
+            if layer.phase != "dense" and self._is_soft and layer.soft_scale is None:
                 with torch.no_grad():
                     transposable = layer.execution.transposable
                     layer.soft_scale = soft_scale(layer.matrix, layer.mask_codes, transposable)
+
+    @property
+    def _is_soft(self) -> bool:
+        """Whether products see soft weights; frozen masks in place leave none that could shrink kept ones."""
+        return self.method.forward == "soft" and not (self.phase == "frozen" and self.method.frozen_in_place)
+
+    def _forget_soft_scales(self) -> None:
+        for layer in self.masks.layers.values():
+            layer.soft_scale = None
+
+    @torch.no_grad()
+    def _write_soft_weights(self) -> None:
+        for name in self._active:
+            layer = self.masks.layers[name]
+            if layer.soft_scale is not None:
+                layer.weight.copy_(layer.effective_weight(layer.weight))
 
     def _apply_masks(self) -> None:
         if not self.method.frozen_in_place:

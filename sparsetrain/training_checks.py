@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ def check_setup(
         )
     for name in method.fractions if total_steps is None else ():
         raise ValueError(f"total_steps is None but {name} is a fraction: pass total_steps, or give it in steps.")
+    if method.dense_budget and method.dense_unit == "layers":
+        _check_budget(report, method.dense_budget)
     if timeline.earliest:
         require_second_moments(optimizers)
     if method.freeze_second_moments:
@@ -55,6 +58,16 @@ def check_setup(
         require_freezable(optimizers)
     if method.restart_lr and not lr_schedulers:
         raise ValueError("method has restart_lr=True but lr_schedulers is empty: pass the learning-rate schedulers.")
+
+
+def _check_budget(report: SelectionReport, budget: float) -> None:
+    smallest = min(report.sparse, key=lambda choice: choice.count)
+    share = smallest.count / sum(choice.count for choice in report.sparse)
+    if share > budget:
+        raise ValueError(
+            f"dense_budget is {budget} but the smallest layer, {smallest.name!r}, has {share:.3f} of the weights: "
+            "raise it to that at least, or use dense_unit='tiles'."
+        )
 
 
 def _check_weights(
@@ -76,7 +89,9 @@ def _check_weights(
             )
 
 
-def check_state(state: Mapping[str, Any], masks: MaskState, method: Method, total_steps: int | None) -> None:
+def check_state(
+    state: Mapping[str, Any], masks: MaskState, method: Method, total_steps: int | None, timeline: Timeline
+) -> None:  # fmt: skip
     """Raise ``ValueError`` if a state is damaged or of another model, and warn if it is of another method."""
     if state.get("version", STATE_VERSION) != STATE_VERSION:
         raise ValueError(
@@ -89,8 +104,14 @@ def check_state(state: Mapping[str, Any], masks: MaskState, method: Method, tota
         raise ValueError(
             f"state has clock {state['clock']!r}: it must be an int of at least 0; the checkpoint is damaged."
         )
+    timeline = replace(timeline, starts=tuple(state["starts"])) if state["moments"] else timeline
+    if state["kept"] != (kept := timeline.kept_at(state["clock"])):
+        raise ValueError(
+            f"state has masks that keep {state['kept']!r} of four but the schedule says {kept} at step "
+            f"{state['clock']}: resume with the same schedule."
+        )
     masks.check_state_dict(state)
-    if unknown := sorted({*state["active"], *state["soft_scales"]} - set(masks.layers)):
+    if unknown := sorted({*state["active"], *state["soft_scales"], *(state["dense"] or ())} - set(masks.layers)):
         raise ValueError(f"state has active layer {unknown[0]!r} that the model has not: resume with the same model.")
     for what, saved, here in (
         ("method", state["method"], method.describe()),

@@ -39,9 +39,10 @@ class Wanda(MovingAverage):
 
     def summarize_input(self, input: Tensor) -> Tensor:
         """Return the squared norm of every feature, ``[..., I]`` to float32 ``[I]``."""
-        tokens = input.detach().reshape(-1, input.shape[-1])
-        dtype = tokens.dtype if tokens.dtype == torch.float64 else torch.float32
-        norms: Tensor = torch.linalg.vector_norm(tokens, dim=0, dtype=dtype)  # makes no float32 copy of the tokens
+        dtype = input.dtype if input.dtype == torch.float64 else torch.float32
+        # makes no copy of the input, whatever its dtype and its order in memory
+        tokens = input.detach() if input.dim() > 1 else input.detach()[None]
+        norms: Tensor = torch.linalg.vector_norm(tokens, dim=tuple(range(tokens.dim() - 1)), dtype=dtype)
         return norms.square().float()
 
     def observe_input(self, layer: str, summary: Tensor) -> None:

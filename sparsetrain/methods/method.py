@@ -97,7 +97,7 @@ class Method:
         require_length("decay_ramp", self.decay_ramp)
         if not 0 <= self.hysteresis < float("inf"):
             raise ValueError(f"hysteresis is {self.hysteresis!r}: it must be a finite number of at least 0.")
-        if not 0 <= self.dense_budget < 1:
+        if isinstance(self.dense_budget, str) or not 0 <= self.dense_budget < 1:
             raise ValueError(f"dense_budget is {self.dense_budget!r}: it must be at least 0 and below 1.")
         if self.dense_unit not in ("layers", "tiles"):
             raise ValueError(f"dense_unit is {self.dense_unit!r}: it must be 'layers' or 'tiles'.")

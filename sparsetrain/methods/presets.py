@@ -1,7 +1,7 @@
 """Presets: functions that return a :class:`Method` with the published defaults."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -379,7 +379,14 @@ def resolve_method(method: str | Method | Mapping[str, Any]) -> Method:
     own = list(inspect.signature(preset).parameters)
     arguments = _checked(arguments, name, [*own, *(field for field in field_names if field not in own)])
     changes = {key: arguments.pop(key) for key in list(arguments) if key not in own}
-    return replace(preset(**arguments), **changes)
+    method, default = preset(**arguments), preset()
+    for key in changes:
+        if getattr(method, key) != getattr(default, key):
+            raise ValueError(
+                f"method: {key!r} is given, and so is an argument of {name} that sets it ({', '.join(arguments)}): "
+                "leave one of them away."
+            )
+    return replace(method, **changes)
 
 
 def _names() -> str:
@@ -392,8 +399,16 @@ def _checked(arguments: dict[str, Any], owner: str, allowed: list[str]) -> dict[
             raise ValueError(f"method: {owner} has no argument {key!r}; it has {', '.join(allowed)}.")
     schedule = arguments.get("schedule")
     if schedule is not None and not isinstance(schedule, Schedule):
-        phases = schedule["phases"] if isinstance(schedule, Mapping) else schedule
-        arguments["schedule"] = Schedule(
-            tuple(Phase(**phase) if isinstance(phase, Mapping) else phase for phase in phases)
-        )
+        arguments["schedule"] = _schedule_of(schedule)
     return arguments
+
+
+def _schedule_of(schedule: Any) -> Schedule:
+    phases = schedule.get("phases") if isinstance(schedule, Mapping) else schedule
+    if not isinstance(phases, Sequence) or isinstance(phases, str):
+        raise TypeError(f"schedule is {schedule!r}: it must be a Schedule, or a list of phases, or have 'phases'.")
+    known = [field.name for field in fields(Phase)]
+    for phase in phases:
+        if isinstance(phase, Mapping) and (unknown := set(phase) - set(known)):
+            raise ValueError(f"schedule: a phase has no {min(unknown)!r}; it has {', '.join(known)}.")
+    return Schedule(tuple(Phase(**phase) if isinstance(phase, Mapping) else phase for phase in phases))

@@ -1,6 +1,9 @@
+import copy
+from typing import Any
+
 import pytest
 import torch
-from support import mlp
+from support import convnet, mlp, train
 
 import sparsetrain as st
 from sparsetrain.checkpoint import require_same_weights
@@ -56,3 +59,25 @@ def test_weights_of_another_model_are_named() -> None:
 def test_reading_masks_needs_the_state() -> None:
     with pytest.raises(ValueError, match="sparsetrain"):
         st.read_masks({"state_dict": {}})
+
+
+@pytest.mark.parametrize("preset", ["s_ste", "slope", "fst", "asp_one_shot"])
+@pytest.mark.parametrize("build", [mlp, convnet])
+def test_a_saved_model_computes_what_was_evaluated_and_its_master_comes_back(preset: str, build: Any) -> None:
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    arguments = {"slope": {"adapter_start": 3, "adapter_rank": 2}, "asp_one_shot": {"prune_at": 2}}.get(preset, {})
+    targets = "all-linear" if build is mlp else "all-conv"
+    training = st.SparseTraining(model, optimizer, {"preset": preset, **arguments}, 30, targets, verbose=False)
+    train(model, optimizer, 8)
+    x = torch.randn(4, 16)
+    expected, masters = model(x), copy.deepcopy(model.state_dict())
+    weights = model.state_dict()
+    pruned = st.detach_pruned(weights, training.masks.layers, merge_adapters=True)
+    plain = build(seed=1)
+    plain.load_state_dict(weights)
+    torch.testing.assert_close(plain(x), expected, rtol=1e-5, atol=1e-6)
+    model.load_state_dict(weights)
+    st.restore_pruned_(training.masks.layers, training.masks.codes, pruned)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, masters[name]), name

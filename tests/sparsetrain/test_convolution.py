@@ -131,12 +131,32 @@ def test_products_and_gradients_are_those_of_the_masked_weight(name: str, batche
     torch.testing.assert_close(layer.weight.grad, twin.weight.grad * factor)
 
 
-@pytest.mark.parametrize("name", ["2-D", "2-D, pointwise", "2-D, pointwise, strided"])
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_the_output_lies_in_memory_as_that_of_the_dense_layer(name: str, layout: torch.memory_format) -> None:
-    layer, x = masked(name)
-    layer, x = layer.to(memory_format=layout), x.contiguous(memory_format=layout)
+@pytest.mark.parametrize("kernel", [{"kernel_size": 3}, {"kernel_size": 1}, {"kernel_size": 1, "stride": 2}])
+@pytest.mark.parametrize("weight_layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("input_layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("backend", ["masked", "simulated"])
+def test_the_output_lies_in_memory_as_that_of_the_dense_layer(
+    kernel: dict[str, int], weight_layout: torch.memory_format, input_layout: torch.memory_format, backend: str,
+    simulated: SimulatedBackend,
+) -> None:  # fmt: skip
+    model = nn.Sequential(nn.Conv2d(16, 32, **kernel), nn.Conv2d(32, 16, 1)).bfloat16()
+    st.sparsify_(model, "all-conv", backend=backend, verbose=False)
+    layer, x = model[0].to(memory_format=weight_layout), torch.randn(2, 16, 7, 5).bfloat16()
+    x = x.contiguous(memory_format=input_layout)
     assert layer(x).stride() == dense_twin(layer)(x).stride()
+    assert bool(simulated.calls["product"]) == (backend == "simulated" and kernel["kernel_size"] == 1)
+
+
+def test_a_pointwise_convolution_refuses_what_the_dense_layer_refuses(simulated: SimulatedBackend) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 1)).bfloat16()
+    st.sparsify_(model, "all-conv", backend="simulated", verbose=False)
+    for shape in ((2, 16, 3, 4, 5), (2, 8, 3, 4)):
+        x, messages = torch.zeros(shape).bfloat16(), []
+        for layer in (model[0], nn.Conv2d(16, 16, 1).bfloat16()):
+            with pytest.raises(RuntimeError) as caught:
+                layer(x)
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("name", ["2-D", "2-D, pointwise", "1-D"])

@@ -61,6 +61,15 @@ def test_steps_need_no_total_and_the_last_phase_goes_on() -> None:
         (lambda: resolve_method("fts"), ["'fts'", "'fst'", "'asp_one_shot'"]),
         (lambda: resolve_method({"preset": "fst", "warmpu": 1}), ["'warmpu'", "warmup"]),
         (lambda: resolve_method({"patern": "x"}), ["'patern'", "pattern"]),
+        (
+            lambda: resolve_method({"preset": "fst", "warmup": 0.5, "schedule": [{"kind": "sparse"}]}),
+            ["'schedule' is given", "warmup", "leave one"],
+        ),
+        (
+            lambda: resolve_method({"preset": "fst", "mvue": True, "weight_product": "dense"}),
+            ["'weight_product' is given", "mvue"],
+        ),
+        (lambda: resolve_method({"schedule": [{"kind": "sparse", "keep": 3}]}), ["no 'keep'", "kept"]),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(call, words) -> None:
@@ -85,6 +94,9 @@ def test_a_method_is_a_name_a_mapping_or_itself() -> None:
     assert (
         resolve_method({"preset": "asp_one_shot", "prune_at": 4, "frozen_in_place": False, "name": "mine"}) == changed
     )
+    for schedule in (3, {"phase": []}, "sparse"):
+        with pytest.raises(TypeError, match="it must be a Schedule, or a list of phases"):
+            resolve_method({"schedule": schedule})
     with pytest.raises(TypeError, match="method is 3"):
         resolve_method(3)  # type: ignore[arg-type]
 

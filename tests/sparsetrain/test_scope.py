@@ -163,6 +163,32 @@ def test_tiles_stay_dense_where_the_masks_of_that_moment_cost_most() -> None:
     assert training.metrics()["violations"] == 4  # its rows; columns keep two
 
 
+def test_layers_that_stay_dense_are_in_no_count() -> None:
+    model = three_layers()
+    optimizer, training = start(model, {"preset": "fst", "dense_budget": 0.45, "refresh_every": 2, "dense_tail": 0})
+    for step in range(12):
+        before = {name: layer.mask.clone() for name, layer in training.masks.layers.items()}
+        train(model, optimizer, 1, start=step)
+        if training.refreshed:
+            flips = sum(int((layer.mask ^ before[name]).sum()) for name, layer in training.masks.layers.items())
+            assert training.metrics()["flip_rate"] == pytest.approx(flips / (512 + 256))
+    metrics = training.metrics(per_layer=True)
+    assert metrics["pruned_count"] == (512 + 256) / 2
+    assert metrics["total_count"] == 512 + 256
+    assert "layer/2/flip_rate" not in metrics
+    assert {choice.name: choice.reason for choice in training.report.choices} == {
+        "0": "", "2": "kept dense by dense_budget=0.45", "4": "",
+    }  # fmt: skip
+    assert "sparse layers: 2 of 3" in training.report.summary()
+
+
+def test_a_budget_below_the_smallest_layer_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"dense_budget is 0\.1 but the smallest layer, '4', has 0\.200 of the weights"
+    ):
+        start(three_layers(), {"preset": "fst", "dense_budget": 0.1})
+
+
 @pytest.mark.parametrize(
     ("method", "options", "words"),
     [

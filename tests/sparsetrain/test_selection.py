@@ -107,6 +107,17 @@ def test_a_wrong_target_is_an_error_that_leaves_the_model_alone(arguments, words
     assert [type(module) for module in model.modules()] == before
 
 
+def test_weights_that_are_no_parameters_stay_dense_with_the_reason() -> None:
+    model = nn.Sequential(
+        nn.Linear(8, 8), torch.nn.utils.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 8), nn.LazyLinear(8)
+    )
+    torch.nn.utils.prune.random_unstructured(model[2], "weight", 0.5)
+    reasons = [choice.reason for choice in st.select_layers(model).choices]
+    assert reasons[0] == ""
+    assert reasons[1] == reasons[2] == "weight is no parameter (weight_norm, spectral_norm or prune): remove that first"
+    assert reasons[3] == "subclass of nn.Linear (LazyLinear)"
+
+
 def test_a_model_without_linear_layers_is_named() -> None:
     with pytest.raises(ValueError, match="no linear or convolutional layer"):
         select_layers(nn.Sequential(nn.ReLU()))

@@ -421,3 +421,75 @@ def test_a_compiled_model_trains_through_all_phases_as_an_eager_one(build: Any, 
     torch._dynamo.reset()
     for mine, theirs in zip(weights[0].values(), weights[1].values(), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("build", [mlp, convnet])
+def test_freezing_soft_weights_changes_no_output(build: Any) -> None:
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    method = {"preset": "s_ste", "schedule": [{"kind": "sparse", "length": 2}, {"kind": "frozen"}]}
+    targets = "all-linear" if build is mlp else "all-conv"
+    training = st.SparseTraining(model, optimizer, method, 6, targets, verbose=False)
+    x = torch.randn(4, 16)
+    expected = model(x)
+    for step in range(5):
+        torch.testing.assert_close(model(x), expected)
+        train(model, optimizer, 1, start=step)
+    assert training.phase == "frozen"
+    training.finish()
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_the_soft_scale_is_that_of_the_density() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    method = {"preset": "s_ste", "schedule": [{"kind": "sparse", "length": 2, "kept": 3}, {"kind": "sparse"}]}
+    training = st.SparseTraining(model, optimizer, method, 6, verbose=False)
+    scales = []
+    for step in range(4):
+        layer = training.masks.layers["0"]
+        magnitude = layer.weight.detach().abs().double()
+        fours = magnitude.view(-1, 4)
+        threshold = fours.sort(dim=1).values[:, :1] if step < 2 else fours.sort(dim=1).values[:, 1:2]
+        soft = (fours - threshold).clamp(min=0).view_as(magnitude)
+        assert float(layer.soft_scale) == pytest.approx(float((magnitude * soft).sum() / soft.square().sum()), rel=1e-5)
+        scales.append(float(layer.soft_scale))
+        train(model, optimizer, 1, start=step)
+    assert scales[0] == scales[1] != scales[2] == scales[3]
+
+
+def test_adapters_that_start_at_once_do() -> None:
+    model = mlp()
+    optimizer = adamw(model)
+    st.SparseTraining(model, optimizer, {"preset": "slope", "adapter_start": 0}, 6, verbose=False)
+    assert model[0].adapter is not None
+
+
+def test_a_state_of_another_density_is_refused() -> None:
+    method = {"preset": "iterative", "by": "density", "start": 2, "every": 6}
+    model, optimizer, training = sparse_run(method)
+    train(model, optimizer, 4)
+    _, _, other = sparse_run({**method, "every": 1})
+    with pytest.raises(ValueError, match="keep 3 of four but the schedule says 2 at step 4: resume with the same"):
+        other.load_state_dict(training.state_dict())
+
+
+def test_a_criterion_that_fails_leaves_the_model_as_it_was() -> None:
+    class Broken(st.Criterion):
+        needs = frozenset({"input"})
+
+        def scores(self, weight: torch.Tensor, *, layer: str, clock: int) -> torch.Tensor:
+            return weight.abs()
+
+        def summarize_input(self, input: torch.Tensor) -> torch.Tensor:
+            raise ValueError("no summary")
+
+    model = mlp()
+    optimizer = adamw(model)
+    for method in ({"preset": "fst", "criterion": Broken()}, {"preset": "slope", "criterion": Broken()}):
+        with pytest.raises(ValueError, match="no summary"):
+            st.SparseTraining(model, optimizer, method, 6, verbose=False)
+        assert [type(layer) for layer in model] == [nn.Linear, nn.Tanh, nn.Linear]
+        assert not model[0]._forward_hooks
+        assert not optimizer._optimizer_step_pre_hooks
+        assert len(optimizer.param_groups[0]["params"]) == 4
