@@ -1,89 +1,150 @@
-"""``scripts/reproduce_methods``: the same small GPT by every method, several seeds, dense beside them."""
+"""``scripts/reproduce_methods``: the same models by every method, several seeds, dense beside them."""
 
 import argparse
-import subprocess
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from figure import plot
+from jobs import Finished, Job, run_all
 from methods import METHODS
-from report import plot, show, summarise, write_csv, write_markdown
-from training import SIZES, Run, train
+from provenance import commit, environment, sources_digest
+from ratios import PUBLISHED, Ratio, given, measured
+from report import show, write_csv, write_markdown
+from summary import DENSE, Row, summarise
+from tasks import MODELS, TASKS, Task
+from training import Run
 
-from sparsetrain import __version__
-from sparsetrain.dispatch import describe_environment
+EXAMPLES = """
+examples:
+  scripts/reproduce_methods                                      # small GPT and images, all methods, three seeds
+  scripts/reproduce_methods --jobs 2                             # two runs at a time, the same numbers
+  scripts/reproduce_methods --task image --method fst\\ as\\ published --method recommended --seeds 1 --out runs/try
+  scripts/reproduce_methods --model 124M --measured docs/results/gemm.csv   # on a GPU
 
-PUBLISHED_RATIO = 1.5
-"""Dense over sparse GEMM time at 4096 tokens and more, bf16, on A100, H100 PCIe and B200: median of 1.55 to 1.63 in
-SlideSparse, arXiv 2603.05232, less what 700 W parts lose; not measured by this project."""
-
-
-def main() -> int:
-    """Train, compare and return the exit code: 1 if a mask was wrong."""
-    options = _options()
-    runs: list[Run] = []
-    for name in options.method or METHODS:
-        for seed in range(options.seeds):
-            runs.append(train(name, METHODS[name], seed, options.steps, SIZES[options.model]))
-            print(f"{name}, seed {seed}: {runs[-1].final:.4f} in {runs[-1].seconds:.0f} s", file=sys.stderr, flush=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    environment = f"{describe_environment(device)}, sparsetrain {__version__}"
-    title = f"GPT {options.model}, {options.steps} steps, {options.seeds} seeds"
-    rows = summarise(runs, options.ratio)
-    show(rows, title)
-    out: Path = options.out
-    write_csv(out.with_suffix(".csv"), runs, environment, _commit())
-    plot(out.with_suffix(".png"), runs, options.ratio, f"{title}; {environment}")
-    write_markdown(out.with_suffix(".md"), rows, _words(options, environment), out.with_suffix(".png").name)
-    print(f"wrote {out.with_suffix('.csv')}, .png and .md")
-    return int(any(run.violations for run in runs))
+An interrupted comparison goes on where it stopped when it is called again. The exit status is 1 if a mask was wrong
+or a run failed.
+"""
 
 
-def _words(options: argparse.Namespace, environment: str) -> list[str]:
-    size = SIZES[options.model]
-    return [
-        f"# Methods compared: `scripts/reproduce_methods --model {options.model} --steps {options.steps} --seeds "
-        f"{options.seeds}`",
-        f"Byte-level GPT of width {size.width} and {size.depth} blocks on Python source code, MLP layers sparse, "
-        f"{size.batch} × {size.context} bytes a step, AdamW; {environment}.",
-        "Mean ± standard deviation over seeds; the gap is to the dense run of the same seed.",
-        "",
-        "*Sparse FLOPs* is the share of the linear layers' GEMM FLOPs, over the whole run, that could run on sparse",
-        "tensor cores; head and attention are in the whole. *Estimated time* is relative to dense, counting these",
-        f"GEMMs alone, if a sparse one takes 1/{options.ratio:g} of the time: a published ratio, not one we measured.",
-        "*Dense loss reached at* is when the dense run's final loss was reached at every seed, in dense steps of",
-        "estimated time. A short run of a small model: a good λ or head here need not be one at scale. Losses are as",
-        "they came.",
+def main(arguments: list[str] | None = None) -> int:
+    """Train, compare and return the exit code: 1 if a mask was wrong or a run failed."""
+    options = _options(arguments)
+    tasks, ratio = _tasks(options), _ratio(options)
+    jobs = [
+        Job(task, method, METHODS[method], seed)
+        for task in tasks
+        for method in options.method
+        for seed in range(options.seeds)
     ]
+    here, now = environment(options.threads), commit()
+
+    def stamp(run: Run) -> Run:
+        return replace(run, environment=here, commit=now)
+
+    finished = Finished(options.runs / "runs.jsonl")
+    runs, failures = run_all(
+        jobs, finished, f"{sources_digest()}, {here}", options.jobs, options.threads, stamp, options.fresh
+    )
+    seeds = f"{options.seeds} seed{'s' if options.seeds > 1 else ''}"
+    tables: dict[str, tuple[Task, list[Row]]] = {}
+    for task in tasks:
+        rows = summarise([run for run in runs if run.task == task.name], ratio.value)
+        if rows:
+            tables[task.name] = task, rows
+            show(
+                rows,
+                task,
+                f"{task.name}, {task.steps} steps, {seeds}; {ratio.source} ratio {ratio.value:g}",
+            )
+    for failure in failures:
+        print(f"{failure.job} fails: {failure.reason}", file=sys.stderr)
+    if not tables:
+        return 1
+    out: Path = options.out
+    write_csv(out.with_suffix(".csv"), runs)
+    title = f"{seeds}; {here}"
+    plot(out.with_suffix(".png"), {name: rows for name, (_, rows) in tables.items()}, ratio, title)
+    picture = out.with_suffix(".png").name
+    write_markdown(out.with_suffix(".md"), _command(options), tables, failures, seeds, ratio, here, picture)
+    print(f"wrote {out.with_suffix('.csv')}, .png and .md")
+    return int(bool(failures) or any(run.violations for run in runs))
 
 
-def _options() -> argparse.Namespace:
+def _tasks(options: argparse.Namespace) -> list[Task]:
+    tasks = [TASKS[name][options.model] for name in options.task]
+    return [replace(task, steps=options.steps) for task in tasks] if options.steps else tasks
+
+
+def _ratio(options: argparse.Namespace) -> Ratio:
+    if options.measured is not None:
+        return measured(options.measured)
+    return PUBLISHED if options.ratio is None else given(options.ratio)
+
+
+def _command(options: argparse.Namespace) -> str:
+    words = ["scripts/reproduce_methods", *(f"--task {name}" for name in options.task), f"--model {options.model}"]
+    words += [f"--steps {options.steps}"] if options.steps else []
+    words += [f"--seeds {options.seeds}"]
+    if options.method != list(METHODS):
+        words += [f"--method {shlex.quote(method)}" for method in options.method]
+    return " ".join(words)
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/reproduce_methods",
-        description="Train the same GPT by every method and compare losses; uses a GPU if there is one.",
+        description="Train the same models by every method and compare losses; uses a GPU if there is one.",
+        epilog=EXAMPLES + "\nmethods: " + "; ".join(METHODS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", choices=SIZES, default="small", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
-    parser.add_argument("--method", action="append", choices=METHODS, help="only this one; repeatable (default: all)")
+    parser.add_argument("--task", action="append", choices=TASKS, help="repeatable (default: all that have the model)")
+    parser.add_argument("--model", choices=MODELS, default="small", help="size of the models (default: %(default)s)")
+    parser.add_argument("--steps", type=_count, help="optimizer steps of each run (default: by task)")
+    parser.add_argument("--seeds", type=_count, default=3, help="runs of each method (default: %(default)s)")
     parser.add_argument(
-        "--ratio", type=float, default=PUBLISHED_RATIO,
-        help="dense over sparse GEMM time, for the estimate (default: %(default)s, published)",
+        "--method", action="append", choices=METHODS, metavar="NAME", help="one below; repeatable (default: all)"
+    )
+    ratio = parser.add_mutually_exclusive_group()
+    ratio.add_argument(
+        "--ratio", type=float, help=f"dense over sparse GEMM time (default: {PUBLISHED.value}, published)"
+    )
+    ratio.add_argument(
+        "--measured", type=Path, metavar="CSV", help="take this ratio from what scripts/bench gemm --csv wrote"
+    )
+    parser.add_argument(
+        "--threads", type=_count, default=0 if torch.cuda.is_available() else 1,
+        help="of torch in each process (default: 1 without a GPU, else torch's)",
     )  # fmt: skip
+    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="train finished runs again")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/reproduce_methods"), help="finished runs (default: %(default)s)"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("docs/results/methods"), help="files without suffix (default: %(default)s)"
     )
-    options = parser.parse_args()
-    if options.method and "dense" not in options.method:
-        options.method.insert(0, "dense")
-    if options.steps < 40 or options.seeds < 1:
-        parser.error(f"--steps is {options.steps} and --seeds {options.seeds}: at least 40 and 1 are needed.")
+    options = parser.parse_args(arguments)
+    if options.steps == 1:
+        parser.error("--steps is 1: at least 2 are needed, so that a schedule has parts.")
+    options.task = list(dict.fromkeys(options.task or [name for name in TASKS if options.model in TASKS[name]]))
+    for name in options.task:
+        if options.model not in TASKS[name]:
+            parser.error(f"--model is {options.model}: task {name} has {', '.join(TASKS[name])}.")
+    options.method = list(dict.fromkeys([DENSE, *options.method] if options.method else METHODS))
+    try:
+        _ratio(options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     return options
 
 
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1.")
+    return int(text)
 
 
 if __name__ == "__main__":

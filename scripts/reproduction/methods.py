@@ -1,19 +1,69 @@
 """What is compared: presets as they are published, and with the numbers that suit a short run."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+from sparsetrain.methods import Method, resolve_method
+from sparsetrain.schedule import Phase, Schedule
 
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"schedule": [{"kind": "dense"}]},
+    "recommended": {"preset": "recommended"},
+    "recommended, dense tail 1/6": {"preset": "recommended", "dense_tail": 1 / 6},
     "fst, as published": {"preset": "fst"},
-    "fst, head 15 %, λ 2e-3": {"preset": "fst", "warmup": 0.15, "decay": 2e-3},
-    "fst, head 15 %, λ 2e-3, no tail": {"preset": "fst", "warmup": 0.15, "decay": 2e-3, "dense_tail": 0},
     "fst, head 15 %, automatic λ": {"preset": "fst", "warmup": 0.15, "decay": "auto", "refresh_every": 10},
     "fst, head 15 %, λ 2e-3, mvue": {"preset": "fst", "warmup": 0.15, "decay": 2e-3, "mvue": True},
     "sr_ste, row-wise": {"preset": "sr_ste"},
     "sr_ste, transposable, λ 2e-3": {"preset": "sr_ste", "pattern": "transposable", "decay": 2e-3},
     "s_ste, row-wise": {"preset": "s_ste"},
     "s_ste, transposable": {"preset": "s_ste", "pattern": "transposable"},
+    "slope": {"preset": "slope"},
+    "step": {"preset": "step"},
     "asp_one_shot": {"preset": "asp_one_shot"},
     "asp_one_shot, row-wise": {"preset": "asp_one_shot", "pattern": "row_wise"},
     "iterative": {"preset": "iterative"},
+    "dense_to_sparse_finetune, after 50 % dense": {"preset": "dense_to_sparse_finetune", "after_dense": 0.5},
 }
+"""A row's name to the mapping that :func:`build` takes: a preset with its arguments, or the fields of a method."""
+
+
+def build(entry: Mapping[str, Any]) -> Method:
+    """Return the method of a row.
+
+    Args:
+        entry: What :func:`sparsetrain.methods.resolve_method` takes, and ``after_dense``: the share of the steps that
+            are dense before the method, whose own fractions then are of the rest.
+    """
+    arguments = dict(entry)
+    share = arguments.pop("after_dense", 0.0)
+    method = resolve_method(arguments)
+    return after_dense(method, share) if share else method
+
+
+def after_dense(method: Method, share: float) -> Method:
+    """Return a method that trains dense for a share of the steps and then does in the rest what the method says.
+
+    Raises:
+        ValueError: If no steps are left for one of them.
+
+    Example:
+        >>> after_dense(resolve_method("dense_to_sparse_finetune"), 0.5).schedule.resolve(1000).starts
+        (0, 500, 875)
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"after_dense is {share}: it must lie between 0 and 1 (share of the steps).")
+
+    def scaled(length: Any) -> Any:
+        return length * (1 - share) if isinstance(length, float) else length
+
+    phases = [
+        replace(phase, length=scaled(phase.length), earliest=scaled(phase.earliest)) for phase in method.schedule.phases
+    ]
+    start = method.adapter_start
+    return replace(
+        method,
+        schedule=Schedule((Phase("dense", share), *phases)),
+        decay_ramp=scaled(method.decay_ramp),
+        adapter_start=share + scaled(start) if isinstance(start, float) else start,
+    )

@@ -1,119 +1,150 @@
-"""The table, the CSV and the plot of a comparison."""
+"""The CSV and the tables of a comparison."""
 
 import csv
-import itertools
-import statistics
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jobs import Failure
+from ratios import Ratio
 from rich.console import Console
 from rich.table import Table
+from summary import DENSE, Row, first_to_reach, mean_and_deviation
+from tasks import Task
 from training import Run
 
-FIELDS = ("method", "seed", "step", "loss", "share_of_sparse_flops_so_far", "violations", "ends", "seconds",
-          "environment", "commit")  # fmt: skip
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+FIELDS = ("task", "method", "seed", "step", "loss", "accuracy", "share_of_sparse_flops_so_far",
+          "share_of_sparse_steps_so_far", "violations", "ends", "seconds", "environment", "commit")  # fmt: skip
+HEADER = ("method", "validation loss", "gap to dense", "accuracy", "sparse steps", "sparse FLOPs", "estimated time",
+          "dense loss reached at", "ends", "violations")  # fmt: skip
+ACCURACY = HEADER.index("accuracy")
 
 
-def relative_times(run: Run, ratio: float) -> list[float]:
-    """Return the estimated time up to the end of each step, in dense steps, if sparse GEMMs take 1/ratio of the time.
-
-    Only the linear layers' GEMMs are counted, so it is a bound on what sparsity can save: attention, the optimizer, the
-    mask search and packing take time too.
-    """
-    return list(itertools.accumulate(1 - share * (1 - 1 / ratio) for share in run.shares))
-
-
-def write_csv(path: Path, runs: list[Run], environment: str, commit: str) -> None:
-    """Write a row for every validation."""
+def write_csv(path: Path, runs: Sequence[Run]) -> None:
+    """Write a row for every validation; the shares are of the steps until then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(FIELDS)
         for run in runs:
-            for step, loss in sorted(run.losses.items()):
-                done = run.shares[:step]
-                share = sum(done) / len(done) if done else 0.0
-                writer.writerow([run.method, run.seed, step, f"{loss:.5f}", f"{share:.4f}", run.violations, run.ends,
-                                 f"{run.seconds:.0f}", environment, commit])  # fmt: skip
+            for step, loss, accuracy in run.validations:
+                writer.writerow([
+                    run.task, run.method, run.seed, step, f"{loss:.5f}", "" if accuracy is None else f"{accuracy:.5f}",
+                    f"{run.flops_share(step) if step else 0:.4f}", f"{run.steps_share(step) if step else 0:.4f}",
+                    run.violations, run.ends, f"{run.seconds:.0f}", run.environment, run.commit,
+                ])  # fmt: skip
 
 
-def summarise(runs: list[Run], ratio: float) -> list[list[str]]:
-    """Return a row for every method, with the gap to dense at equal seeds."""
-    dense = {run.seed: run for run in runs if run.method == "dense"}
-    rows = []
-    for method in dict.fromkeys(run.method for run in runs):
-        own = [run for run in runs if run.method == method]
-        gaps = [run.final - dense[run.seed].final for run in own if run.seed in dense]
-        times = [relative_times(run, ratio)[-1] / len(run.shares) for run in own]
-        share = statistics.mean(sum(run.shares) / len(run.shares) for run in own)
-        rows.append(
-            [method, spread([run.final for run in own], "{:.4f}"), spread(gaps, "{:+.4f}"), f"{share:.1%}",
-             f"{statistics.mean(times):.3f}", reached(own, dense, ratio), own[0].ends,
-             str(max(run.violations for run in own))]
-        )  # fmt: skip
-    return rows
+def cells(row: Row) -> list[str]:
+    """Return a row's cells, in the order of :data:`HEADER`."""
+    loss = spread([run.final for run in row.runs], "{:.4f}")
+    if row.lost:
+        loss += f" (not finite: seed {', '.join(map(str, row.lost))})"
+    return [
+        row.method, loss, spread(row.gaps, "{:+.4f}"),
+        spread([100 * value for value in row.accuracies], "{:.1f}", " %"),
+        f"{row.steps_share:.1%}", f"{row.flops_share:.1%}", f"{row.time:.3f}", _reached(row),
+        " or ".join(sorted({run.ends for run in row.runs})), str(row.violations),
+    ]  # fmt: skip
 
 
-def reached(runs: list[Run], dense: dict[int, Run], ratio: float) -> str:
-    """Say when the dense model's final loss was reached, in dense steps of estimated time; at every seed, or not."""
-    times = []
-    for run in runs:
-        target = dense[run.seed].final if run.seed in dense else float("-inf")
-        steps = [step for step, loss in sorted(run.losses.items()) if loss <= target and step]
-        if not steps:
-            return "not reached"
-        times.append(relative_times(run, ratio)[steps[0] - 1])
-    return f"{statistics.mean(times):.0f}"
-
-
-def spread(values: list[float], form: str) -> str:
-    """Return the mean, and the standard deviation if there are several values."""
+def spread(values: Sequence[float], form: str, unit: str = "") -> str:
+    """Return the mean, and the standard deviation if there are several values; of the finite ones."""
     if not values:
         return "–"
-    mean = form.format(statistics.mean(values))
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+    mean, deviation = mean_and_deviation(values)
+    if math.isnan(mean):
+        return "nan"
+    text = form.format(mean)
+    if not math.isnan(deviation):
+        text += f" ± {form.replace('+', '').format(deviation)}"
+    return text + unit
 
 
-HEADER = ["method", "validation loss", "gap to dense", "sparse FLOPs", "estimated time", "dense loss reached at",
-          "ends", "violations"]  # fmt: skip
+def show(rows: Sequence[Row], task: Task, title: str) -> None:
+    """Print a task's table."""
+    header, lines = _columns(rows, task)
+    table = Table(*header, title=title)
+    for line in lines:
+        table.add_row(*line)
+    Console(width=190).print(table)
 
 
-def show(rows: list[list[str]], title: str) -> None:
-    """Print the table."""
-    table = Table(*HEADER, title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=170).print(table)
+def write_markdown(
+    path: Path, command: str, tables: Mapping[str, tuple[Task, list[Row]]], failures: Sequence[Failure], seeds: str,
+    ratio: Ratio, environment: str, picture: str,
+) -> None:  # fmt: skip
+    """Write a table for every task, with its conditions."""
+    lines = [f"# Methods compared: `{command}`", ""]
+    for name, (task, rows) in tables.items():
+        header, body = _columns(rows, task)
+        lines += [f"## {name}", "", _line(header), _line(["---"] * len(header)), *map(_line, body), ""]
+        lines += [
+            f"{task.subject}; {task.steps} steps, {seeds}, sparse layers: "
+            f"`{_targets(task)}`, {_precision(task)}. {_verdict(rows)}",
+            "",
+        ]
+    for failure in failures:
+        lines += [f"No result for {failure.job}: {failure.reason}", ""]
+    lines += ["## How to read this", "", *_words(ratio, environment), "", f"![gaps and losses]({picture})", ""]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines))
 
 
-def write_markdown(path: Path, rows: list[list[str]], lines: list[str], picture: str) -> None:
-    """Write the table with its conditions."""
-    table = ["| " + " | ".join(row) + " |" for row in (HEADER, ["---"] * len(HEADER), *rows)]
-    path.write_text("\n".join([lines[0], "", *table, "", *lines[1:], "", f"![losses]({picture})", ""]))
+def _words(ratio: Ratio, environment: str) -> list[str]:
+    return [
+        f"Trained with {environment}. Mean ± standard deviation over seeds; the gap is to the dense run of the same",
+        "seed, which began with the same weights and saw the same batches. Losses are in nats, and as they came.",
+        "",
+        "*Sparse steps* is the share of optimizer steps in which the mask of at least one layer was in force, *sparse",
+        "FLOPs* the share of the layers' GEMM FLOPs, over the whole run, that could run on sparse tensor cores; layers",
+        "that stay dense are in the whole. *Estimated time* is relative to dense, counting these GEMMs alone, if a",
+        f"sparse one takes 1/{ratio.value:g} of the time; this ratio is {ratio.words}.",
+        "*Dense loss reached at* is when the dense run's final loss was reached at every seed, in dense steps of",
+        "estimated time. *Ends* is what the finished model's weights are, and *violations* the most groups of four",
+        "with a wrong mask at any mask search. These are short runs of small models: a good λ or head here need not be",
+        "one at scale.",
+    ]
 
 
-def plot(path: Path, runs: list[Run], ratio: float, title: str) -> None:
-    """Draw the gap to dense against the share of sparse FLOPs, and loss against estimated time."""
-    import matplotlib
+def _verdict(rows: Sequence[Row]) -> str:
+    order = first_to_reach(rows)
+    dense = next((row for row in rows if row.method == DENSE), None)
+    if dense is None or dense.reached_at is None:
+        return "There is no final loss of every dense run to compare with."
+    first = [row for row in order if row.method != DENSE and row.reached_at and row.reached_at < dense.reached_at]
+    if not first:
+        return (
+            f"No method reached the dense runs' final losses at every seed before dense did ({dense.reached_at:.0f})."
+        )
+    times = ", ".join(f"{row.method} ({row.reached_at:.0f})" for row in first)
+    return (
+        f"First at the dense runs' final losses, in dense steps of estimated time: {times}; dense needs "
+        f"{dense.reached_at:.0f}."
+    )
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True)
-    dense = {run.seed: run.final for run in runs if run.method == "dense"}
-    for number, method in enumerate(dict.fromkeys(run.method for run in runs)):
-        own = [run for run in runs if run.method == method]
-        style = {"color": COLOURS[number % len(COLOURS)], "marker": "os^Dv"[number // len(COLOURS) % 5]}
-        shares = [100 * sum(run.shares) / len(run.shares) for run in own]
-        left.plot(shares, [run.final - dense[run.seed] for run in own], linestyle="none", label=method, **style)
-        steps = sorted(set.intersection(*(set(run.losses) for run in own)) - {0})
-        times = [statistics.mean(relative_times(run, ratio)[step - 1] for run in own) for step in steps]
-        losses = [statistics.mean(run.losses[step] for run in own) for step in steps]
-        right.plot(times[1:], losses[1:], linewidth=1.2, markersize=4, **style)
-    left.axhline(0, color="black", linewidth=0.8)
-    left.set(xlabel="share of linear GEMM FLOPs that could run sparse (%)", ylabel="final loss minus dense (nats)")
-    right.set(xlabel=f"estimated time in dense steps, sparse GEMMs at {ratio:g}× (published)", ylabel="validation loss")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def _reached(row: Row) -> str:
+    times = [time for time in row.reached if time is not None]
+    if not times:
+        return "not reached"
+    if row.reached_at is None:
+        return f"not reached at {len(row.reached) - len(times)} of {len(row.reached)} seeds"
+    return f"{row.reached_at:.0f}"
+
+
+def _columns(rows: Sequence[Row], task: Task) -> tuple[list[str], list[list[str]]]:
+    kept = [number for number in range(len(HEADER)) if task.accuracy or number != ACCURACY]
+    return [HEADER[number] for number in kept], [[cells(row)[number] for number in kept] for row in rows]
+
+
+def _line(values: Sequence[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def _targets(task: Task) -> str:
+    return task.targets if isinstance(task.targets, str) else ", ".join(task.targets)
+
+
+def _precision(task: Task) -> str:
+    return {"32-true": "float32", "bf16-mixed": "bfloat16 autocast"}[task.precision]

@@ -1,39 +1,28 @@
-"""One run: a small GPT on text, by one method with one seed."""
+"""One run: a task by one method with one seed."""
 
 import logging
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from tasks import Task
 
 from sparsetrain.callbacks import SparseTrainingCallback
-from sparsetrain.methods import resolve_method
-from sparsetrain.recipes.data import TextDataModule
-from sparsetrain.recipes.gpt import GPTModule
-from sparsetrain.recipes.history import History
+from sparsetrain.methods import Method
+
+VALIDATIONS = 10
+"""Of a run, about."""
 
 
-@dataclass(frozen=True)
-class Size:
-    """A model and its data."""
+class Validation(NamedTuple):
+    """A validation: after which step, the loss, and the accuracy if the task has one."""
 
-    width: int
-    depth: int
-    heads: int
-    context: int
-    batch: int
-    max_bytes: int
-    validation_blocks: int = 256
-
-
-SIZES = {
-    "tiny": Size(32, 2, 2, 32, 4, 300_000, 16),
-    "small": Size(128, 4, 4, 128, 16, 8_000_000),
-    "124M": Size(768, 12, 12, 1024, 32, 0),
-}
-"""tiny is for tests; 124M for a GPU, on all there is to read."""
+    step: int
+    loss: float
+    accuracy: float | None = None
 
 
 @dataclass
@@ -41,65 +30,113 @@ class Run:
     """What a run is compared by.
 
     Args:
-        losses: Step to validation loss.
-        shares: Of the linear layers' GEMM FLOPs that could run sparse, in each step.
-        violations: At the end; must be 0.
-        ends: ``"2:4"`` or ``"dense"``.
+        task: The task's name.
+        method: The row's name.
+        seed: Of the weights and the batches.
+        validations: In order; the last one is of the finished model.
+        shares: Of the GEMM FLOPs that could run sparse, in each step; 0 where no mask was in force.
+        violations: Most groups of four with a wrong mask at any mask search or at the end; must be 0.
+        ends: ``"2:4"`` or ``"dense"``: what the finished model's weights are.
         seconds: Of training, validation included.
+        environment: Where it ran.
+        commit: Of what it ran.
     """
 
+    task: str
     method: str
     seed: int
-    losses: dict[int, float]
+    validations: list[Validation]
     shares: list[float]
     violations: int
     ends: str
     seconds: float
+    environment: str = ""
+    commit: str = ""
 
     @property
     def final(self) -> float:
         """The last validation loss."""
-        return self.losses[max(self.losses)]
+        return self.validations[-1].loss
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return len(self.shares)
+
+    def flops_share(self, steps: int | None = None) -> float:
+        """Return the share of GEMM FLOPs that could run sparse, of the first so many steps or of all."""
+        done = self.shares[:steps]
+        return sum(done) / len(done) if done else 0.0
+
+    def steps_share(self, steps: int | None = None) -> float:
+        """Return the share of steps in which a mask was in force, of the first so many or of all."""
+        done = self.shares[:steps]
+        return sum(share > 0 for share in done) / len(done) if done else 0.0
 
 
-class Shares(Callback):
-    """Collects the share of sparse FLOPs of every step."""
+class Watch(Callback):
+    """Collects validations, the share of sparse FLOPs of every step, and wrong masks; behind the sparse callback."""
 
-    def __init__(self, callback: SparseTrainingCallback) -> None:
-        self.values: list[float] = []
+    def __init__(self, callback: SparseTrainingCallback, accuracy: str) -> None:
+        self.validations: dict[int, Validation] = {}
+        self.shares: list[float] = []
+        self.violations = 0
         self._callback = callback
+        self._accuracy = accuracy
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Ask while the step's phase is in force."""
         assert self._callback.training is not None
-        self.values.append(self._callback.training.sparse_flops_share)
+        self.shares.append(self._callback.training.sparse_flops_share)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        """Count the wrong groups of masks that were just searched."""
+        training = self._callback.training
+        if training is not None and training.refreshed:
+            self.violations = max(self.violations, training.masks.violations())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect a validation; that of the finished model takes the place of the fit's last one."""
+        metrics, step = trainer.callback_metrics, trainer.global_step
+        accuracy = float(metrics[self._accuracy]) if self._accuracy else None
+        self.validations[step] = Validation(step, float(metrics["val/loss"]), accuracy)
 
 
-def train(name: str, method: dict[str, Any], seed: int, steps: int, size: Size) -> Run:
+def train(task: Task, name: str, method: Method, seed: int) -> Run:
     """Train one model; the same seed gives every method the same weights and the same batches."""
-    warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        return _train(task, name, method, seed)
+
+
+def _train(task: Task, name: str, method: Method, seed: int) -> Run:
     seed_everything(seed, verbose=False)
-    data = TextDataModule(
-        context=size.context, batch_size=size.batch, validation_blocks=size.validation_blocks,
-        max_bytes=size.max_bytes or None, seed=seed,
-    )  # fmt: skip
-    model = GPTModule(width=size.width, depth=size.depth, heads=size.heads, context=size.context)
-    callback = SparseTrainingCallback(resolve_method(method), targets="mlp")
-    history, shares = History(), Shares(callback)
+    data = task.data(**task.data_options, seed=seed)
+    model = task.module(**task.module_options)
+    targets = task.targets if isinstance(task.targets, str) else list(task.targets)
+    callback = SparseTrainingCallback(method, targets=targets, total_steps=task.steps)
+    watch = Watch(callback, task.accuracy)
     trainer = Trainer(
-        max_steps=steps, max_epochs=-1, devices=1, logger=False, callbacks=[callback, history, shares],
-        gradient_clip_val=1.0, val_check_interval=max(1, steps // 10), check_val_every_n_epoch=None,
-        num_sanity_val_steps=0, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+        max_steps=task.steps, max_epochs=-1, devices=1, precision=task.precision, logger=False,
+        callbacks=[callback, watch], gradient_clip_val=1.0, val_check_interval=max(1, task.steps // VALIDATIONS),
+        check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_checkpointing=False, enable_model_summary=False,
+        enable_progress_bar=False,
     )  # fmt: skip
     start = time.perf_counter()
     trainer.fit(model, data)
     seconds = time.perf_counter() - start
-    (final,) = trainer.validate(model, data, verbose=False)
-    losses = {entry.step: entry.loss for entry in history.validations}
-    losses[steps] = float(final["val/loss"])
     training = callback.training
-    assert training is not None
-    metrics = training.metrics()
-    ends = "dense" if metrics["sparse_layers"] == 0 else "2:4"
-    return Run(name, seed, losses, shares.values, int(metrics["violations"]), ends, seconds)
+    if training is None or len(watch.shares) != task.steps:
+        raise RuntimeError(f"the run ended after {len(watch.shares)} of {task.steps} steps: it was interrupted.")
+    trainer.validate(model, data, verbose=False)
+    violations = max(watch.violations, int(training.metrics()["violations"]))
+    sparse = [model.get_submodule(choice.name) for choice in training.report.sparse]
+    validations = [watch.validations[step] for step in sorted(watch.validations)]
+    return Run(task.name, name, seed, validations, watch.shares, violations, ends(sparse), seconds)
+
+
+def ends(layers: list[torch.nn.Module]) -> str:
+    """Say what the weights of these layers are: ``"2:4"`` if half of every one is zero, or else ``"dense"``."""
+    halves = [float((layer.get_parameter("weight") == 0).float().mean()) >= 0.5 for layer in layers]
+    return "2:4" if all(halves) else "dense"

@@ -116,6 +116,8 @@ def test_methods_are_compared_at_equal_seeds(tmp_path: Path) -> None:
     command = [
         sys.executable,
         str(main),
+        "--task",
+        "gpt",
         "--model",
         "tiny",
         "--steps",
@@ -124,6 +126,8 @@ def test_methods_are_compared_at_equal_seeds(tmp_path: Path) -> None:
         "2",
         "--method",
         "asp_one_shot",
+        "--runs",
+        str(tmp_path / "runs"),
     ]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -137,5 +141,5 @@ def test_methods_are_compared_at_equal_seeds(tmp_path: Path) -> None:
     lines = out.with_suffix(".md").read_text().splitlines()
     line = next(line for line in lines if line.startswith("| asp_one_shot |"))
     assert float(line.split("|")[3].split()[0]) == pytest.approx(gap, abs=2e-4)  # both are rounded
-    assert line.split("|")[7].strip() == "2:4"
+    assert line.split("|")[8].strip() == "2:4"
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

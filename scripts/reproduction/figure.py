@@ -1,0 +1,122 @@
+"""The picture of a comparison: a row of three panels for every task."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ratios import Ratio
+from summary import DENSE, Row, mean_and_deviation, relative_times
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+SHOWN_FROM = 0.4
+"""Of the steps: losses before it would hide the differences after it."""
+APART = 0.02
+"""Of the axis: points are drawn so far apart at least."""
+
+
+def plot(path: Path, tables: Mapping[str, Sequence[Row]], ratio: Ratio, title: str) -> None:
+    """Draw gaps over the share of sparse steps and of sparse FLOPs, and losses over estimated time.
+
+    Args:
+        path: The picture.
+        tables: Task name to its rows.
+        ratio: Dense over sparse GEMM time.
+        title: Above everything.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+
+    methods = list(dict.fromkeys(row.method for rows in tables.values() for row in rows))
+    styles: dict[str, dict[str, Any]] = {
+        method: _style(number) for number, method in enumerate(name for name in methods if name != DENSE)
+    }
+    styles[DENSE] = {"color": "black", "marker": "o"}
+    size = (18, 4.9 * len(tables) + 0.35 * math.ceil(len(methods) / 4) + 0.3)
+    figure, grid = plt.subplots(len(tables), 3, figsize=size, constrained_layout=True, squeeze=False)
+    for axes, (name, rows) in zip(grid, tables.items(), strict=True):
+        _gaps(axes[0], rows, [100 * row.steps_share for row in rows], styles)
+        _gaps(axes[1], rows, [100 * row.flops_share for row in rows], styles)
+        _losses(axes[2], rows, ratio.value, styles)
+        axes[0].set(xlabel="steps with a mask in force (%)", ylabel="final loss minus dense (nats)")
+        axes[1].set(xlabel="GEMM FLOPs that could run sparse (%)", ylabel="final loss minus dense (nats)")
+        source = f"sparse GEMMs {ratio.value:g}× as fast, {ratio.source}"
+        axes[2].set(xlabel=f"estimated time in dense steps ({source})", ylabel="validation loss (nats)")
+        for axis in axes:
+            axis.set_title(name, fontsize=10, loc="left")
+            axis.grid(alpha=0.25)
+    lost = {row.method for rows in tables.values() for row in rows if row.lost}
+    handles = [
+        Line2D([], [], label=method + " †" * (method in lost), linestyle="none", markersize=7, **styles[method])
+        for method in methods
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9)
+    note = "mean ± standard deviation over seeds; points of equal shares stand side by side"
+    note += "; †: a seed without a finite loss is not in it" if lost else ""
+    figure.suptitle(f"{title}\n{note}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def side_by_side(places: Sequence[float], apart: float) -> list[float]:
+    """Move places that are closer than ``apart`` to each other, around their common mean; their order stays.
+
+    Example:
+        >>> side_by_side([50.0, 0.0, 50.0], apart=2.0)
+        [49.0, 0.0, 51.0]
+    """
+    groups: list[list[int]] = []
+    for number in sorted(range(len(places)), key=lambda number: (places[number], number)):
+        groups.append([number])
+        while (
+            len(groups) > 1
+            and _middle(groups[-1], places) - _middle(groups[-2], places)
+            < apart * (len(groups[-1]) + len(groups[-2])) / 2
+        ):
+            last = groups.pop()
+            groups[-1] += last
+    moved = list(places)
+    for group in groups:
+        for turn, number in enumerate(group):
+            moved[number] = _middle(group, places) + apart * (turn - (len(group) - 1) / 2)
+    return moved
+
+
+def _middle(group: Sequence[int], places: Sequence[float]) -> float:
+    return statistics.mean(places[number] for number in group)
+
+
+def _gaps(axis: Any, rows: Sequence[Row], places: Sequence[float], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    for row, place in zip(rows, side_by_side(places, APART * max(places)), strict=True):
+        mean, deviation = mean_and_deviation(row.gaps)
+        if math.isnan(mean):
+            continue
+        bar = None if math.isnan(deviation) else deviation
+        axis.errorbar(
+            place, mean, yerr=bar, linestyle="none", markersize=7, capsize=2, linewidth=1, **styles[row.method]
+        )
+    axis.axhline(0, color="black", linewidth=0.8)
+
+
+def _losses(axis: Any, rows: Sequence[Row], ratio: float, styles: Mapping[str, Mapping[str, Any]]) -> None:
+    for row in rows:
+        losses: dict[int, list[float]] = {}
+        for run in row.runs:
+            for step, loss, _ in run.validations:
+                if step >= SHOWN_FROM * run.steps and step:
+                    losses.setdefault(step, []).append(loss)
+        times = [statistics.mean(relative_times(run, ratio)[step - 1] for run in row.runs) for step in losses]
+        means = [mean_and_deviation(values)[0] for values in losses.values()]
+        axis.plot(times, means, linewidth=2.0 if row.method == DENSE else 1.0, markersize=4, **styles[row.method])
+        if row.method == DENSE and means and not math.isnan(means[-1]):
+            axis.axhline(means[-1], color="black", linewidth=0.8, linestyle="--")
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
