@@ -11,6 +11,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "dense": {"schedule": [{"kind": "dense"}]},
     "recommended": {"preset": "recommended"},
     "recommended, dense tail 1/6": {"preset": "recommended", "dense_tail": 1 / 6},
+    "recommended, last quarter frozen": {"preset": "recommended", "freeze": 0.25},
+    "recommended, λ 1e-3": {"preset": "recommended", "decay": 1e-3},
+    "recommended, λ 4e-3": {"preset": "recommended", "decay": 4e-3},
+    "recommended, head 25 %": {"preset": "recommended", "warmup": 0.25},
+    "recommended, masks every 10 steps": {"preset": "recommended", "refresh_every": 10},
     "fst, as published": {"preset": "fst"},
     "fst, head 15 %, automatic λ": {"preset": "fst", "warmup": 0.15, "decay": "auto", "refresh_every": 10},
     "fst, head 15 %, λ 2e-3, mvue": {"preset": "fst", "warmup": 0.15, "decay": 2e-3, "mvue": True},
@@ -23,7 +28,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "asp_one_shot": {"preset": "asp_one_shot"},
     "asp_one_shot, row-wise": {"preset": "asp_one_shot", "pattern": "row_wise"},
     "iterative": {"preset": "iterative"},
+    "iterative, 3:4 then 2:4": {"preset": "iterative", "by": "density"},
     "dense_to_sparse_finetune, after 50 % dense": {"preset": "dense_to_sparse_finetune", "after_dense": 0.5},
+    "dense_to_sparse_finetune, distilled, after 50 % dense": {
+        "preset": "dense_to_sparse_finetune",
+        "distillation": 0.67,
+        "after_dense": 0.5,
+    },
 }
 """A row's name to the mapping that :func:`build` takes: a preset with its arguments, or the fields of a method."""
 

@@ -91,7 +91,8 @@ def relative_times(run: Run, ratio: float) -> list[float]:
     Only the GEMMs of the counted layers are in it, so it is a bound on what sparsity can save: the optimizer, the mask
     search and packing take time too.
     """
-    return list(itertools.accumulate(1 - share * (1 - 1 / ratio) for share in run.shares))
+    steps = zip(run.shares, run.taught, strict=True)
+    return list(itertools.accumulate(1 - share * (1 - 1 / ratio) + taught / 3 for share, taught in steps))
 
 
 def reached(run: Run, target: float, ratio: float) -> float | None:

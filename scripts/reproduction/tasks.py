@@ -83,7 +83,7 @@ def _image(model: str, widths: tuple[int, ...], images: int, size: int, batch: i
         module_options={"widths": widths},
         data=ImageDataModule,
         data_options={"max_images": images, "size": size, "batch_size": batch},
-        targets="all-linear",
+        targets=["all-linear", "all-conv"],
         steps=steps,
         accuracy="validation/accuracy",
     )

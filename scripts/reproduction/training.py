@@ -34,7 +34,9 @@ class Run:
         method: The row's name.
         seed: Of the weights and the batches.
         validations: In order; the last one is of the finished model.
-        shares: Of the GEMM FLOPs that could run sparse, in each step; 0 where no mask was in force.
+        shares: Of the GEMM FLOPs that could run sparse, in each step.
+        masked: Whether any mask was in force, in each step.
+        taught: Whether a teacher's forward came on top, in each step.
         violations: Most groups of four with a wrong mask at any mask search or at the end; must be 0.
         ends: ``"2:4"`` or ``"dense"``: what the finished model's weights are.
         seconds: Of training, validation included.
@@ -47,6 +49,8 @@ class Run:
     seed: int
     validations: list[Validation]
     shares: list[float]
+    masked: list[bool]
+    taught: list[bool]
     violations: int
     ends: str
     seconds: float
@@ -70,8 +74,8 @@ class Run:
 
     def steps_share(self, steps: int | None = None) -> float:
         """Return the share of steps in which a mask was in force, of the first so many or of all."""
-        done = self.shares[:steps]
-        return sum(share > 0 for share in done) / len(done) if done else 0.0
+        done = self.masked[:steps]
+        return sum(done) / len(done) if done else 0.0
 
 
 class Watch(Callback):
@@ -80,14 +84,19 @@ class Watch(Callback):
     def __init__(self, callback: SparseTrainingCallback, accuracy: str) -> None:
         self.validations: dict[int, Validation] = {}
         self.shares: list[float] = []
+        self.masked: list[bool] = []
+        self.taught: list[bool] = []
         self.violations = 0
         self._callback = callback
         self._accuracy = accuracy
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Ask while the step's phase is in force."""
-        assert self._callback.training is not None
-        self.shares.append(self._callback.training.sparse_flops_share)
+        training = self._callback.training
+        assert training is not None
+        self.shares.append(training.sparse_flops_share)
+        self.masked.append(any(layer.is_masked for layer in training.masks.layers.values()))
+        self.taught.append(self.masked[-1] and training.method.distillation > 0)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         """Count the wrong groups of masks that were just searched."""
@@ -133,7 +142,9 @@ def _train(task: Task, name: str, method: Method, seed: int) -> Run:
     violations = max(watch.violations, int(training.metrics()["violations"]))
     sparse = [model.get_submodule(choice.name) for choice in training.report.sparse]
     validations = [watch.validations[step] for step in sorted(watch.validations)]
-    return Run(task.name, name, seed, validations, watch.shares, violations, ends(sparse), seconds)
+    return Run(
+        task.name, name, seed, validations, watch.shares, watch.masked, watch.taught, violations, ends(sparse), seconds
+    )
 
 
 def ends(layers: list[torch.nn.Module]) -> str:

@@ -57,7 +57,19 @@ def a_run(load: Load, method: str, seed: int, losses: list[float], shares: list[
     training = load("training")
     every = len(shares) // len(losses)
     validations = [training.Validation(every * (turn + 1), loss) for turn, loss in enumerate(losses)]
-    return training.Run("GPT tiny", method, seed, validations, shares, 0, "2:4", 1.0, **fields)
+    return training.Run(
+        "GPT tiny",
+        method,
+        seed,
+        validations,
+        shares,
+        [share > 0 for share in shares],
+        [False] * len(shares),
+        0,
+        "2:4",
+        1.0,
+        **fields,
+    )
 
 
 def test_every_preset_is_compared(load: Load) -> None:
@@ -72,9 +84,9 @@ def test_every_preset_is_compared(load: Load) -> None:
 
 
 def test_a_finetuning_preset_begins_after_dense_steps(load: Load) -> None:
-    (entry,) = [
+    entry, _ = (
         value for value in load("methods").METHODS.values() if value.get("preset") == "dense_to_sparse_finetune"
-    ]
+    )
     method = load("methods").build(entry)
     timeline = method.schedule.resolve(800)
     # of the preset, 3/4 are sparse and λ grows in 1/4; both are of the 400 steps that are left
