@@ -188,6 +188,11 @@ class MaskState:
         entries = sum(self.layers[name].weight.numel() for name in names)
         return float(torch.stack([flips[name].cpu() for name in names]).sum()) / entries
 
+    def flip_rate_ratio(self) -> float | None:
+        """Return the last flip rate of a sparse phase over that of a dense one, or None."""
+        rate, virtual = self.flip_rate(), self.flip_rate(virtual=True)
+        return rate / virtual if rate is not None and virtual else None
+
     def violations(self) -> int:
         """Count the groups of four, in masks that are in force, that do not keep what they should; must be 0."""
         codes = [layer.mask_codes for layer in self.layers.values() if layer.is_masked]
@@ -273,7 +278,8 @@ class MaskState:
             masked = state["exists"] and name not in (state["dense"] or ())
             if masked and self._count_violations([codes], state["kept"]):
                 raise ValueError(
-                    f"state's codes of layer {name!r} are no {self.pattern.name} masks: the checkpoint is damaged."
+                    f"state's codes of layer {name!r} are no {self.pattern.name} masks: the checkpoint is damaged, or "
+                    "its method allows others; resume with the same method."
                 )
         for name, codes in state["backward_codes"].items():
             fits = name in here and codes.dtype == torch.int16 and codes.shape == self.layers[name].mask_codes.shape
@@ -281,6 +287,12 @@ class MaskState:
                 raise ValueError(
                     f"state's backward codes of layer {name!r} do not keep two of four along out_features: the "
                     "checkpoint is damaged or of another version."
+                )
+        for name, age in self.ages.items():
+            if name in state["ages"] and state["ages"][name].shape != age.shape:
+                raise ValueError(
+                    f"state's ages of layer {name!r} are {tuple(state['ages'][name].shape)} but must be "
+                    f"{tuple(age.shape)}: the checkpoint is damaged."
                 )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

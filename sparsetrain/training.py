@@ -22,19 +22,19 @@ from .frozen_moments import FrozenMoments
 from .gradient_rules import resolve_gradient_rule
 from .kernels.masked_update.operator import apply_masks_
 from .lr_restart import LRRestart
+from .mask_metrics import mask_metrics
 from .mask_state import MaskState
 from .masked_decay import MaskedDecay
 from .masked_layer import MaskedLayer, PhaseKind
 from .matrices import written_as_matrices
 from .methods.method import Method
 from .methods.presets import resolve_method
-from .metrics import PruneMetrics, total_metrics
 from .operands import renew_
 from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
 from .patterns import resolve_pattern
 from .second_moments import SecondMoments
 from .selection import SelectionReport, select_layers, sparse_layers, weight_count
-from .soft_threshold import soft_scale
+from .soft_scales import SoftScales
 from .sparsify import sparsify_
 from .training_checks import STATE_VERSION, check_setup, check_state
 
@@ -157,6 +157,7 @@ class SparseTraining:
         pattern = resolve_pattern(method.pattern)
         self.masks = MaskState(layers, pattern, criterion, track_age, method.hysteresis, tile_budget)
         self._weights = {name: layer.weight for name, layer in self.masks.layers.items()}
+        self._soft_scales = SoftScales(self.masks.layers)
         self._weight_count = weight_count(self.model.modules())
         owners = [entry for entry in optimizers if owned_parameters(entry) & set(map(id, self._weights.values()))]
         self._optimizers = owners or list(optimizers)
@@ -176,9 +177,8 @@ class SparseTraining:
             self._adapters = Adapters(self.masks.layers, self._optimizers, method.adapter_rank)
             self._removals.callback(self._adapters.remove)
         self._number_draws()
-        hooks = StepHooks(self._optimizers, self._adjust_gradients, self._written, self._advance)
-        self._hooks = hooks
-        self._removals.callback(hooks.remove)
+        self._hooks = StepHooks(self._optimizers, self._adjust_gradients, self._written, self._advance)
+        self._removals.callback(self._hooks.remove)
 
     @property
     def report(self) -> SelectionReport:
@@ -209,10 +209,10 @@ class SparseTraining:
             layers' GEMMs, if all have as many tokens), ``violations`` (must be 0), ``refresh_ms`` and ``repack_ms``
             (host time of the last search, and of packing after the last step), ``operand_bytes`` (packed weights on
             the device); ``decay`` (λ) and ``distillation`` (T²·KL on the last batch, nats) if there is one. Once a mask
-            exists: the fields of :class:`PruneMetrics`;
-            ``kept_fraction_at_refresh``, of the masters the last search saw, as frozen masks zero what they prune;
-            ``flip_rate`` and ``virtual_flip_rate``, the fraction of entries that changed at the last refresh of a
-            sparse or dense phase; ``flip_rate_ratio``, the first over the second; ``age_mean`` (refreshes).
+            exists: the fields of :class:`PruneMetrics`; ``kept_fraction_at_refresh``, of the masters the last search
+            saw, as frozen masks zero what they prune; ``flip_rate`` and ``virtual_flip_rate``, the fraction of entries
+            that changed at the last refresh of a sparse or dense phase; ``flip_rate_ratio``, the first over the
+            second; ``age_mean`` (refreshes).
         """
         if self._final is not None:
             return {key: value for key, value in self._final[0].items() if per_layer or not key.startswith("layer/")}
@@ -229,19 +229,7 @@ class SparseTraining:
             "operand_bytes": sum(layer.operands.bytes for layer in self.masks.layers.values()),
         }
         if self.masks.exists:
-            sums = self.masks.magnitude_sums()
-            values.update(total_metrics(sums.values()).as_dict())
-            assert self.masks.sums_at_refresh is not None
-            at_refresh = PruneMetrics.from_sums(self.masks.sums_at_refresh.tolist())
-            values["kept_fraction_at_refresh"] = at_refresh.kept_fraction
-            rate, virtual = self.masks.flip_rate(), self.masks.flip_rate(virtual=True)
-            values.update(flip_rate=rate, virtual_flip_rate=virtual, age_mean=self.masks.age_mean())
-            values["flip_rate_ratio"] = self._flip_rate_ratio()
-            if per_layer:
-                for name, entry in sums.items():
-                    fields = PruneMetrics.from_sums(entry.tolist()).as_dict()
-                    values[f"layer/{name}/flip_rate"] = self.masks.flip_rate(name)
-                    values.update({f"layer/{name}/{key}": value for key, value in fields.items()})
+            values.update(mask_metrics(self.masks, per_layer))
         return {key: float(value) for key, value in values.items() if value is not None}
 
     def distilled(self, loss: Tensor) -> Tensor:
@@ -287,11 +275,7 @@ class SparseTraining:
         self.masks.refresh(self.clock, virtual=self.phase == "dense", names=names)
         self._last_refresh = self.clock
         if self._decay.automatic and counted:  # not at the first search of the phase, whose flips are the dense one's
-            self._decay.adapt(self._flip_rate_ratio())
-
-    def _flip_rate_ratio(self) -> float | None:
-        rate, virtual = self.masks.flip_rate(), self.masks.flip_rate(virtual=True)
-        return rate / virtual if rate is not None and virtual else None
+            self._decay.adapt(self.masks.flip_rate_ratio())
 
     def finish(self, *, zeros: bool = True) -> None:
         """Remove the hooks and give plain layers back; metrics and state stay readable.
@@ -328,11 +312,7 @@ class SparseTraining:
             "frozen_moments": self._frozen_moments.state_dict(),
             "decay": self._decay.state_dict(),
             "distillation": self._distillation.state_dict(),
-            "soft_scales": {
-                name: float(layer.soft_scale)
-                for name, layer in self.masks.layers.items()
-                if layer.soft_scale is not None
-            },
+            "soft_scales": self._soft_scales.state_dict(),
             **self.masks.state_dict(),
         }
 
@@ -363,9 +343,7 @@ class SparseTraining:
         self._active = set(state["active"])
         self._report_budget()
         self._decay.load_state_dict(state["decay"])
-        for name, layer in self.masks.layers.items():
-            scale = state["soft_scales"].get(name)
-            layer.soft_scale = None if scale is None else layer.weight.new_tensor(scale)
+        self._soft_scales.load_state_dict(state["soft_scales"])
         self._set_phase(*self.timeline.at(self.clock))
         self._switch_adapters()
         self._number_draws()
@@ -468,15 +446,14 @@ class SparseTraining:
         if kind != "dense":
             self._distillation.take()
         if kept != self.masks.kept:
-            self._forget_soft_scales()
+            self._soft_scales.forget()
         self.phase, self.masks.kept = kind, kept  # what a search finds, and counts flips as
         if searched and (kind != "dense" or self._watch_dense):
             self._refresh(searched if held else None)
         self._active = set() if kind == "dense" else self._choose_active(held, self.timeline.share_at(self.clock))
-        if not self._is_soft:
-            if kind == "frozen":
-                self._write_soft_weights()
-            self._forget_soft_scales()
+        if kind == "frozen" and self.method.frozen_in_place:
+            self._soft_scales.write_(self._active)
+            self._soft_scales.forget()
         self._set_phase(kind, start)
         if kind != "dense":
             self._frozen_moments.freeze()
@@ -521,26 +498,9 @@ class SparseTraining:
             layer.operands.managed = True
             if layer.phase == "dense" or not layer.is_two_of_four:
                 layer.operands.release()
-            if layer.phase != "dense" and self._is_soft and layer.soft_scale is None:
-                with torch.no_grad():
-                    transposable = layer.execution.transposable
-                    layer.soft_scale = soft_scale(layer.matrix, layer.mask_codes, transposable)
-
-    @property
-    def _is_soft(self) -> bool:
-        """Whether products see soft weights; frozen masks in place leave none that could shrink kept ones."""
-        return self.method.forward == "soft" and not (self.phase == "frozen" and self.method.frozen_in_place)
-
-    def _forget_soft_scales(self) -> None:
-        for layer in self.masks.layers.values():
-            layer.soft_scale = None
-
-    @torch.no_grad()
-    def _write_soft_weights(self) -> None:
-        for name in self._active:
-            layer = self.masks.layers[name]
-            if layer.soft_scale is not None:
-                layer.weight.copy_(layer.effective_weight(layer.weight))
+        # masks that are frozen in place leave nothing that could shrink what is kept
+        if self.method.forward == "soft" and not (kind == "frozen" and self.method.frozen_in_place):
+            self._soft_scales.measure(self._active)
 
     def _apply_masks(self) -> None:
         if not self.method.frozen_in_place:
