@@ -110,6 +110,7 @@ class SparseTrainingCallback(Callback):
         self.training: SparseTraining | None = None
         self._loaded: dict[str, Any] | None = None
         self._final: dict[str, Any] | None = None
+        self._final_optimizers: list[dict[str, Any]] = []
         self._logged_clock = -1
         self._guard: Any = None
         self._step: DistilledStep | None = None
@@ -132,6 +133,7 @@ class SparseTrainingCallback(Callback):
         if self.training is not None:  # an earlier fit was interrupted
             self.training.finish(zeros=False)
         self.training = self._loaded = self._final = None
+        self._final_optimizers = []
         self._logged_clock = -1
         self._release_guard()
         self._release_step()
@@ -193,6 +195,8 @@ class SparseTrainingCallback(Callback):
         if self.training is not None:
             weights = dict(pl_module.state_dict())
             self._final = self._state(weights)
+            if self.training.adapters():  # which leave the optimizers now, but belong to what a later fit goes on from
+                self._final_optimizers = [trainer.strategy.optimizer_state(entry) for entry in trainer.optimizers]
             self.training.finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -208,6 +212,8 @@ class SparseTrainingCallback(Callback):
         """Put the sparse model into ``state_dict`` and everything else under ``checkpoint["sparsetrain"]``."""
         if self._final is not None:
             checkpoint[CHECKPOINT_KEY] = self._final
+            if self._final_optimizers and "optimizer_states" in checkpoint:
+                checkpoint["optimizer_states"] = self._final_optimizers
         elif self.training is not None and not self.training.finished:
             checkpoint["state_dict"] = dict(checkpoint["state_dict"])
             checkpoint[CHECKPOINT_KEY] = self._state(checkpoint["state_dict"])
