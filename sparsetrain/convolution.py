@@ -10,7 +10,7 @@ from .autocast import as_autocast
 from .gradient_rules import GradientRule
 from .kernels.tile_codes.reference import unpack_codes
 from .linear import multiply
-from .masked_layer import MaskedLayer, has_choice
+from .masked_layer import MaskedLayer
 from .matrices import weight_of
 
 
@@ -70,8 +70,8 @@ class TwoWeightConvolution(torch.autograd.Function):
 class SparseConvolution(MaskedLayer):
     """A convolution with a mask on its matrix ``[O, kernel·I]``, so that groups of four are input channels.
 
-    A 1×1 convolution without padding is a linear layer on every position and has its products, sparse ones included.
-    Larger kernels are convolved with the masked weight, densely.
+    A 1×1 convolution without padding is a linear layer on every position and has its products where they are sparse or
+    estimated. All others are dense convolutions with the masked weight.
     """
 
     in_channels: int
@@ -93,26 +93,19 @@ class SparseConvolution(MaskedLayer):
         """Convolve ``[batch, I, *space]``, or one image ``[I, *space]``."""
         if self.phase == "dense":
             return cast(Tensor, super().forward(input))
-        return self._multiply_positions(input) if self._multiplies else self._convolve(input)
-
-    @property
-    def _multiplies(self) -> bool:
-        """Whether there is something to gain by products of tokens, which lie otherwise in memory."""
-        execution = self.execution
-        masked = execution.backend == "masked" or not self.is_two_of_four
-        masked = masked or (execution.backend == "auto" and not has_choice(self.weight.device.type))
-        return is_pointwise(self) and (not masked or self.draws is not None)
+        if is_pointwise(self) and (self.backend != "masked" or self.draws is not None):
+            return self._multiply_positions(input)
+        return self._convolve(input)
 
     def _multiply_positions(self, input: Tensor) -> Tensor:
-        if input.dim() not in (len(self.stride) + 1, len(self.stride) + 2) or input.shape[-len(self.stride) - 1] != (
-            self.in_channels
-        ):
+        space = len(self.stride)
+        if input.dim() not in (space + 1, space + 2) or input.shape[-space - 1] != self.in_channels:
             return cast(Tensor, super().forward(input))  # raises what the dense layer does
         tokens = self.features_last(input)
         if any(step > 1 for step in self.stride):
             steps = (slice(None, None, step) for step in self.stride)
             tokens = tokens[(..., *steps, slice(None))]  # type: ignore[index]
-        output = multiply(self, tokens).movedim(-1, -len(self.stride) - 1)
+        output = multiply(self, tokens).movedim(-1, -space - 1)
         # the order in memory is that which the dense convolution gives
         return output if _channels_last(input) or _channels_last(self.weight) else output.contiguous()
 

@@ -211,8 +211,8 @@ def multiply(layer: MaskedLayer, input: Tensor) -> Tensor:
     execution = layer.execution
     output = sparse_linear(
         input, layer.thresholded_matrix(), layer.mask_codes, layer.bias, gradient=layer.gradient,
-        backend=execution.backend if layer.is_two_of_four else "masked", transposable=execution.transposable,
-        draws=layer.draws, seed=execution.seed, backward_codes=layer.backward_codes,
+        backend=layer.backend, transposable=execution.transposable, draws=layer.draws, seed=execution.seed,
+        backward_codes=layer.backward_codes,
     )  # fmt: skip
     if layer.adapter is None:
         return output

@@ -72,6 +72,12 @@ class MaskedLayer(nn.Module):
         return self.is_two_of_four
 
     @property
+    def backend(self) -> str:
+        """Who computes the products: a backend's name, ``"auto"`` where there is a choice, or ``"masked"``."""
+        nothing_to_choose = self.execution.backend == "auto" and not has_choice(self.weight.device.type)
+        return "masked" if nothing_to_choose or not self.is_two_of_four else self.execution.backend
+
+    @property
     def is_masked(self) -> bool:
         """Whether the mask is in force."""
         return self.phase != "dense"
@@ -127,9 +133,8 @@ class MaskedLayer(nn.Module):
         """Say who computes the layer's products, as far as it has been decided."""
         if not self.is_two_of_four:
             return "masked: its mask keeps more than 2:4"
-        if self.execution.backend == "auto" and not has_choice(self.weight.device.type):
-            return "masked"
-        return self.operands.describe()
+        undecided = self.execution.backend == "auto" and self.backend == "masked"
+        return "masked" if undecided else self.operands.describe()
 
     def extra_repr(self) -> str:
         """Describe the layer as its dense class does, and its phase."""
