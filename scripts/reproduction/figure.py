@@ -15,6 +15,8 @@ SHOWN_FROM = 0.4
 """Of the steps: losses before it would hide the differences after it."""
 APART = 0.02
 """Of the axis: points are drawn so far apart at least."""
+OUTLIER = 4.0
+"""Times the third quartile of the gaps: what is above stands at the edge, with its value."""
 
 
 def plot(path: Path, tables: Mapping[str, Sequence[Row]], ratio: Ratio, title: str) -> None:
@@ -56,7 +58,7 @@ def plot(path: Path, tables: Mapping[str, Sequence[Row]], ratio: Ratio, title: s
         for method in methods
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9)
-    note = "mean ± standard deviation over seeds; points of equal shares stand side by side"
+    note = "mean ± standard deviation over seeds; points of equal shares stand side by side; ↑: beyond the axis"
     note += "; †: a seed without a finite loss is not in it" if lost else ""
     figure.suptitle(f"{title}\n{note}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,23 +90,43 @@ def side_by_side(places: Sequence[float], apart: float) -> list[float]:
     return moved
 
 
+def ceiling(gaps: Sequence[float]) -> float:
+    """Return the gap above which a method would hide the differences between the others; infinity if none is above.
+
+    Example:
+        >>> ceiling([0.01, 0.02, 0.03, 0.04, 9.0]), ceiling([0.01, 0.02, 0.03])
+        (0.16, inf)
+    """
+    sizes = sorted(abs(gap) for gap in gaps if math.isfinite(gap))
+    limit = OUTLIER * sizes[3 * (len(sizes) - 1) // 4] if sizes else math.inf
+    return limit if limit and any(size > limit for size in sizes) else math.inf
+
+
 def _middle(group: Sequence[int], places: Sequence[float]) -> float:
     return statistics.mean(places[number] for number in group)
 
 
 def _gaps(axis: Any, rows: Sequence[Row], places: Sequence[float], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    top = ceiling([mean_and_deviation(row.gaps)[0] for row in rows])
     for row, place in zip(rows, side_by_side(places, APART * max(places)), strict=True):
         mean, deviation = mean_and_deviation(row.gaps)
         if math.isnan(mean):
+            continue
+        if mean > top:
+            axis.plot(place, top, linestyle="none", markersize=7, **styles[row.method])
+            axis.annotate(f"↑ {mean:+.2f}", (place, top), (0, 7), textcoords="offset points", ha="center", fontsize=8)
             continue
         bar = None if math.isnan(deviation) else deviation
         axis.errorbar(
             place, mean, yerr=bar, linestyle="none", markersize=7, capsize=2, linewidth=1, **styles[row.method]
         )
     axis.axhline(0, color="black", linewidth=0.8)
+    if math.isfinite(top):
+        axis.set_ylim(top=1.15 * top)
 
 
 def _losses(axis: Any, rows: Sequence[Row], ratio: float, styles: Mapping[str, Mapping[str, Any]]) -> None:
+    top, shown = ceiling([mean_and_deviation(row.gaps)[0] for row in rows]), []
     for row in rows:
         losses: dict[int, list[float]] = {}
         for run in row.runs:
@@ -114,8 +136,11 @@ def _losses(axis: Any, rows: Sequence[Row], ratio: float, styles: Mapping[str, M
         times = [statistics.mean(relative_times(run, ratio)[step - 1] for run in row.runs) for step in losses]
         means = [mean_and_deviation(values)[0] for values in losses.values()]
         axis.plot(times, means, linewidth=2.0 if row.method == DENSE else 1.0, markersize=4, **styles[row.method])
+        shown += means if mean_and_deviation(row.gaps)[0] <= top else []
         if row.method == DENSE and means and not math.isnan(means[-1]):
             axis.axhline(means[-1], color="black", linewidth=0.8, linestyle="--")
+    if math.isfinite(top) and shown:
+        axis.set_ylim(top=max(shown) * 1.02)
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -306,6 +306,12 @@ def test_the_measured_ratio_is_the_median_of_large_products(load: Load, tmp_path
         load("ratios").measured(gemm_csv(tmp_path / "small.csv", rows[8:]))
 
 
+def test_a_method_far_off_stands_at_the_edge_of_the_picture(load: Load) -> None:
+    ceiling = load("figure").ceiling
+    assert ceiling([0.1, -0.2, 0.2, 0.3, math.nan, 5.0]) == pytest.approx(4 * 0.3)
+    assert ceiling([0.1, -0.2, 0.2, 0.3]) == ceiling([]) == math.inf
+
+
 def test_points_at_the_same_place_are_drawn_apart(load: Load) -> None:
     moved = load("figure").side_by_side([50.0, 0.0, 50.0, 51.5, 90.0], apart=2.0)
     assert moved[1] == 0.0
