@@ -1,7 +1,9 @@
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -10,6 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     # must be set before anything imports Triton; tests of compiled kernels use processes of their own
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,6 +32,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    """Take down what Lightning's data-parallel strategies leave behind in the process and its environment."""
+    before = {name: os.environ.get(name) for name in RENDEZVOUS}
+    yield
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture
