@@ -35,6 +35,27 @@ def brute_force_mask(scores: np.ndarray) -> np.ndarray:
     return mask
 
 
+def two_of_four(weight: Tensor) -> Tensor:
+    """The two largest magnitudes of every four in a row, by loops."""
+    kept = torch.zeros_like(weight, dtype=torch.bool)
+    for row, entries in enumerate(weight.abs().tolist()):
+        for left in range(0, len(entries), 4):
+            order = sorted(range(left, left + 4), key=lambda place: -entries[place])
+            kept[row, order[:2]] = True
+    return kept
+
+
+def two_of_those(weight: Tensor, mask: Tensor) -> Tensor:
+    """Of every four in a column, the two largest magnitudes that a mask keeps, by loops."""
+    kept = torch.zeros_like(mask)
+    for column in range(weight.shape[1]):
+        entries, allowed = weight[:, column].abs().tolist(), mask[:, column].tolist()
+        for top in range(0, weight.shape[0], 4):
+            places = sorted((row for row in range(top, top + 4) if allowed[row]), key=lambda row: -entries[row])
+            kept[places[:2], column] = True
+    return kept
+
+
 def mlp(width: int = 16, hidden: int = 32, seed: int = 0, bias: bool = True) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(width, hidden, bias), nn.Tanh(), nn.Linear(hidden, width, bias))

@@ -5,32 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from simulated_backend import SimulatedBackend
-from support import mlp, train
+from support import mlp, train, two_of_four, two_of_those
 from torch import Tensor, nn
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS
 
 START, EVERY, STEPS, RANK = 5, 4, 12, 3
-
-
-def two_of_four(weight: Tensor) -> Tensor:
-    kept = torch.zeros_like(weight, dtype=torch.bool)
-    for row, entries in enumerate(weight.abs().tolist()):
-        for left in range(0, len(entries), 4):
-            order = sorted(range(left, left + 4), key=lambda place: -entries[place])
-            kept[row, order[:2]] = True
-    return kept
-
-
-def two_of_those(weight: Tensor, mask: Tensor) -> Tensor:
-    kept = torch.zeros_like(mask)
-    for column in range(weight.shape[1]):
-        entries, allowed = weight[:, column].abs().tolist(), mask[:, column].tolist()
-        for top in range(0, weight.shape[0], 4):
-            places = sorted((row for row in range(top, top + 4) if allowed[row]), key=lambda row: -entries[row])
-            kept[places[:2], column] = True
-    return kept
 
 
 class Sgd:

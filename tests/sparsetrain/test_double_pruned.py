@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from simulated_backend import SimulatedBackend
-from support import mlp, train
+from support import mlp, train, two_of_those
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -27,21 +27,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return simulated
 
 
-def pruned_twice(weight: Tensor, mask: Tensor) -> Tensor:
-    """What is kept of every column's fours: of those that the mask keeps, the two largest."""
-    kept = torch.zeros_like(mask)
-    for column in range(weight.shape[1]):
-        entries, allowed = weight[:, column].abs().tolist(), mask[:, column].tolist()
-        for top in range(0, weight.shape[0], 4):
-            places = sorted((row for row in range(top, top + 4) if allowed[row]), key=lambda row: -entries[row])
-            kept[places[:2], column] = True
-    return kept
-
-
 def dense_of(layer: st.SparseLinear) -> Tensor:
     """The input gradient's matrix by loops, given that backward codes are those of the weight as it is now."""
     weight = layer.weight.detach().double()
-    return weight * pruned_twice(weight, layer.mask)
+    return weight * two_of_those(weight, layer.mask)
 
 
 def layer(dtype: torch.dtype = torch.float32, name: str = "simulated", **execution: bool) -> st.SparseLinear:
@@ -70,7 +59,7 @@ def test_the_second_search_keeps_two_of_every_four_and_what_the_mask_keeps_first
         both = st.decode_tiles(again & codes)
         expected = torch.minimum(st.decode_tiles(codes).view(-1, 4, weight.shape[1]).sum(1), torch.tensor(2))
         assert torch.equal(both.view(-1, 4, weight.shape[1]).sum(1), expected)
-        kept = pruned_twice(weight, st.decode_tiles(codes))
+        kept = two_of_those(weight, st.decode_tiles(codes))
         torch.testing.assert_close((weight * both).abs().sum(), (weight * kept).abs().sum())
     again[0, 0] ^= 1
     assert int(DOUBLE_PRUNED.count_backward_violations(again)) == 1

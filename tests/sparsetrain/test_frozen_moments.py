@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import mlp, train
+from support import mlp, train, two_of_four
 from torch import Tensor, nn
 
 import sparsetrain as st
@@ -28,21 +28,12 @@ def batch(step: int, rows: int = 8) -> Tensor:
     return torch.randn(rows, 16, generator=torch.Generator().manual_seed(step))
 
 
-def two_largest(weight: Tensor) -> Tensor:
-    kept = torch.zeros_like(weight, dtype=torch.bool)
-    for row, entries in enumerate(weight.abs().tolist()):
-        for left in range(0, len(entries), 4):
-            order = sorted(range(left, left + 4), key=lambda place: -entries[place])
-            kept[row, order[:2]] = True
-    return kept
-
-
 def written_out(model: nn.Module, decoupled: bool, maximize: bool = False) -> dict[str, Tensor]:
     """STEP in float64: dense Adam for five steps, then straight-through masks and a second moment that stands still."""
     values = {name: value.detach().double().clone() for name, value in model.named_parameters()}
     first, second = ({name: torch.zeros_like(value) for name, value in values.items()} for _ in range(2))
     for step in range(STEPS):
-        masks = {name: two_largest(value) for name, value in values.items() if value.dim() == 2 and step >= SWITCH}
+        masks = {name: two_of_four(value) for name, value in values.items() if value.dim() == 2 and step >= SWITCH}
         seen = {name: (value * masks.get(name, 1)).requires_grad_() for name, value in values.items()}
         x = batch(step).double()
         hidden = torch.tanh(x @ seen["0.weight"].t() + seen["0.bias"])
