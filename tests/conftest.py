@@ -1,4 +1,6 @@
 import os
+import sys
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     # must be set before anything imports Triton; tests of compiled kernels use processes of their own
     os.environ["TRITON_INTERPRET"] = "1"
+if torch.version.cuda is None:
+    # torchvision's operators may be built for CUDA and not load then; its models need none of them
+    sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
 
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")
