@@ -25,8 +25,8 @@ def output_heads(surroundings: Surroundings) -> set[str]:
     """Return the layers that are output heads.
 
     They are what ``get_output_embeddings`` returns, what shares an embedding's weight, what is called a head, the last
-    layer of a module that is called a head, a last layer called ``fc`` or the like, and a last linear layer that is as
-    wide as the model has classes, labels or words. Layers inside attention blocks are none.
+    layer of a module that is called a head, a last layer called ``fc`` or the like and, in a model with none of these,
+    a last layer that is as wide as the model has classes, labels or words. Layers inside attention blocks are none.
 
     Example:
         >>> classifier = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -77,10 +77,11 @@ def _last(surroundings: Surroundings, heads: set[str]) -> set[str]:
     """Return last layers that their name or their width shows to be heads."""
     found = set()
     for prefix, widths in _networks(surroundings).items():
-        for name in [name for name in _within(surroundings, prefix) if name not in heads][-1:]:
-            width, features = layer_sizes(surroundings.layers[name])
+        within = _within(surroundings, prefix)
+        if within and not heads.intersection(within):
+            width, features = layer_sizes(surroundings.layers[within[-1]])
             if width in widths and width != features:
-                found.add(name)
+                found.add(within[-1])
     for name in surroundings.own:
         parts = surroundings.parts(name)
         if parts[-1].lower() in LAST and not any(part.isdecimal() for part in parts):

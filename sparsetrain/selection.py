@@ -77,7 +77,8 @@ def select_layers(
         else:
             reason = _why_dense(name, surroundings, owners)
             role = "output head" if name in heads else "low-rank adapter" if surroundings.is_low_rank(name) else ""
-            if role and all(found.kind == "group" for found in hits):
+            by_group = all(found.kind == "group" for found in hits)
+            if role and by_group and name not in surroundings.peft_reasons:
                 reason = f"{role}, {reason}" if reason else f"{role} (name it in targets to make it sparse)"
         is_named = reason != "excluded" and any(found.kind == "name" for found in hits)
         choices.append(LayerChoice(name, surroundings.shape(name), reason, is_named=is_named))

@@ -3,7 +3,8 @@
 Wrappers are known by what they have, so that no library is imported for it.
 """
 
-from collections.abc import Collection, Iterator
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
@@ -105,16 +106,22 @@ def _method(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def unmerged_bases(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the base layers of adapters that are not merged, and whose merging fills zeros, by name.
+def warn_of_unmerged(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Warn if peft's adapters on these layers are not merged, and would fill the zeros if they were later.
 
     Example:
-        >>> unmerged_bases(nn.Linear(4, 4))
-        {}
+        >>> warn_of_unmerged(nn.Linear(4, 4), {})
     """
-    bases = {}
-    for name, module in model.named_modules():
+    names = {id(layer): name for name, layer in layers.items()}
+    unmerged = []
+    for module in model.modules():
         fills_zeros = is_tuner(module) and _method(module) != "ia3"  # which scales rows or columns
         if fills_zeros and not getattr(module, "merged_adapters", ()):
-            bases[f"{name}.base_layer".lstrip(".")] = module._modules["base_layer"]
-    return {name: base for name, base in bases.items() if base is not None}
+            unmerged += [names[id(inner)] for inner in module.modules() if id(inner) in names]
+    if unmerged:
+        shown = ", ".join(map(repr, unmerged[:2])) + (f" and {len(unmerged) - 2} more" if len(unmerged) > 2 else "")
+        warnings.warn(
+            f"peft's adapters on {shown} are not merged, and merging them fills the zeros of their masks: call "
+            "merge_and_unload() before finish(), or apply_masks_() after merging.",
+            stacklevel=3,
+        )
