@@ -52,6 +52,11 @@ def weights(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     return {name: model.get_submodule(name).weight.detach().clone() for name in names}
 
 
+def adapters_are_dense(model: nn.Module) -> bool:
+    parts = [(name, part) for name, part in model.named_modules() if ".lora_" in name and isinstance(part, nn.Linear)]
+    return len(parts) == 6 and all(type(part) is nn.Linear and bool((part.weight != 0).all()) for _, part in parts)
+
+
 def sparse_base() -> nn.Module:
     """A base that was trained sparse and finished: its zeros are in place."""
     model = llama()
@@ -180,6 +185,7 @@ def test_lora_over_a_sparse_base_leaves_the_base_bit_for_bit_and_merging_keeps_t
     for name, weight in weights(model, MLP).items():
         assert torch.equal(weight, before[name])
     assert not torch.equal(adapter, adapter_before)
+    assert adapters_are_dense(model)
     merged = model.merge_and_unload()
     training.finish()
     after = weights(merged, [name.removeprefix("base_model.model.").replace(".base_layer", "") for name in MLP])
@@ -315,6 +321,7 @@ def test_the_callback_trains_adapters_over_a_frozen_base_and_ends_sparse_after_m
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader([tokens(step)[0] for step in range(8)], batch_size=2))
+    assert adapters_are_dense(module.model)
     for name in MLP:
         weight = module.model.get_submodule(name).weight
         assert type(module.model.get_submodule(name)) is nn.Linear
