@@ -8,10 +8,12 @@ import peft
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sparsetrain import SparseTraining, export_dense_, is_transposable, select_layers, sparsify_
+from sparsetrain.backends import BACKENDS
 from sparsetrain.callbacks import SparseTrainingCallback
 
 PREFIX = "base_model.model.model.layers.0.mlp."
@@ -239,6 +241,22 @@ def test_finishing_before_merging_warns_and_masks_can_be_applied_afterwards() ->
     for name, mask in masks.items():
         assert torch.equal(merged.get_submodule(plain[name]).weight != 0, mask)
         assert type(merged.get_submodule(plain[name])) is nn.Linear
+
+
+def test_packed_weights_follow_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "simulated", SimulatedBackend())
+    model = peft.get_peft_model(small(), peft.LoraConfig(target_modules=["0", "2"], init_lora_weights=False))
+    training = SparseTraining(model, adamw(model), PRUNE_AT_ONCE, 4, backend="simulated", verbose=False)
+    wrapper = model.get_submodule("base_model.model.0").eval()
+    layer, x = wrapper.base_layer, torch.randn(4, 16)
+    wrapper(x)
+    assert layer.operands.bytes > 0
+    expected = nn.functional.linear(
+        x, (layer.weight + wrapper.get_delta_weight("default")).detach() * layer.mask, layer.bias
+    )
+    wrapper.merge()
+    training.apply_masks_()
+    torch.testing.assert_close(wrapper(x), expected)
 
 
 def test_finishing_warns_of_nothing_where_merging_keeps_the_zeros() -> None:
