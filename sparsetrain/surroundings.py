@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .layer_classes import LAYERS, Candidate
+from .layer_classes import Candidate
 from .wrappers import peft_reasons, plain_names
 
 ATTENTION_CHILDREN = frozenset(
@@ -36,9 +36,8 @@ class Surroundings:
         self._by_plain: dict[str, nn.Module] = {}
         for name, module in self.modules.items():
             self._by_plain[self.plain[name]] = module  # the innermost, where wrappers share a plain name
-        kinds = tuple(LAYERS)
         self.layers: dict[str, Candidate] = {
-            name: module for name, module in self.modules.items() if isinstance(module, kinds)
+            name: module for name, module in self.modules.items() if isinstance(module, Candidate)
         }
         self.peft_reasons = peft_reasons(model)
         self.own = {name: layer for name, layer in self.layers.items() if name not in self.peft_reasons}
@@ -49,7 +48,7 @@ class Surroundings:
     def _stacked_experts(self) -> Iterator[tuple[str, Tensor]]:
         for name, module in self.modules.items():
             known = EXPERTS in name.lower() or EXPERTS in type(module).__name__.lower()
-            if known and not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            if known and not isinstance(module, Candidate):
                 for key, parameter in module._parameters.items():
                     if parameter is not None and parameter.dim() == 3:
                         yield f"{name}.{key}".lstrip("."), parameter
