@@ -27,8 +27,8 @@ class SparseTrainingCallback(Callback):
 
     Args:
         method: A preset's name, a ``Method``, or a mapping: ``preset`` with its arguments, or the fields of ``Method``.
-        targets: Which layers become sparse: ``"all-linear"``, ``"all-conv"``, ``"mlp"``, ends of layer names or
-            regular expressions.
+        targets: Which layers become sparse: ``"all-linear"``, ``"all-conv"``, ``"mlp"``, names of layers or submodules,
+            globs or regular expressions, as in :func:`sparsetrain.select_layers`.
         exclude: Which do not.
         backend: Who computes the products with masked weights: a backend's name, or ``"auto"``: the fastest of those
             that give right numbers here, by measurement; without a GPU that is ``"masked"``.

@@ -1,8 +1,9 @@
 """Dense layers into masked ones and back, in place: parameters, names, hooks and ties stay as they are."""
 
+from collections.abc import Mapping
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .convolution import SparseConv1d, SparseConv2d
 from .linear import SparseLinear
@@ -48,3 +49,23 @@ def to_dense_(layer: MaskedLayer, zeros: bool = True) -> nn.Module:
     dense = cast(nn.Module, layer)
     dense.__class__ = layer.dense_class
     return dense
+
+
+def write_zeros_(layers: Mapping[str, nn.Module], codes: Mapping[str, Tensor]) -> None:
+    """Write zeros into what masks prune of dense layers.
+
+    Args:
+        layers: Layer name to a layer that could be masked.
+        codes: Layer name to its int16 tile codes ``[O/4, K/4]``.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(4, 4)
+        >>> write_zeros_({"fc": layer}, {"fc": torch.full((1, 1), 0x000F, dtype=torch.int16)})
+        >>> (layer.weight == 0).sum().item()
+        12
+    """
+    for name, layer in layers.items():
+        sparse = to_sparse_(layer, "frozen")
+        sparse.set_codes_(codes[name])
+        to_dense_(sparse)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .adapters import Adapters
-from .conversion import to_dense_
+from .conversion import to_dense_, write_zeros_
 from .criteria import resolve_criterion
 from .criteria.observer import Observer
 from .distillation import Distillation
@@ -37,6 +37,7 @@ from .selection import SelectionReport, select_layers, sparse_layers, weight_cou
 from .soft_scales import SoftScales
 from .sparsify import sparsify_
 from .training_checks import STATE_VERSION, check_setup, check_state
+from .wrappers import warn_of_unmerged
 
 
 class SparseTraining:
@@ -282,11 +283,31 @@ class SparseTraining:
 
         Args:
             zeros: Write zeros into what is pruned if the run ends sparse; False keeps the dense masters.
+
+        Warns:
+            UserWarning: If merging peft's adapters later would fill the zeros.
         """
         if self.finished:
             return
+        if zeros:
+            warn_of_unmerged(self.model, {name: self.masks.layers[name] for name in sorted(self._active)})
         self._final = self.metrics(per_layer=True), self.state_dict()
         self._restore(zeros)
+
+    def apply_masks_(self) -> None:
+        """Bring weights back under their masks after something else wrote them, as merging adapters does.
+
+        Frozen masks write their zeros again, after :meth:`finish` as well; masks that move leave the masters as they
+        are. Packed weights are made anew.
+        """
+        if self._final is not None:
+            write_zeros_({name: self.masks.layers[name] for name in self._final[1]["active"]}, self._final[1]["codes"])
+            return
+        if self.phase == "frozen":
+            self._apply_masks()
+        for layer in self.masks.layers.values():
+            layer.operands.expire()
+        self._repack()
 
     @property
     def finished(self) -> bool:
