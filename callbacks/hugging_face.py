@@ -175,6 +175,14 @@ class HuggingFaceSparseTraining(TrainerCallback):
         """Forget that weights were loaded; they are trained on now."""
         self._weights_loaded = False
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:  # fmt: skip
+        """Clear the gradients of adapters, which ``model.zero_grad()`` does not know, after skipped steps as well."""
+        for pair in self.training.adapters().values() if self.training is not None else ():
+            for part in pair:
+                part.grad = None
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:  # fmt: skip

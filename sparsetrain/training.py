@@ -391,6 +391,8 @@ class SparseTraining:
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
+        if self._adapters is not None:
+            self._adapters.clear_gradients()
         self._observer.after_step()
         self._distillation.after_step()
         self.clock += 1
