@@ -128,6 +128,11 @@ class HuggingFaceSparseTraining(TrainerCallback):
         _refuse_sharding(args)
         model, optimizer = kwargs["model"], plain_optimizer(kwargs["optimizer"])
         carried = take_carried(optimizer)
+        if carried is not None and PRUNED_WEIGHTS not in carried:
+            raise ValueError(
+                f"the checkpoint's optimizer.pt has a state of sparse training without {PRUNED_WEIGHTS!r}: it is "
+                "damaged, so resume from another checkpoint."
+            )
         if self.training is not None:  # an earlier run may have been interrupted
             self.training.finish(zeros=False)
         self._hooks.close()
@@ -153,8 +158,12 @@ class HuggingFaceSparseTraining(TrainerCallback):
         layers, merges = self.training.masks.layers, self.method.adapter_merge
         adapters = [part for pair in self.training.adapters().values() for part in pair]
         if carried is not None:
-            restore_pruned_(layers, carried["codes"], carried[PRUNED_WEIGHTS])
-            load_apart(optimizer, carried, adapters)
+            try:
+                restore_pruned_(layers, carried["codes"], carried[PRUNED_WEIGHTS])
+                load_apart(optimizer, carried, adapters)
+            except BaseException:
+                self.training.finish(zeros=False)
+                raise
         self._hooks.callback(CarriedState(optimizer, self._state, adapters).remove)
         self._hooks.enter_context(evaluated_in_state_dicts(layers.values(), merges))
         self._hooks.callback(model.register_load_state_dict_post_hook(self._note_load).remove)
