@@ -5,7 +5,6 @@ import warnings
 from contextlib import ExitStack
 from typing import Any, Self
 
-import torch
 from torch import nn
 
 from sparsetrain.carried_state import CarriedState, load_apart, take_carried
@@ -256,7 +255,7 @@ class HuggingFaceSparseTraining(TrainerCallback):
         """Return the layers that were chosen to be sparse and have no zeros."""
         assert self.training is not None
         names = [choice.name for choice in self.training.report.sparse]
-        return [name for name in names if bool(torch.all(model.get_submodule(name).weight != 0))]
+        return [name for name in names if bool(model.get_parameter(weight_key(name)).all())]
 
 
 def _refuse_sharding(args: TrainingArguments) -> None:

@@ -85,8 +85,8 @@ def take_carried(optimizer: Optimizer) -> dict[str, Any] | None:
         >>> take_carried(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])) is None
         True
     """
-    found = [group.pop(CHECKPOINT_KEY, None) for group in optimizer.param_groups]
-    return found[0]
+    found: dict[str, Any] | None = optimizer.param_groups[0].pop(CHECKPOINT_KEY, None)
+    return found
 
 
 def load_apart(optimizer: Optimizer, carried: Mapping[str, Any], apart: Sequence[Tensor]) -> None:
