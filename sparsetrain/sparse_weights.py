@@ -72,6 +72,7 @@ def evaluated_in_state_dicts(modules: Iterable[nn.Module], merge_adapters: bool 
         merge_adapters: Add low-rank adapters that are in use.
 
     Example:
+        >>> import torch
         >>> from sparsetrain import SparseLinear
         >>> layer = SparseLinear(8, 8)
         >>> layer.set_codes_(torch.full((2, 2), 0x3C3C, dtype=torch.int16))

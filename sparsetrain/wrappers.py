@@ -12,6 +12,7 @@ def plain_model(model: nn.Module) -> nn.Module:
     """Return the model inside data-parallel, compiled and Fabric wrappers; a plain model is returned itself.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(4, 4)
         >>> plain_model(torch.compile(model)) is plain_model(model) is model
         True
@@ -39,6 +40,7 @@ def plain_optimizer(optimizer: Optimizer) -> Optimizer:
     gradients accumulate or overflow. An optimizer of its own that has another inside, such as Lookahead, is none.
 
     Example:
+        >>> import torch
         >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
         >>> plain_optimizer(optimizer) is optimizer
         True
