@@ -65,6 +65,12 @@ class Adapters:
                 if id(part) in owned and part.grad is not None:
                     dist.all_reduce(part.grad.div_(dist.get_world_size()))
 
+    def clear_gradients(self) -> None:
+        """Do what ``zero_grad()`` of the model does for its own parameters: trainers may call no other."""
+        for pair in self.parts.values():
+            for part in pair:
+                part.grad = None
+
     @torch.no_grad()
     def merge_(self) -> None:
         """Add the adapters to the weights, which are dense then."""

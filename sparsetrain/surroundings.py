@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .layer_classes import Candidate
-from .wrappers import peft_reasons, plain_names
+from .wrapped_names import peft_reasons, plain_names
 
 ATTENTION_CHILDREN = frozenset(
     {"q", "k", "v", "q_proj", "k_proj", "v_proj", "q_lin", "query", "key", "value", "qkv", "qkv_proj", "c_attn"}

@@ -37,7 +37,8 @@ from .selection import SelectionReport, select_layers, sparse_layers, weight_cou
 from .soft_scales import SoftScales
 from .sparsify import sparsify_
 from .training_checks import STATE_VERSION, check_setup, check_state
-from .wrappers import warn_of_unmerged
+from .wrapped_names import warn_of_unmerged
+from .wrappers import plain_model, plain_optimizer
 
 
 class SparseTraining:
@@ -49,8 +50,8 @@ class SparseTraining:
     frozen masks are applied to the weights again, and masks that are due are searched.
 
     Args:
-        model: Any module; changed in place.
-        optimizer: The optimizer that owns the model's weights, or several.
+        model: Any module; changed in place. Layers are named as in the plain model, whatever wraps it.
+        optimizer: The optimizer that owns the model's weights, or several; Accelerate's and Fabric's wrappers too.
         method: A preset's name, a :class:`Method`, or a mapping of a preset's arguments.
         total_steps: Optimizer steps of the whole run; needed if the schedule has fractions.
         targets: Which layers become sparse, as in :func:`sparsetrain.select_layers`.
@@ -107,12 +108,12 @@ class SparseTraining:
         state: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
-        self.model = model
+        self.model = model = plain_model(model)
         self.method = resolve_method(method)
         self.total_steps = total_steps
         self.timeline = self.method.schedule.resolve(total_steps)
         self._watch_dense = watch_dense
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        optimizers = list(map(plain_optimizer, [optimizer] if isinstance(optimizer, Optimizer) else optimizer))
         if self.method.mixes_tiles and backend not in ("auto", "masked"):
             raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
         report = select_layers(model, targets, exclude, self.method.pattern)
@@ -411,6 +412,8 @@ class SparseTraining:
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
+        if self._adapters is not None:
+            self._adapters.clear_gradients()
         self._observer.after_step()
         self._distillation.after_step()
         self.clock += 1
