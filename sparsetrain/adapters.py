@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .masked_layer import MaskedLayer
-from .matrices import written_as_matrices
+from .masked_layer import MaskedLayer, written_as_matrices
 
 
 class Adapters:
@@ -70,7 +69,7 @@ class Adapters:
         """Add the adapters to the weights, which are dense then."""
         for name, layer in self._layers.items():
             down, up = self.parts[name]
-            with written_as_matrices([layer.weight]) as (matrix,):
+            with written_as_matrices([layer], [layer.weight]) as (matrix,):
                 matrix.add_(up @ down)
 
     def remove(self) -> None:

@@ -1,6 +1,6 @@
 """Masked decay pulls pruned weights to zero, so that masks settle: on gradients or weights, constant or automatic."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from .kernels.masked_update.operator import add_masked_decays_
-from .matrices import matrix_of, written_as_matrices
+from .masked_layer import MaskedLayer, written_as_matrices
 
 DecayTarget = Literal["gradient", "weight", "by_optimizer"]
 """gradient: ``g += λ·(1-M)⊙W``; weight: ``W -= lr·λ·(1-M)⊙W``; by_optimizer: on weights with SGD, else on gradients."""
@@ -57,40 +57,38 @@ class MaskedDecay:
         if self.automatic and ratio is not None:
             self.value *= FACTOR if ratio > BAND[1] else 1 / FACTOR if ratio < BAND[0] else 1.0
 
-    def apply_(
-        self, optimizer: Optimizer, weights: list[Tensor], codes: list[Tensor], age: int, scale: Tensor | None
-    ) -> None:
+    def apply_(self, optimizer: Optimizer, layers: Sequence[MaskedLayer], age: int, scale: Tensor | None) -> None:
         """Add the decay of one step.
 
         Args:
             optimizer: Whose step it is.
-            weights: With gradients that are final but for ``scale``; all on one device.
-            codes: int16 tile codes, one for each.
+            layers: With weights on one device, whose gradients are final but for ``scale``.
             age: Steps since the sparse phase began.
             scale: By which gradients are multiplied, if they are.
         """
-        if not self.value or not weights:
+        if not self.value or not layers:
             return
-        device = weights[0].device
+        device = layers[0].weight.device
         # a number is written on the device, never read from it
         decay = torch.full((), self.at(age), dtype=torch.float64, device=device)
         if self._target == "gradient" or (self._target == "by_optimizer" and not isinstance(optimizer, SGD)):
             decay = decay if scale is None else decay * scale.to(device)
-            gradients = [weight.grad for weight in weights if weight.grad is not None]
-            with written_as_matrices(gradients) as matrices:
-                add_masked_decays_(matrices, [matrix_of(weight.detach()) for weight in weights], codes, decay)
+            gradients = [layer.weight.grad for layer in layers if layer.weight.grad is not None]
+            weights, codes = zip(*((layer.matrix.detach(), layer.mask_codes) for layer in layers), strict=True)
+            with written_as_matrices(layers, gradients) as matrices:
+                add_masked_decays_(matrices, weights, codes, decay)
             return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             decay = decay * (found_inf.to(device) == 0)  # a step that will be skipped
         rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-        by_rate: dict[int, list[int]] = {}
-        for position, weight in enumerate(weights):
-            by_rate.setdefault(id(rates[id(weight)]), []).append(position)
-        for positions in by_rate.values():
-            rate = rates[id(weights[positions[0]])]
-            with written_as_matrices([weights[position] for position in positions]) as own:
-                add_masked_decays_(own, own, [codes[position] for position in positions], -decay * rate)
+        by_rate: dict[int, list[MaskedLayer]] = {}
+        for layer in layers:
+            by_rate.setdefault(id(rates[id(layer.weight)]), []).append(layer)
+        for own in by_rate.values():
+            rate = rates[id(own[0].weight)]
+            with written_as_matrices(own, [layer.weight for layer in own]) as matrices:
+                add_masked_decays_(matrices, matrices, [layer.mask_codes for layer in own], -decay * rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Return λ."""

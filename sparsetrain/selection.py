@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .masked_layer import MaskedLayer
+from .transposed_linear import TransposedLinear, is_conv1d
 
 MLP_PARTS = frozenset(
     {"mlp", "ffn", "ff", "feed_forward", "feedforward", "ffwd", "moe", "experts", "densereludense", "intermediate"}
@@ -28,16 +29,17 @@ ATTENTION_PARTS = frozenset(["attn", "attention", "self_attn", "self_attention",
 HEAD_PARTS = frozenset(["head", "lm_head", "classifier", "output_head", "embed_out", "score"])
 """Last components of a layer's name that keep it out of the targets that name no layer."""
 
-Candidate = nn.Linear | nn.Conv1d | nn.Conv2d
+Candidate = nn.Linear | nn.Conv1d | nn.Conv2d | TransposedLinear
 
-LAYERS: dict[type[Candidate], tuple[str, str]] = {
+LAYERS: dict[type, tuple[str, str]] = {
     nn.Linear: ("out_features", "in_features"),
     nn.Conv1d: ("out_channels", "in_channels"),
     nn.Conv2d: ("out_channels", "in_channels"),
+    TransposedLinear: ("nf", "nx"),
 }
 """The classes of layers that can be sparse, with the names of their sizes."""
 
-GROUPS: dict[str, tuple[type[nn.Module], ...]] = {"all-linear": (nn.Linear,), "all-conv": (nn.Conv1d, nn.Conv2d)}
+GROUPS: dict[str, tuple[type, ...]] = {"all-linear": (nn.Linear, TransposedLinear), "all-conv": (nn.Conv1d, nn.Conv2d)}
 """Targets that stand for every layer of some classes."""
 
 
@@ -182,6 +184,7 @@ def select_layers(
         else:
             reason = _why_not(name, layer, owners)
         shape = () if is_lazy(layer.weight) else tuple(layer.weight.shape)
+        shape = shape[::-1] if isinstance(layer, TransposedLinear) else shape
         choices.append(LayerChoice(name, shape, reason))
     report = SelectionReport(tuple(choices), pattern)
     if not report.sparse:
@@ -253,16 +256,18 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def _why_not(name: str, layer: Candidate, owners: dict[int, list[str]]) -> str:
     if isinstance(layer, MaskedLayer):
         return "already sparse (call finish() or export_dense_() first)"
-    if type(layer) not in LAYERS:
+    kind = TransposedLinear if is_conv1d(type(layer)) else type(layer)
+    if kind not in LAYERS:
         base = next(base for base in LAYERS if isinstance(layer, base))
-        return f"subclass of nn.{base.__name__} ({type(layer).__name__})"
+        known = "transformers' Conv1D" if base is TransposedLinear else f"nn.{base.__name__}"
+        return f"subclass of {known} ({type(layer).__name__})"
     if layer._parameters.get("weight") is None:
         return "weight is no parameter (weight_norm, spectral_norm or prune): remove that first"
     if type(layer.weight).__name__ == "DTensor":
         return "sharded weight (DTensor)"
     if (groups := getattr(layer, "groups", 1)) != 1:
         return f"groups is {groups}, and a mask needs 1"
-    for dimension in LAYERS[type(layer)]:
+    for dimension in LAYERS[kind]:
         size = getattr(layer, dimension)
         if size % 4:
             return f"{dimension} {size} is not a multiple of 4"

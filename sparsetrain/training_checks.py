@@ -18,12 +18,12 @@ from .schedule import Timeline
 from .second_moments import require_second_moments
 from .selection import SelectionReport
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 STATE_KEYS = frozenset(
     {"version", "clock", "method", "stepped", "last_refresh", "lr_restart", "active", "starts", "moments", "adapters",
      "decay", "distillation", "frozen_moments", "soft_scales", "pattern", "exists", "kept", "dense", "codes", "shapes",
-     "backward_codes", "flips", "virtual_flips", "sums_at_refresh", "ages", "criterion"}
+     "backward_codes", "flips", "virtual_flips", "sums_at_refresh", "ages", "criterion", "transposed"}
 )  # fmt: skip
 
 
