@@ -481,11 +481,11 @@ class SparseTraining:
 
     def _restore(self, zeros: bool) -> None:
         merge = zeros and self.method.adapter_merge and any(layer.adapter for layer in self.masks.layers.values())
-        self._removals.close()
-        for layer in self.masks.layers.values():
-            to_dense_(layer, zeros)
         if self._adapters is not None and merge:
             self._adapters.merge_()
+        self._removals.close()
+        for layer in self.masks.layers.values():
+            to_dense_(layer, zeros and not merge)
 
     def _set_phase(self, kind: PhaseKind, start: int) -> None:
         self.phase, self._phase_start = kind, start
