@@ -1,6 +1,7 @@
 """Masked decay pulls pruned weights to zero, so that masks settle: on gradients or weights, constant or automatic."""
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -57,38 +58,37 @@ class MaskedDecay:
         if self.automatic and ratio is not None:
             self.value *= FACTOR if ratio > BAND[1] else 1 / FACTOR if ratio < BAND[0] else 1.0
 
-    def apply_(self, optimizer: Optimizer, layers: Sequence[MaskedLayer], age: int, scale: Tensor | None) -> None:
-        """Add the decay of one step.
+    def apply_(
+        self, optimizer: Optimizer, layers: Mapping[str, MaskedLayer], age: int, clock: int, scale: Tensor | None
+    ) -> None:
+        """Add the decay of one step; to 16-bit gradients or weights in float32, rounded at random to the right mean.
 
         Args:
             optimizer: Whose step it is.
-            layers: With weights on one device, whose gradients are final but for ``scale``.
+            layers: Name to layer, with weights on one device, whose gradients are final but for ``scale``.
             age: Steps since the sparse phase began.
+            clock: Steps since the run began; with the name, it makes the random numbers.
             scale: By which gradients are multiplied, if they are.
         """
         if not self.value or not layers:
             return
-        device = layers[0].weight.device
+        device = next(iter(layers.values())).weight.device
         # a number is written on the device, never read from it
         decay = torch.full((), self.at(age), dtype=torch.float64, device=device)
         if self._target == "gradient" or (self._target == "by_optimizer" and not isinstance(optimizer, SGD)):
             decay = decay if scale is None else decay * scale.to(device)
-            gradients = [layer.weight.grad for layer in layers if layer.weight.grad is not None]
-            weights, codes = zip(*((layer.matrix.detach(), layer.mask_codes) for layer in layers), strict=True)
-            with written_as_matrices(layers, gradients) as matrices:
-                add_masked_decays_(matrices, weights, codes, decay)
+            _add_(layers, {name: layer.weight.grad for name, layer in layers.items()}, decay, clock)
             return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             decay = decay * (found_inf.to(device) == 0)  # a step that will be skipped
         rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-        by_rate: dict[int, list[MaskedLayer]] = {}
-        for layer in layers:
-            by_rate.setdefault(id(rates[id(layer.weight)]), []).append(layer)
+        by_rate: dict[int, dict[str, MaskedLayer]] = {}
+        for name, layer in layers.items():
+            by_rate.setdefault(id(rates[id(layer.weight)]), {})[name] = layer
         for own in by_rate.values():
-            rate = rates[id(own[0].weight)]
-            with written_as_matrices(own, [layer.weight for layer in own]) as matrices:
-                add_masked_decays_(matrices, matrices, [layer.mask_codes for layer in own], -decay * rate)
+            weights = {name: layer.weight for name, layer in own.items()}
+            _add_(own, weights, -decay * rates[id(next(iter(weights.values())))], clock)
 
     def state_dict(self) -> dict[str, Any]:
         """Return λ."""
@@ -98,3 +98,13 @@ class MaskedDecay:
         """Take back what :meth:`state_dict` returned; a constant λ stays that of the method."""
         if self.automatic:
             self.value = float(state["value"])
+
+
+def _add_(layers: Mapping[str, MaskedLayer], tensors: Mapping[str, Tensor | None], decay: Tensor, clock: int) -> None:
+    """Add what is pruned of the layers' weights, times a factor, to gradients or to the weights themselves."""
+    masked, changed = list(layers.values()), [tensor for tensor in tensors.values() if tensor is not None]
+    with torch.no_grad(), written_as_matrices(masked, changed) as matrices:
+        add_masked_decays_(
+            matrices, [layer.matrix for layer in masked], [layer.mask_codes for layer in masked], decay,
+            [zlib.crc32(name.encode()) for name in layers], clock,
+        )  # fmt: skip

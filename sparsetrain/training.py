@@ -69,8 +69,8 @@ class SparseTraining:
         verbose: Print the one-line summary of the selection.
 
     Raises:
-        ValueError: If a value is not allowed, a target matches nothing, a trainable weight is in no optimizer, masked
-            decay meets a master below float32, or the state is of another model. The model is left as it was.
+        ValueError: If a value is not allowed, a target matches nothing, a trainable weight is in no optimizer, or the
+            state is of another model. The model is left as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -376,7 +376,7 @@ class SparseTraining:
             layers = [self.masks.layers[name] for name in names]
             if self.phase == "sparse":
                 age = self.clock - self._phase_start
-                self._decay.apply_(optimizer, layers, age, scale)
+                self._decay.apply_(optimizer, dict(zip(names, layers, strict=True)), age, self.clock, scale)
             elif masks_gradient:
                 with written_as_matrices(layers, [gradients[name] for name in names]) as matrices:
                     apply_masks_(matrices, [layer.mask_codes for layer in layers])
