@@ -145,6 +145,7 @@ class MaskState:
         scores = self.criterion.scores(layer.matrix, layer=name, clock=clock)
         if not bonus:
             return scores
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # a small bonus is lost in 16 bits
         mean = torch.where(scores.isfinite(), scores, 0).abs().mean()
         return scores + bonus * mean * unpack_codes(layer.mask_codes)
 

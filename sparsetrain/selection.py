@@ -142,10 +142,10 @@ def select_layers(
 
     Args:
         model: Any module.
-        targets: One or several of: ``"all-linear"`` (every linear layer but an output head), ``"all-conv"`` (every 1-D
-            and 2-D convolution but an output head), ``"mlp"`` (the layers of feed-forward blocks), the end of a layer's
-            name (``"fc1"``, ``"mlp.up"``), or a regular expression that matches the whole name; all but the first two
-            mean linear layers and convolutions alike.
+        targets: One or several of: ``"all-linear"`` (every linear layer, ``Conv1D`` of transformers among them, but an
+            output head), ``"all-conv"`` (every 1-D and 2-D convolution but an output head), ``"mlp"`` (the layers of
+            feed-forward blocks), the end of a layer's name (``"fc1"``, ``"mlp.up"``), or a regular expression that
+            matches the whole name; all but the first two mean linear layers and convolutions alike.
         exclude: Ends of names or regular expressions, as in ``targets``; they win over targets.
         pattern: Named in the report.
 

@@ -18,6 +18,7 @@ import sparsetrain as st
 from sparsetrain.callbacks import SparseTrainingCallback
 
 STEPS = 12
+SPARSE = st.Schedule((st.Phase("sparse"),))
 RUNS: dict[str, dict[str, Any]] = {
     "fst": {"refresh_every": 3, "dense_tail": 2, "decay": 1e-3},
     "fst, automatic": {"refresh_every": 2, "warmup": 4, "dense_tail": 0, "decay": "auto", "hysteresis": 0.05},
@@ -54,7 +55,7 @@ def test_every_method_trains_and_resumes_bit_for_bit(name: str, dtype: torch.dty
     other = mlp(seed=1).to(dtype)
     other.load_state_dict(saved[0])
     torch.manual_seed(5)  # nothing depends on it
-    other_optimizer, resumed = start(name, other, state=saved[2])
+    other_optimizer, _ = start(name, other, state=saved[2])
     other_optimizer.load_state_dict(saved[1])
     train(other, other_optimizer, STEPS - 5, start=5)
     for ours, theirs in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
@@ -62,7 +63,7 @@ def test_every_method_trains_and_resumes_bit_for_bit(name: str, dtype: torch.dty
     x = torch.randn(8, 16).to(dtype)
     expected = model(x)
     training.finish()
-    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)  # adapters are merged in 16 bits
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -73,7 +74,7 @@ def test_a_decay_of_gradients_below_half_a_gap_has_the_right_mean(dtype: torch.d
     for layer in model:
         layer.weight.data.copy_(0.5 * torch.rand(64, 64) + 0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    method = st.Method(decay=0.2 * gap, refresh_every=1000, pattern="row_wise")
+    method = st.Method(decay=0.2 * gap, refresh_every=1000, pattern="row_wise", schedule=SPARSE)
     training = st.SparseTraining(model, optimizer, method, 40, verbose=False)
     weight, pruned = model[0].weight.detach(), ~model[0].mask
     pull = 0.2 * gap * weight.double()
@@ -105,7 +106,7 @@ def test_a_decay_of_weights_below_half_a_gap_has_the_right_mean(dtype: torch.dty
     model[0].weight.data.copy_(signs * (1 - 10 * gap * torch.arange(64 * 64).view(64, 64).fmod(2)))
     start_weight = model[0].weight.detach().double().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    method = st.Method(decay=0.5 * gap, decay_on="weight", refresh_every=1000, pattern="row_wise")
+    method = st.Method(decay=0.5 * gap, decay_on="weight", refresh_every=1000, pattern="row_wise", schedule=SPARSE)
     st.SparseTraining(model, optimizer, method, 100, verbose=False)
     pruned = ~model[0].mask
     assert torch.equal((start_weight * (1 - 0.05 * gap)).to(dtype).double(), start_weight)  # would lose it all
@@ -127,13 +128,26 @@ def test_ranks_draw_alike_and_other_steps_otherwise() -> None:
         torch.manual_seed(100 + rank)
         model = mlp().to(torch.bfloat16)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        st.SparseTraining(model, optimizer, st.Method(decay=1e-3), 4, verbose=False)
+        st.SparseTraining(model, optimizer, st.Method(decay=1e-3, schedule=SPARSE), 4, verbose=False)
         torch.manual_seed(100 + rank)
         model[0].weight.grad = torch.ones_like(model[0].weight)
         optimizer.step()
         found.append(model[0].weight.grad.clone())
     assert torch.equal(found[0], found[1])
     assert (found[0] != 1).any()
+
+
+def test_a_small_hysteresis_keeps_what_is_kept() -> None:
+    """All entries are equal, so any bonus decides; a thousandth of 1 is less than half a gap of bfloat16."""
+    model = nn.Sequential(nn.Linear(8, 8)).bfloat16()
+    model[0].weight.data.fill_(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    method = st.Method(hysteresis=1e-3, pattern="row_wise", schedule=SPARSE)
+    training = st.SparseTraining(model, optimizer, method, 4, verbose=False)
+    other = ~model[0].mask
+    model[0].set_codes_(st.encode_tiles(other))
+    training.refresh()
+    assert torch.equal(model[0].mask, other)
 
 
 def llama() -> LlamaForCausalLM:
@@ -148,7 +162,7 @@ LLAMA: dict[str, dict[str, Any]] = {
     "recommended": {"warmup": 2, "refresh_every": 4},
     "recommended, frozen": {"warmup": 2, "refresh_every": 4, "freeze": 8},
     "s_ste": {},
-    "slope": {"adapter_start": 16, "adapter_rank": 2, "refresh_every": 4},
+    "slope": {"adapter_start": 10, "adapter_rank": 2, "refresh_every": 4},
     "sr_ste": {},
 }
 
@@ -158,10 +172,10 @@ def test_a_llama_in_bfloat16_learns(name: str) -> None:
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     method = {"preset": name.partition(",")[0], **LLAMA[name]}
-    training = st.SparseTraining(model, optimizer, method, 40, verbose=False)
+    training = st.SparseTraining(model, optimizer, method, 25, verbose=False)
     assert len(training.report.sparse) == 7
     losses = []
-    for step in range(40):
+    for step in range(25):
         first = torch.randint(32, (8, 1), generator=torch.Generator().manual_seed(step))
         tokens = (first + torch.arange(12)) % 32  # counts
         optimizer.zero_grad()
@@ -189,7 +203,7 @@ class Counting(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def fit(folder: Path, name: str, checkpoint: Path | None = None) -> tuple[Counting, Path]:
+def fit(folder: Path, name: str, checkpoint: Path | None = None) -> Counting:
     module = Counting()
     arguments = {"recommended": {"warmup": 2, "refresh_every": 2, "freeze": 4}, "sr_ste": {}}[name]
     saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
@@ -200,13 +214,13 @@ def fit(folder: Path, name: str, checkpoint: Path | None = None) -> tuple[Counti
     )  # fmt: skip
     tokens = (torch.randint(32, (80, 1), generator=torch.Generator().manual_seed(0)) + torch.arange(12)) % 32
     trainer.fit(module, ResumableBatches(TensorDataset(tokens), 8), ckpt_path=checkpoint, weights_only=False)
-    return module, folder / "step=5.ckpt"
+    return module
 
 
 @pytest.mark.parametrize("name", ["recommended", "sr_ste"])
 def test_lightning_in_bf16_true_trains_and_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
-    whole, checkpoint = fit(tmp_path / "whole", name)
-    resumed, _ = fit(tmp_path / "resumed", name, checkpoint)
+    whole = fit(tmp_path, name)
+    resumed = fit(tmp_path, name, tmp_path / "step=5.ckpt")
     for ours, theirs in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert ours.dtype == torch.bfloat16
         assert torch.equal(ours, theirs)

@@ -10,7 +10,6 @@ from torch import nn
 
 import sparsetrain as st
 from sparsetrain.methods import asp_one_shot, fst
-from sparsetrain.sparsify import export_dense_
 
 
 def adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
