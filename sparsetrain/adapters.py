@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .masked_layer import MaskedLayer
-from .matrices import written_as_matrices
 
 
 class Adapters:
@@ -73,11 +72,10 @@ class Adapters:
 
     @torch.no_grad()
     def merge_(self) -> None:
-        """Add the adapters to the weights, which are dense then."""
-        for name, layer in self._layers.items():
-            down, up = self.parts[name]
-            with written_as_matrices([layer.weight]) as (matrix,):
-                matrix.add_(up @ down)
+        """Write what products see, masked weights with their adapters, into the weights, which are dense then."""
+        for layer in self._layers.values():
+            if layer.is_masked:
+                layer.weight.copy_(layer.effective_weight(layer.weight, with_adapter=True))
 
     def remove(self) -> None:
         """Take the adapters out of layers and optimizers."""

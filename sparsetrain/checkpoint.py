@@ -89,7 +89,7 @@ def restore_pruned_(
             out = torch.ones_like(out)
         if out.numel() != weight.numel() or int(out.sum()) != values.numel():
             raise ValueError(f"checkpoint's pruned values of {name!r} do not fit its mask: the checkpoint is damaged.")
-        masks[name] = weight_of(out, weight.shape)
+        masks[name] = layers[name].as_weight(out)
     for name, values in pruned.items():
         weight = layers[name].weight
         weight[masks[name].to(weight.device)] = values.to(weight.device, weight.dtype)
@@ -119,7 +119,8 @@ def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Example:
         >>> codes = {"fc": torch.full((1, 1), 0x3C3C, dtype=torch.int16)}
-        >>> read_masks({"sparsetrain": {"codes": codes, "shapes": {"fc": [4, 4]}}})["fc"].sum().item()
+        >>> state = {"codes": codes, "shapes": {"fc": [4, 4]}, "transposed": []}
+        >>> read_masks({"sparsetrain": state})["fc"].sum().item()
         8
     """
     if CHECKPOINT_KEY not in checkpoint:
@@ -128,7 +129,10 @@ def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
             "that saved more than weights."
         )
     state = checkpoint[CHECKPOINT_KEY]
-    return {name: weight_of(unpack_codes(codes), state["shapes"][name]) for name, codes in state["codes"].items()}
+    return {
+        name: weight_of(unpack_codes(codes), state["shapes"][name], name in state["transposed"])
+        for name, codes in state["codes"].items()
+    }
 
 
 def require_same_weights(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:

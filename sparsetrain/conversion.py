@@ -9,22 +9,23 @@ from .convolution import SparseConv1d, SparseConv2d
 from .linear import SparseLinear
 from .masked_layer import MaskedLayer, PhaseKind
 from .operands import Execution
+from .transposed_linear import TransposedLinear, masked_class
 
 SPARSE_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {
     masked.dense_class: masked for masked in (SparseLinear, SparseConv1d, SparseConv2d)
 }
-"""Dense class to masked class."""
+"""Dense class to masked class, but for classes of libraries that need not be there."""
 
 
 def to_sparse_(layer: nn.Module, phase: PhaseKind = "sparse", execution: Execution | None = None) -> MaskedLayer:
-    """Turn an exact ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` into a masked layer; its mask keeps everything.
+    """Turn a layer of exactly one of the classes that can be masked into a masked layer; its mask keeps everything.
 
     Example:
         >>> type(to_sparse_(nn.Linear(8, 4))).__name__
         'SparseLinear'
     """
     dense_class = type(layer)
-    layer.__class__ = SPARSE_CLASSES[dense_class]
+    layer.__class__ = masked_class(dense_class) if isinstance(layer, TransposedLinear) else SPARSE_CLASSES[dense_class]
     sparse = cast(MaskedLayer, layer)
     try:
         sparse._add_mask(phase, execution or Execution())

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .heads import output_heads
-from .layer_classes import LAYERS, Candidate, base_class
+from .layer_classes import LAYERS, Candidate, base_class, why_subclass
 from .masked_layer import MaskedLayer
 from .selection_report import LayerChoice as LayerChoice
 from .selection_report import SelectionReport as SelectionReport
@@ -37,9 +37,9 @@ def select_layers(
 
     Args:
         model: Any module.
-        targets: One or several entries. The groups are ``"all-linear"`` (every linear layer), ``"all-conv"`` (every 1-D
-            and 2-D convolution) and ``"mlp"`` (the layers of feed-forward blocks); a group takes no output head. All
-            other entries mean linear layers and convolutions alike.
+        targets: One or several entries. The groups are ``"all-linear"`` (every linear layer, transformers' ``Conv1D``
+            among them), ``"all-conv"`` (every 1-D and 2-D convolution) and ``"mlp"`` (the layers of feed-forward
+            blocks); a group takes no output head. All other entries mean linear layers and convolutions alike.
         exclude: Entries that win over targets.
         pattern: Named in the report.
 
@@ -122,15 +122,15 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def _why_not(name: str, layer: Candidate, owners: dict[int, list[str]]) -> str:
     if isinstance(layer, MaskedLayer):
         return "already sparse (call finish() or export_dense_() first)"
-    if type(layer) not in LAYERS:
-        return f"subclass of nn.{base_class(layer).__name__} ({type(layer).__name__})"
+    if reason := why_subclass(layer):
+        return reason
     if layer._parameters.get("weight") is None:
         return "weight is no parameter (weight_norm, spectral_norm or prune): remove that first"
     if type(layer.weight).__name__ == "DTensor":
         return "sharded weight (DTensor)"
     if (groups := getattr(layer, "groups", 1)) != 1:
         return f"groups is {groups}, and a mask needs 1"
-    for dimension in LAYERS[type(layer)]:
+    for dimension in LAYERS[base_class(layer)]:
         size = getattr(layer, dimension)
         if size % 4:
             return f"{dimension} {size} is not a multiple of 4"

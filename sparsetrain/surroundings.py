@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .layer_classes import Candidate
+from .transposed_linear import TransposedLinear
 from .wrapped_names import peft_reasons, plain_names
 
 ATTENTION_CHILDREN = frozenset(
@@ -61,7 +62,8 @@ class Surroundings:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a layer's weight, or of stacked experts; empty if it is not known yet."""
         weight = self.experts[name] if name in self.experts else self.layers[name].weight
-        return () if is_lazy(weight) else tuple(weight.shape)
+        shape = () if is_lazy(weight) else tuple(weight.shape)
+        return shape[::-1] if isinstance(self.layers.get(name), TransposedLinear) else shape
 
     def is_low_rank(self, name: str) -> bool:
         """Return whether a layer's name is that of a low-rank adapter."""

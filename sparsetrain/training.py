@@ -25,8 +25,7 @@ from .lr_restart import LRRestart
 from .mask_metrics import mask_metrics
 from .mask_state import MaskState
 from .masked_decay import MaskedDecay
-from .masked_layer import MaskedLayer, PhaseKind
-from .matrices import written_as_matrices
+from .masked_layer import MaskedLayer, PhaseKind, written_as_matrices
 from .methods.method import Method
 from .methods.presets import resolve_method
 from .operands import renew_
@@ -72,8 +71,8 @@ class SparseTraining:
         verbose: Print the one-line summary of the selection.
 
     Raises:
-        ValueError: If a value is not allowed, a target matches nothing, a trainable weight is in no optimizer, masked
-            decay meets a master below float32, or the state is of another model. The model is left as it was.
+        ValueError: If a value is not allowed, a target matches nothing, a trainable weight is in no optimizer, or the
+            state is of another model. The model is left as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -395,14 +394,14 @@ class SparseTraining:
             return
         masks_gradient = resolve_gradient_rule(self.method.frozen_gradient).pruned == 0
         for every in self._weights_by_device(owned).values():
-            weights = {name: every[name] for name in every if name in gradients and name in self._active}
-            codes = [self.masks.layers[name].mask_codes for name in weights]
+            names = [name for name in every if name in gradients and name in self._active]
+            layers = [self.masks.layers[name] for name in names]
             if self.phase == "sparse":
                 age = self.clock - self._phase_start
-                self._decay.apply_(optimizer, list(weights.values()), codes, age, scale)
+                self._decay.apply_(optimizer, dict(zip(names, layers, strict=True)), age, self.clock, scale)
             elif masks_gradient:
-                with written_as_matrices([gradients[name] for name in weights]) as matrices:
-                    apply_masks_(matrices, codes)
+                with written_as_matrices(layers, [gradients[name] for name in names]) as matrices:
+                    apply_masks_(matrices, [layer.mask_codes for layer in layers])
 
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: its layers' packed weights are out of date."""
@@ -485,7 +484,7 @@ class SparseTraining:
             self._apply_masks()
             if self.method.clear_moments:
                 for name in self._active - held:
-                    clear_pruned_moments_(self._optimizers, self._weights[name], self.masks.layers[name].mask_codes)
+                    clear_pruned_moments_(self._optimizers, self.masks.layers[name])
 
     def _choose_active(self, held: set[str], share: float) -> set[str]:
         """Return the layers whose masks are in force: those that are, then those that lose the least magnitude."""
@@ -506,11 +505,11 @@ class SparseTraining:
 
     def _restore(self, zeros: bool) -> None:
         merge = zeros and self.method.adapter_merge and any(layer.adapter for layer in self.masks.layers.values())
-        self._removals.close()
-        for layer in self.masks.layers.values():
-            to_dense_(layer, zeros)
         if self._adapters is not None and merge:
             self._adapters.merge_()
+        self._removals.close()
+        for layer in self.masks.layers.values():
+            to_dense_(layer, zeros and not merge)
 
     def _set_phase(self, kind: PhaseKind, start: int) -> None:
         self.phase, self._phase_start = kind, start
@@ -530,10 +529,9 @@ class SparseTraining:
         if not self.method.frozen_in_place:
             return
         for every in self._weights_by_device().values():
-            weights = {name: weight for name, weight in every.items() if name in self._active}
-            codes = [self.masks.layers[name].mask_codes for name in weights]
-            with written_as_matrices(list(weights.values())) as matrices:
-                apply_masks_(matrices, codes)
+            layers = [self.masks.layers[name] for name in every if name in self._active]
+            with written_as_matrices(layers, [layer.weight for layer in layers]) as matrices:
+                apply_masks_(matrices, [layer.mask_codes for layer in layers])
 
     def _weights_by_device(self, owned: set[int] | None = None) -> dict[torch.device, dict[str, Tensor]]:
         devices: dict[torch.device, dict[str, Tensor]] = {}
