@@ -14,6 +14,7 @@ from sparsetrain.sparse_weights import sparse_state_dict
 from sparsetrain.training import SparseTraining
 
 from .distilled_step import DistilledStep
+from .validation_check import ValidationCheck
 
 SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 PRUNED_WEIGHTS = "pruned_weights"
@@ -116,6 +117,7 @@ class SparseTrainingCallback(Callback):
         self._logged_clock = -1
         self._guard: Any = None
         self._step: DistilledStep | None = None
+        self._check = ValidationCheck()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything is built."""
@@ -146,6 +148,7 @@ class SparseTrainingCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the layers sparse and start, or go on from the checkpoint that was loaded."""
         self._release_guard()
+        self._check = ValidationCheck()
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self.training = SparseTraining(
             pl_module,
@@ -191,6 +194,19 @@ class SparseTrainingCallback(Callback):
         if flip_rate is not None:
             pl_module.log("sparsity/flip_rate", flip_rate, on_step=True, on_epoch=False, prog_bar=True)
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Have the first batch that masks are in force for compared with plain masked weights."""
+        self._check.begin(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Leave the module with its own forwards."""
+        self._check.end()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give plain layers back; keep what a checkpoint saved from now on needs for resuming."""
         self._release_step()
@@ -204,6 +220,7 @@ class SparseTrainingCallback(Callback):
         """Leave no guard behind; the layers stay as they are until the next fit, so that a checkpoint can be saved."""
         self._release_guard()
         self._release_step()
+        self._check.end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module with its own training step."""

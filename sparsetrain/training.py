@@ -19,6 +19,7 @@ from .criteria.observer import Observer
 from .distillation import Distillation
 from .estimated_gradient import renumber_
 from .frozen_moments import FrozenMoments
+from .fused_encoders import settle_fused_encoders_
 from .gradient_rules import resolve_gradient_rule
 from .kernels.masked_update.operator import apply_masks_
 from .lr_restart import LRRestart
@@ -36,6 +37,7 @@ from .selection import SelectionReport, select_layers, sparse_layers, weight_cou
 from .soft_scales import SoftScales
 from .sparsify import sparsify_
 from .training_checks import STATE_VERSION, check_setup, check_state
+from .verification import VerificationReport, verify
 from .wrapped_names import warn_of_unmerged
 from .wrappers import plain_model, plain_optimizer
 
@@ -137,6 +139,7 @@ class SparseTraining:
             self._removals.close()
             for layer in own.values():
                 to_dense_(layer, zeros=False)
+            settle_fused_encoders_(model)
             raise
         if verbose:
             print(self._report.summary())
@@ -265,6 +268,10 @@ class SparseTraining:
             True
         """
         return self._distillation.loss(loss)
+
+    def verify(self, example: Any) -> VerificationReport:
+        """Compare the model as it runs with the same model with plain masked weights, as :func:`sparsetrain.verify`."""
+        return verify(self.model, example)
 
     def refresh(self) -> None:
         """Search masks now, whatever the schedule says."""
@@ -510,6 +517,7 @@ class SparseTraining:
         self._removals.close()
         for layer in self.masks.layers.values():
             to_dense_(layer, zeros and not merge)
+        settle_fused_encoders_(self.model)
 
     def _set_phase(self, kind: PhaseKind, start: int) -> None:
         self.phase, self._phase_start = kind, start
