@@ -18,7 +18,7 @@ from .schedule import Timeline
 from .second_moments import require_second_moments
 from .selection import SelectionReport
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 STATE_KEYS = frozenset(
     {"version", "clock", "method", "stepped", "last_refresh", "lr_restart", "active", "starts", "moments", "adapters",
