@@ -36,7 +36,7 @@ from .second_moments import SecondMoments
 from .selection import SelectionReport, select_layers, sparse_layers, weight_count
 from .soft_scales import SoftScales
 from .sparsify import sparsify_
-from .training_checks import STATE_VERSION, check_setup, check_state
+from .training_checks import STATE_VERSION, check_setup, check_state, check_statistics
 
 
 class SparseTraining:
@@ -71,7 +71,8 @@ class SparseTraining:
 
     Raises:
         ValueError: If a value is not allowed, a target matches nothing, a trainable weight is in no optimizer, masked
-            decay meets a master below float32, or the state is of another model. The model is left as it was.
+            decay meets a master below float32, masks are searched before the criterion can have statistics, or the
+            state is of another model. The model is left as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -116,6 +117,8 @@ class SparseTraining:
             raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
         report = select_layers(model, targets, exclude, self.method.pattern)
         check_setup(model, report, self.method, self.timeline, optimizers, lr_schedulers, total_steps, watch_dense)
+        if state is None:
+            check_statistics(report, self.method)
         share, temperature = self.method.distillation, self.method.distillation_temperature
         self._distillation = Distillation(share, temperature, model, teacher, logits_from)
         self._report = sparsify_(
@@ -270,6 +273,11 @@ class SparseTraining:
         self._refresh()
         self._repack()
 
+    @property
+    def _watches(self) -> bool:
+        """Whether to search masks in a dense phase: not before there is anything to rank by."""
+        return self._watch_dense and self.masks.is_observed
+
     def _refresh(self, names: set[str] | None = None) -> None:
         counted = self.phase == "sparse" and bool(self.masks.flips)
         self.masks.refresh(self.clock, virtual=self.phase == "dense", names=names)
@@ -404,7 +412,7 @@ class SparseTraining:
             self._apply_masks()
             if (self.clock - start) % self.method.refresh_every == 0:
                 self.masks.refresh_backward()
-        elif (self.clock - start) % self.method.refresh_every == 0 and (kind == "sparse" or self._watch_dense):
+        elif (self.clock - start) % self.method.refresh_every == 0 and (kind == "sparse" or self._watches):
             self._refresh()
         self._switch_adapters()
         self._repack()
@@ -448,7 +456,7 @@ class SparseTraining:
         if kept != self.masks.kept:
             self._soft_scales.forget()
         self.phase, self.masks.kept = kind, kept  # what a search finds, and counts flips as
-        if searched and (kind != "dense" or self._watch_dense):
+        if searched and (kind != "dense" or self._watches):
             self._refresh(searched if held else None)
         self._active = set() if kind == "dense" else self._choose_active(held, self.timeline.share_at(self.clock))
         if kind == "frozen" and self.method.frozen_in_place:

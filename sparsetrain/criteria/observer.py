@@ -1,6 +1,7 @@
 """``Observer``: shows a criterion the gradients and inputs of successful optimizer steps, and nothing else.
 
-Inputs pass three stations. A training forward reduces its input to a summary at once, so that no activation is kept.
+Inputs pass three stations. A forward with gradients reduces its input to a summary at once, so that no activation is
+kept; whether the layer is in training mode does not matter, because models are fine-tuned in evaluation mode as well.
 The backward of the layer's output adds the summary to ``passing``: under activation checkpointing the graph of only one
 of the two forwards is run backward, in either mode, so each input counts once, and forwards without a backward do not
 count. The weight's gradient, which comes once per backward and after that, moves ``passing`` into ``gathered``, which
@@ -111,7 +112,7 @@ class Observer:
 
 
 class _ForwardHook:
-    """Reduces the input of training forwards; copied or pickled with its layer, it does nothing."""
+    """Reduces the input of forwards with gradients; copied or pickled with its layer, it does nothing."""
 
     def __init__(self, observer: Observer | None = None, name: str = "") -> None:
         self.observer = observer
@@ -123,7 +124,7 @@ class _ForwardHook:
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        if self.observer is None or not (layer.training and torch.is_grad_enabled() and output.requires_grad):
+        if self.observer is None or not (torch.is_grad_enabled() and output.requires_grad):
             return None
         observer, name = self.observer, self.name
         input = observer.layers[name].features_last(args[0] if args else kwargs["input"])
