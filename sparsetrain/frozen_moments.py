@@ -61,19 +61,19 @@ class FrozenMoments:
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = list(optimizers)
-        self._frozen: dict[int, Frozen] | None = None  # by the parameter's id
+        self._frozen: dict[Tensor, Frozen] | None = None
 
     def freeze(self) -> None:
         """Freeze the second moments that there are; does nothing if some are frozen already."""
         if self._frozen is not None or not self._optimizers:
             return
-        found: dict[int, Frozen] = {}
+        found: dict[Tensor, Frozen] = {}
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     count = float(optimizer.state.get(parameter, {}).get("step", 0.0))
                     if count:
-                        found[id(parameter)] = Frozen(1 - float(group["betas"][1]) ** count, _nowhere(parameter))
+                        found[parameter] = Frozen(1 - float(group["betas"][1]) ** count, _nowhere(parameter))
         self._replace_updates(found)
 
     def remove(self) -> None:
@@ -81,6 +81,11 @@ class FrozenMoments:
         self._frozen = None
         for optimizer in self._optimizers:
             optimizer.__dict__.pop(INIT_GROUP, None)
+
+    def follow(self, old: Tensor, new: Tensor) -> None:
+        """Go on with a parameter in another's place; if its moments did not come along, Adam begins anew."""
+        if self._frozen is not None and old in self._frozen:
+            self._frozen[new] = self._frozen.pop(old)
 
     def state_dict(self) -> list[list[dict[str, Any] | None]] | None:
         """Return what is frozen of every optimizer's parameters in their order; None before.
@@ -90,7 +95,7 @@ class FrozenMoments:
         """
         if self._frozen is None:
             return None
-        return [[_saved(self._frozen.get(id(entry))) for entry in _parameters(one)] for one in self._optimizers]
+        return [[_saved(self._frozen.get(entry)) for entry in _parameters(one)] for one in self._optimizers]
 
     def check_state_dict(self, state: Sequence[Sequence[Mapping[str, Any] | None]] | None) -> None:
         """Raise ``ValueError`` if a state is damaged or of other optimizers; changes nothing."""
@@ -117,10 +122,10 @@ class FrozenMoments:
         self.remove()
         if state is None or not self._optimizers:
             return
-        found: dict[int, Frozen] = {}
+        found: dict[Tensor, Frozen] = {}
         for parameter, entry in self._pairs(state):
             if entry is not None:
-                frozen = found[id(parameter)] = Frozen(float(entry["correction"]), _nowhere(parameter))
+                frozen = found[parameter] = Frozen(float(entry["correction"]), _nowhere(parameter))
                 if entry["going"] is not None:
                     frozen.going.copy_(entry["going"])
         self._replace_updates(found)
@@ -131,7 +136,7 @@ class FrozenMoments:
         for optimizer, entries in zip(self._optimizers, state, strict=True):
             yield from zip(_parameters(optimizer), entries, strict=True)
 
-    def _replace_updates(self, frozen: dict[int, Frozen]) -> None:
+    def _replace_updates(self, frozen: dict[Tensor, Frozen]) -> None:
         self._frozen = frozen
         for optimizer in self._optimizers:
             optimizer.__dict__[INIT_GROUP] = functools.partial(self._init_group, optimizer)
@@ -143,14 +148,14 @@ class FrozenMoments:
         others = []
         for parameter in group["params"]:
             if not optimizer.state.get(parameter):
-                self._frozen.pop(id(parameter), None)  # its moments were dropped
-            if parameter.grad is None or id(parameter) not in self._frozen:
+                self._frozen.pop(parameter, None)  # its moments were dropped
+            if parameter.grad is None or parameter not in self._frozen:
                 others.append(parameter)
             else:
                 alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
         for parameters in alike.values():
             states = [optimizer.state[parameter] for parameter in parameters]
-            frozen = [self._frozen[id(parameter)] for parameter in parameters]
+            frozen = [self._frozen[parameter] for parameter in parameters]
             for parameter, entry in zip(parameters, frozen, strict=True):
                 entry.going = entry.going.to(parameter.device)  # the model may have moved
             update_(parameters, states, frozen, {"decoupled_weight_decay": type(optimizer) is AdamW, **group})

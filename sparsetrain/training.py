@@ -26,6 +26,7 @@ from .mask_metrics import mask_metrics
 from .mask_state import MaskState
 from .masked_decay import MaskedDecay
 from .masked_layer import MaskedLayer, PhaseKind
+from .masters import Masters
 from .matrices import written_as_matrices
 from .methods.method import Method
 from .methods.presets import resolve_method
@@ -159,12 +160,12 @@ class SparseTraining:
         tile_budget = method.dense_budget if method.mixes_tiles else 0.0
         pattern = resolve_pattern(method.pattern)
         self.masks = MaskState(layers, pattern, criterion, track_age, method.hysteresis, tile_budget)
-        self._weights = {name: layer.weight for name, layer in self.masks.layers.items()}
         self._soft_scales = SoftScales(self.masks.layers)
         self._weight_count = weight_count(self.model.modules())
-        owners = [entry for entry in optimizers if owned_parameters(entry) & set(map(id, self._weights.values()))]
-        self._optimizers = owners or list(optimizers)
-        self._owned = {id(entry): owned_parameters(entry) for entry in self._optimizers}
+        own = {id(layer.weight) for layer in layers.values()}
+        self._optimizers = [entry for entry in optimizers if owned_parameters(entry) & own] or list(optimizers)
+        self._masters = Masters(self.model, layers, self._optimizers)
+        self._weights, self._owned = self._masters.weights, self._masters.owned
         self._lr_restart = LRRestart(optimizers, lr_schedulers) if method.restart_lr else None
         self._moments = SecondMoments() if self.timeline.earliest else None
         self._decay = MaskedDecay(method.decay, method.decay_on, self._steps(method.decay_ramp))
@@ -359,6 +360,9 @@ class SparseTraining:
 
     def _adjust_gradients(self, optimizer: Optimizer, scale: Tensor | None) -> None:
         """Item 1 of a step: gradients are unscaled (or ``scale`` says by how much they are not) and clipped."""
+        for name, (old, new) in self._masters.follow(optimizer).items():
+            self._observer.follow(name)
+            self._frozen_moments.follow(old, new)
         owned = self._owned[id(optimizer)]
         gradients = {
             name: weight.grad.detach()

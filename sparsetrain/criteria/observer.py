@@ -48,7 +48,7 @@ class Observer:
         self.layers = dict(layers)
         self._passing: dict[str, Tensor] = {}
         self._gathered: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[str, list[RemovableHandle]] = {}  # of the forward, then of the weight if it is trained
 
     def install(self) -> None:
         """Hang on the layers if inputs are needed; before the model is compiled."""
@@ -58,15 +58,25 @@ class Observer:
             features = layer.weight.shape[1]
             summary = self.criterion.summarize_input(layer.matrix.detach()[:1, :features])
             self._passing[name], self._gathered[name] = torch.zeros_like(summary), torch.zeros_like(summary)
-            self._handles.append(layer.register_forward_hook(_ForwardHook(self, name), with_kwargs=True))
-            if layer.weight.requires_grad:
-                handle = layer.weight.register_hook(partial(self._gather, name))  # type: ignore[no-untyped-call]
-                self._handles.append(handle)
+            self._handles[name] = [layer.register_forward_hook(_ForwardHook(self, name), with_kwargs=True)]
+            self.follow(name)
+
+    def follow(self, name: str) -> None:
+        """Hang on a layer's weight, which may be a new one."""
+        if name not in self._handles:
+            return
+        for handle in self._handles[name][1:]:
+            handle.remove()
+        del self._handles[name][1:]
+        weight = self.layers[name].weight
+        if weight.requires_grad:
+            self._handles[name].append(weight.register_hook(partial(self._gather, name)))  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Take the hooks off the layers."""
-        for handle in self._handles:
-            handle.remove()
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
         self._handles.clear()
 
     def before_step(self, gradients: Mapping[str, Tensor], scale: Tensor | None) -> None:
