@@ -1,5 +1,6 @@
 """``SparseTrainingCallback``: sparse training in a Lightning ``Trainer``."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -7,8 +8,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from sparsetrain.checkpoint import CHECKPOINT_KEY, detach_pruned, require_same_weights, restore_pruned_
+from sparsetrain.checkpoint import CHECKPOINT_KEY, pruned_values, require_same_weights, restore_pruned_
 from sparsetrain.methods import Method, resolve_method
+from sparsetrain.sparse_weights import sparse_state_dict
 from sparsetrain.training import SparseTraining
 
 from .distilled_step import DistilledStep
@@ -27,8 +29,8 @@ class SparseTrainingCallback(Callback):
 
     Args:
         method: A preset's name, a ``Method``, or a mapping: ``preset`` with its arguments, or the fields of ``Method``.
-        targets: Which layers become sparse: ``"all-linear"``, ``"all-conv"``, ``"mlp"``, ends of layer names or
-            regular expressions.
+        targets: Which layers become sparse: ``"all-linear"``, ``"all-conv"``, ``"mlp"``, names of layers or submodules,
+            globs or regular expressions, as in :func:`sparsetrain.select_layers`.
         exclude: Which do not.
         backend: Who computes the products with masked weights: a backend's name, or ``"auto"``: the fastest of those
             that give right numbers here, by measurement; without a GPU that is ``"masked"``.
@@ -193,8 +195,7 @@ class SparseTrainingCallback(Callback):
         """Give plain layers back; keep what a checkpoint saved from now on needs for resuming."""
         self._release_step()
         if self.training is not None:
-            weights = dict(pl_module.state_dict())
-            self._final = self._state(weights)
+            self._final = self._state(pl_module.state_dict())
             if self.training.adapters():  # which leave the optimizers now, but belong to what a later fit goes on from
                 self._final_optimizers = [trainer.strategy.optimizer_state(entry) for entry in trainer.optimizers]
             self.training.finish()
@@ -215,8 +216,11 @@ class SparseTrainingCallback(Callback):
             if self._final_optimizers and "optimizer_states" in checkpoint:
                 checkpoint["optimizer_states"] = self._final_optimizers
         elif self.training is not None and not self.training.finished:
-            checkpoint["state_dict"] = dict(checkpoint["state_dict"])
-            checkpoint[CHECKPOINT_KEY] = self._state(checkpoint["state_dict"])
+            masters = checkpoint["state_dict"]
+            checkpoint[CHECKPOINT_KEY] = state = self._state(masters)
+            if state[PRUNED_WEIGHTS]:
+                merge = self.method.adapter_merge
+                checkpoint["state_dict"] = sparse_state_dict(pl_module, masters, merge_adapters=merge)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the state for ``on_fit_start``; if a fit is running (learning-rate finder), go back to it at once."""
@@ -232,9 +236,9 @@ class SparseTrainingCallback(Callback):
             self.training.load_state_dict(self._loaded)
             self._restore_pruned()
 
-    def _state(self, weights: dict[str, Any]) -> dict[str, Any]:
+    def _state(self, masters: Mapping[str, Any]) -> dict[str, Any]:
         assert self.training is not None
-        pruned = detach_pruned(weights, self.training.masks.layers, self.method.adapter_merge)
+        pruned = pruned_values(masters, self.training.masks.layers, self.method.adapter_merge)
         return {**self.training.state_dict(), PRUNED_WEIGHTS: {name: values.cpu() for name, values in pruned.items()}}
 
     def _release_guard(self) -> None:

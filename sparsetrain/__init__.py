@@ -20,6 +20,7 @@ _EXPORTS = {
     "selection": ("LayerChoice", "SelectionReport", "select_layers"),
     "convolution": ("SparseConv1d", "SparseConv2d"),
     "linear": ("SparseLinear", "sparse_linear"),
+    "sparse_weights": ("sparse_state_dict",),
     "sparsify": ("export_dense_", "sparsify_"),
     "tiles": ("count_flips", "decode_tiles", "encode_tiles", "transpose_tiles"),
     "training": ("SparseTraining",),
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from .selection import LayerChoice as LayerChoice
     from .selection import SelectionReport as SelectionReport
     from .selection import select_layers as select_layers
+    from .sparse_weights import sparse_state_dict as sparse_state_dict
     from .sparsify import export_dense_ as export_dense_
     from .sparsify import sparsify_ as sparsify_
     from .tiles import count_flips as count_flips

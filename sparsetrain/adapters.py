@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .masked_layer import MaskedLayer
-from .matrices import written_as_matrices
 
 
 class Adapters:
@@ -65,13 +64,18 @@ class Adapters:
                 if id(part) in owned and part.grad is not None:
                     dist.all_reduce(part.grad.div_(dist.get_world_size()))
 
+    def clear_gradients(self) -> None:
+        """Do what ``zero_grad()`` of the model does for its own parameters: trainers may call no other."""
+        for pair in self.parts.values():
+            for part in pair:
+                part.grad = None
+
     @torch.no_grad()
     def merge_(self) -> None:
-        """Add the adapters to the weights, which are dense then."""
-        for name, layer in self._layers.items():
-            down, up = self.parts[name]
-            with written_as_matrices([layer.weight]) as (matrix,):
-                matrix.add_(up @ down)
+        """Write what products see, masked weights with their adapters, into the weights, which are dense then."""
+        for layer in self._layers.values():
+            if layer.is_masked:
+                layer.weight.copy_(layer.effective_weight(layer.weight, with_adapter=True))
 
     def remove(self) -> None:
         """Take the adapters out of layers and optimizers."""

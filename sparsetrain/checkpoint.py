@@ -21,6 +21,28 @@ CHECKPOINT_KEY = "sparsetrain"
 
 
 @torch.no_grad()
+def pruned_values(
+    state_dict: Mapping[str, Any], layers: Mapping[str, MaskedLayer], merge_adapters: bool = False
+) -> dict[str, Tensor]:
+    """Return what a state dict loses when :func:`sparsetrain.sparse_state_dict` replaces the masters in it.
+
+    Args:
+        state_dict: Holds masters.
+        layers: Layer name to layer; those whose mask is not in force lose nothing.
+        merge_adapters: Whether adapters that are in use are added.
+
+    Returns:
+        As :func:`detach_pruned`.
+    """
+    pruned = {}
+    for name, layer in layers.items():
+        if layer.is_masked and (key := weight_key(name)) in state_dict:
+            master = state_dict[key]
+            changed = layer.soft_scale is not None or (merge_adapters and layer.adapter is not None)
+            pruned[name] = (master.flatten() if changed else master[~layer.mask.to(master.device)]).clone()
+    return pruned
+
+
 def detach_pruned(
     state_dict: MutableMapping[str, Any], layers: Mapping[str, MaskedLayer], merge_adapters: bool = False
 ) -> dict[str, Tensor]:
@@ -35,14 +57,9 @@ def detach_pruned(
         Layer name to the pruned entries of its weight, in row-major order; to all entries where those that are kept
         differ too, by a soft threshold or an adapter.
     """
-    pruned = {}
-    for name, layer in layers.items():
-        key = f"{name}.weight" if name else "weight"
-        if layer.is_masked and key in state_dict:
-            master = state_dict[key]
-            changed = layer.soft_scale is not None or (merge_adapters and layer.adapter is not None)
-            pruned[name] = (master.flatten() if changed else master[~layer.mask.to(master.device)]).clone()
-            state_dict[key] = layer.effective_weight(master, merge_adapters)
+    pruned = pruned_values(state_dict, layers, merge_adapters)
+    for name in pruned:
+        state_dict[weight_key(name)] = layers[name].effective_weight(state_dict[weight_key(name)], merge_adapters)
     return pruned
 
 
@@ -72,10 +89,20 @@ def restore_pruned_(
             out = torch.ones_like(out)
         if out.numel() != weight.numel() or int(out.sum()) != values.numel():
             raise ValueError(f"checkpoint's pruned values of {name!r} do not fit its mask: the checkpoint is damaged.")
-        masks[name] = weight_of(out, weight.shape)
+        masks[name] = layers[name].as_weight(out)
     for name, values in pruned.items():
         weight = layers[name].weight
         weight[masks[name].to(weight.device)] = values.to(weight.device, weight.dtype)
+
+
+def weight_key(name: str) -> str:
+    """Return the name of a layer's weight in a state dict; the model itself has no name.
+
+    Example:
+        >>> weight_key("fc"), weight_key("")
+        ('fc.weight', 'weight')
+    """
+    return f"{name}.weight" if name else "weight"
 
 
 def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -92,7 +119,8 @@ def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Example:
         >>> codes = {"fc": torch.full((1, 1), 0x3C3C, dtype=torch.int16)}
-        >>> read_masks({"sparsetrain": {"codes": codes, "shapes": {"fc": [4, 4]}}})["fc"].sum().item()
+        >>> state = {"codes": codes, "shapes": {"fc": [4, 4]}, "transposed": []}
+        >>> read_masks({"sparsetrain": state})["fc"].sum().item()
         8
     """
     if CHECKPOINT_KEY not in checkpoint:
@@ -101,7 +129,10 @@ def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
             "that saved more than weights."
         )
     state = checkpoint[CHECKPOINT_KEY]
-    return {name: weight_of(unpack_codes(codes), state["shapes"][name]) for name, codes in state["codes"].items()}
+    return {
+        name: weight_of(unpack_codes(codes), state["shapes"][name], name in state["transposed"])
+        for name, codes in state["codes"].items()
+    }
 
 
 def require_same_weights(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:

@@ -112,7 +112,7 @@ class SparseConvolution(MaskedLayer):
     def _convolve(self, input: Tensor) -> Tensor:
         master = self.weight
         if self.soft_scale is not None:
-            master = weight_of(self.thresholded_matrix(), self.weight.shape)
+            master = self.as_weight(self.thresholded_matrix())
         weight = self._masked(master, self.mask_codes)
         if self.backward_codes is None:
             return cast(Tensor, self._conv_forward(input, weight, self.bias))  # type: ignore[operator]
@@ -129,7 +129,7 @@ class SparseConvolution(MaskedLayer):
         weight = cast(Tensor, MaskWeight.apply(master, codes, self.gradient))  # type: ignore[no-untyped-call]
         if self.adapter is not None:
             down, up = self.adapter
-            weight = weight + weight_of(up @ down, weight.shape)
+            weight = weight + self.as_weight(up @ down)
         # the output lies in memory as the weight does
         return weight.contiguous() if self.weight.is_contiguous() else weight
 

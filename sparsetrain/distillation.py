@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from .sparsify import export_dense_
+from .wrappers import plain_model
 
 Forward = tuple[tuple[Any, ...], dict[str, Any], Tensor | None, str, tuple[str, torch.dtype, bool]]
 
@@ -253,11 +253,7 @@ def _student(model: nn.Module, logits_from: str) -> nn.Module:
             f"logits_from is {logits_from!r} but the model has no such submodule: it must be '' (the model itself) or "
             f"a name such as {children}."
         ) from None
-    while True:  # inside of data-parallel and compiled wrappers, which have no copies of their own
-        inner = student.module if isinstance(student, DistributedDataParallel) else getattr(student, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return student
-        student = inner
+    return plain_model(student)  # wrappers have no copies of their own
 
 
 def _require_apart(teacher: nn.Module, model: nn.Module) -> None:

@@ -15,7 +15,6 @@ from .kernels.mask_search.operator import search_tiles_
 from .kernels.statistics.operator import tile_statistics
 from .kernels.tile_codes.reference import unpack_codes
 from .masked_layer import MaskedLayer
-from .matrices import weight_of
 from .patterns import TRANSPOSABLE, Pattern
 from .tiles import KEEP_ALL
 
@@ -103,7 +102,7 @@ class MaskState:
         for name, codes in new.items():
             if name in old and name in self.ages:
                 age = self.ages[name] = self.ages[name].to(codes.device)  # the model may have moved
-                age.add_(age < MAX_AGE).masked_fill_(weight_of(unpack_codes(old[name] ^ codes), age.shape), 0)
+                age.add_(age < MAX_AGE).masked_fill_(self.layers[name].as_weight(unpack_codes(old[name] ^ codes)), 0)
             self.layers[name].set_codes_(codes)
         statistics = self._statistics(old)
         if self.exists:
@@ -169,6 +168,7 @@ class MaskState:
         scores = self.criterion.scores(layer.matrix, layer=name, clock=clock)
         if not bonus:
             return scores
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # a small bonus is lost in 16 bits
         mean = torch.where(scores.isfinite(), scores, 0).abs().mean()
         return scores + bonus * mean * unpack_codes(layer.mask_codes)
 
@@ -251,6 +251,7 @@ class MaskState:
             "dense": None if self.dense is None else sorted(self.dense),
             "codes": {name: codes.detach().cpu().clone() for name, codes in self.codes.items()},
             "shapes": {name: list(layer.weight.shape) for name, layer in self.layers.items()},
+            "transposed": sorted(name for name, layer in self.layers.items() if layer.transposed),
             "flips": plain(self.flips),
             "virtual_flips": plain(self.virtual_flips),
             "sums_at_refresh": None if self.sums_at_refresh is None else self.sums_at_refresh.tolist(),
@@ -290,6 +291,12 @@ class MaskState:
                 raise ValueError(
                     f"state's layer {name!r} has a weight {saved_shape} but the model's is {here_shape}: resume with "
                     "the same model."
+                )
+            if (name in state["transposed"]) != self.layers[name].transposed:
+                order = "[in, out]" if name in state["transposed"] else "[out, in]"
+                raise ValueError(
+                    f"state's layer {name!r} has a weight stored {order} but the model's is not: resume with the same "
+                    "model."
                 )
             expected = tuple(self.layers[name].mask_codes.shape)
             if not isinstance(codes, Tensor) or codes.dtype != torch.int16 or tuple(codes.shape) != expected:

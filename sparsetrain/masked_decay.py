@@ -1,5 +1,6 @@
 """Masked decay pulls pruned weights to zero, so that masks settle: on gradients or weights, constant or automatic."""
 
+import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from .kernels.masked_update.operator import add_masked_decays_
-from .matrices import matrix_of, written_as_matrices
+from .masked_layer import MaskedLayer, written_as_matrices
 
 DecayTarget = Literal["gradient", "weight", "by_optimizer"]
 """gradient: ``g += λ·(1-M)⊙W``; weight: ``W -= lr·λ·(1-M)⊙W``; by_optimizer: on weights with SGD, else on gradients."""
@@ -58,39 +59,36 @@ class MaskedDecay:
             self.value *= FACTOR if ratio > BAND[1] else 1 / FACTOR if ratio < BAND[0] else 1.0
 
     def apply_(
-        self, optimizer: Optimizer, weights: list[Tensor], codes: list[Tensor], age: int, scale: Tensor | None
+        self, optimizer: Optimizer, layers: Mapping[str, MaskedLayer], age: int, clock: int, scale: Tensor | None
     ) -> None:
-        """Add the decay of one step.
+        """Add the decay of one step; to 16-bit gradients or weights in float32, rounded at random to the right mean.
 
         Args:
             optimizer: Whose step it is.
-            weights: With gradients that are final but for ``scale``; all on one device.
-            codes: int16 tile codes, one for each.
+            layers: Name to layer, with weights on one device, whose gradients are final but for ``scale``.
             age: Steps since the sparse phase began.
+            clock: Steps since the run began; with the name, it makes the random numbers.
             scale: By which gradients are multiplied, if they are.
         """
-        if not self.value or not weights:
+        if not self.value or not layers:
             return
-        device = weights[0].device
+        device = next(iter(layers.values())).weight.device
         # a number is written on the device, never read from it
         decay = torch.full((), self.at(age), dtype=torch.float64, device=device)
         if self._target == "gradient" or (self._target == "by_optimizer" and not isinstance(optimizer, SGD)):
             decay = decay if scale is None else decay * scale.to(device)
-            gradients = [weight.grad for weight in weights if weight.grad is not None]
-            with written_as_matrices(gradients) as matrices:
-                add_masked_decays_(matrices, [matrix_of(weight.detach()) for weight in weights], codes, decay)
+            _add_(layers, {name: layer.weight.grad for name, layer in layers.items()}, decay, clock)
             return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             decay = decay * (found_inf.to(device) == 0)  # a step that will be skipped
         rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-        by_rate: dict[int, list[int]] = {}
-        for position, weight in enumerate(weights):
-            by_rate.setdefault(id(rates[id(weight)]), []).append(position)
-        for positions in by_rate.values():
-            rate = rates[id(weights[positions[0]])]
-            with written_as_matrices([weights[position] for position in positions]) as own:
-                add_masked_decays_(own, own, [codes[position] for position in positions], -decay * rate)
+        by_rate: dict[int, dict[str, MaskedLayer]] = {}
+        for name, layer in layers.items():
+            by_rate.setdefault(id(rates[id(layer.weight)]), {})[name] = layer
+        for own in by_rate.values():
+            weights = {name: layer.weight for name, layer in own.items()}
+            _add_(own, weights, -decay * rates[id(next(iter(weights.values())))], clock)
 
     def state_dict(self) -> dict[str, Any]:
         """Return λ."""
@@ -100,3 +98,13 @@ class MaskedDecay:
         """Take back what :meth:`state_dict` returned; a constant λ stays that of the method."""
         if self.automatic:
             self.value = float(state["value"])
+
+
+def _add_(layers: Mapping[str, MaskedLayer], tensors: Mapping[str, Tensor | None], decay: Tensor, clock: int) -> None:
+    """Add what is pruned of the layers' weights, times a factor, to gradients or to the weights themselves."""
+    masked, changed = list(layers.values()), [tensor for tensor in tensors.values() if tensor is not None]
+    with torch.no_grad(), written_as_matrices(masked, changed) as matrices:
+        add_masked_decays_(
+            matrices, [layer.matrix for layer in masked], [layer.mask_codes for layer in masked], decay,
+            [zlib.crc32(name.encode()) for name in layers], clock,
+        )  # fmt: skip

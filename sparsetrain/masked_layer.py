@@ -1,6 +1,7 @@
 """``MaskedLayer``: what sparse linear layers and sparse convolutions share: codes, phase, and how products are made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -42,6 +43,7 @@ class MaskedLayer(nn.Module):
     _dynamo_marked_static = True  # sizes of codes are no dynamic dimensions, as those of a dense layer's weight are not
 
     dense_class: ClassVar[type[nn.Module]]
+    transposed: ClassVar[bool] = False  # the weight is stored [I, O]
 
     weight: Tensor
     bias: Any  # a parameter or None; the dense classes declare it differently
@@ -59,12 +61,25 @@ class MaskedLayer(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """The weight as a matrix ``[O, K]``, in which K is kernel positions times input features."""
-        return matrix_of(self.weight)
+        return self.as_matrix(self.weight)
 
     @property
     def mask(self) -> Tensor:
         """The mask as bool, shaped like the weight, whether or not it is in force."""
-        return weight_of(unpack_codes(self.mask_codes), self.weight.shape)
+        return self.as_weight(unpack_codes(self.mask_codes))
+
+    @property
+    def input_features(self) -> int:
+        """I, the input features or channels."""
+        return self.weight.shape[0 if self.transposed else 1]
+
+    def as_matrix(self, tensor: Tensor) -> Tensor:
+        """Return a tensor shaped like the weight as a matrix ``[O, K]``, differentiably; a view where it can be one."""
+        return matrix_of(tensor, self.transposed)
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """Return a matrix ``[O, K]`` as a view shaped like the weight."""
+        return weight_of(matrix, self.weight.shape, self.transposed)
 
     @property
     def has_sparse_products(self) -> bool:
@@ -113,7 +128,7 @@ class MaskedLayer(nn.Module):
             master: Shaped like the weight, on any device.
             with_adapter: Add the adapter, if there is one.
         """
-        matrix, codes = matrix_of(master), self.mask_codes.to(master.device)
+        matrix, codes = self.as_matrix(master), self.mask_codes.to(master.device)
         if self.soft_scale is not None:
             soft = soft_thresholded(matrix, codes, self.execution.transposable)
             matrix = soft * self.soft_scale.to(master.device)
@@ -121,7 +136,7 @@ class MaskedLayer(nn.Module):
         if with_adapter and self.adapter is not None:
             down, up = self.adapter
             matrix = matrix + (up @ down).to(matrix)
-        return weight_of(matrix, master.shape)
+        return self.as_weight(matrix)
 
     def train(self, mode: bool = True) -> "MaskedLayer":
         """Switch between training and evaluation; weights may be swapped around it, so operands are made anew."""
@@ -172,3 +187,27 @@ class MaskedLayer(nn.Module):
     def _remove_mask(self) -> None:
         for name in STATE:
             self.__dict__.pop(name, None)
+
+
+@contextmanager
+def written_as_matrices(layers: Sequence[MaskedLayer], tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Give tensors that are shaped like layers' weights as matrices to write to, whatever their order in memory.
+
+    Args:
+        layers: Whose weights they are shaped like.
+        tensors: One for each.
+
+    Example:
+        >>> from .conversion import to_sparse_
+        >>> layer, weight = to_sparse_(nn.Conv2d(8, 4, 2)), torch.zeros(4, 8, 2, 2)
+        >>> with written_as_matrices([layer], [weight]) as (matrix,):
+        ...     matrix[0, 9] = 5
+        >>> weight[0, 1, 0, 1].item()
+        5.0
+    """
+    sources = [tensor.detach() for tensor in tensors]
+    matrices = [layer.as_matrix(source) for layer, source in zip(layers, sources, strict=True)]
+    yield matrices
+    for layer, source, matrix in zip(layers, sources, matrices, strict=True):
+        if matrix.data_ptr() != source.data_ptr():  # was a copy
+            source.copy_(layer.as_weight(matrix))

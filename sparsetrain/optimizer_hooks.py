@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .kernels.masked_update.reference import apply_mask_
-from .matrices import written_as_matrices
+from .masked_layer import MaskedLayer, written_as_matrices
 
 AdjustGradients = Callable[[Optimizer, "Tensor | None"], None]
 
@@ -88,10 +88,11 @@ def owned_parameters(optimizer: Optimizer) -> set[int]:
 
 
 @torch.no_grad()
-def clear_pruned_moments_(optimizers: Sequence[Optimizer], weight: Tensor, codes: Tensor) -> None:
+def clear_pruned_moments_(optimizers: Sequence[Optimizer], layer: MaskedLayer) -> None:
     """Write zeros into the pruned entries of every optimizer state that has the weight's shape."""
+    weight = layer.weight
     for optimizer in optimizers:
         for value in optimizer.state.get(weight, {}).values():
             if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
-                with written_as_matrices([value]) as (matrix,):
-                    apply_mask_(matrix, codes)
+                with written_as_matrices([layer], [value]) as (matrix,):
+                    apply_mask_(matrix, layer.mask_codes)

@@ -13,11 +13,11 @@ from .convolution import is_pointwise
 from .criteria import Criterion, resolve_criterion
 from .gradient_rules import GradientRule, resolve_gradient_rule
 from .masked_layer import MaskedLayer, PhaseKind
-from .matrices import matrix_of
 from .operands import Execution
 from .patterns import resolve_pattern
 from .products import HALF_DTYPES
 from .selection import SelectionReport, select_layers, sparse_layers
+from .transposed_linear import TransposedLinear
 
 
 def sparsify_(
@@ -80,23 +80,19 @@ def sparsify_(
     modules = dict(model.named_modules())
     chosen = {choice.name: modules[choice.name] for choice in report.sparse}
     executions = _executions(chosen, execution)
-    codes: dict[str, Tensor] = {}
     if phase != "dense" and (missing := criterion.missing(chosen)):
         raise ValueError(
             f"criterion is {criterion.name!r} but it has no statistics of layer {missing[0]!r}, and sparsify_ gathers "
             "none: use 'magnitude', or SparseTraining, whose dense head gathers them."
         )
-    if phase != "dense":
-        for name, layer in chosen.items():
-            assert isinstance(layer.weight, Tensor)
-            codes[name] = search.search(criterion.scores(matrix_of(layer.weight.detach()), layer=name, clock=0), 2)
     done: list[MaskedLayer] = []
     try:
         for name, layer in chosen.items():
             done.append(to_sparse_(layer, phase, executions[name]))
             done[-1].gradient = rule
-            if name in codes:
-                done[-1].set_codes_(codes[name])
+            if phase != "dense":
+                scores = criterion.scores(done[-1].matrix.detach(), layer=name, clock=0)
+                done[-1].set_codes_(search.search(scores, 2))
     except BaseException:
         for sparse in done:
             to_dense_(sparse, zeros=False)
@@ -128,7 +124,8 @@ def _why_masked(layer: nn.Module, backend: str) -> str | None:
     if device.type == "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")  # models are often moved afterwards
     half = weight.dtype if weight.dtype in HALF_DTYPES else torch.bfloat16  # under autocast
-    return BACKENDS[backend].why_not(device, half, (weight.shape[0], weight.shape[1]))
+    rows, columns = weight.shape[:2][:: -1 if isinstance(layer, TransposedLinear) else 1]
+    return BACKENDS[backend].why_not(device, half, (rows, columns))
 
 
 def export_dense_(model: nn.Module, *, zeros: bool = True) -> list[str]:

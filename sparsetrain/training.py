@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .adapters import Adapters
-from .conversion import to_dense_
+from .conversion import to_dense_, write_zeros_
 from .criteria import resolve_criterion
 from .criteria.observer import Observer
 from .distillation import Distillation
@@ -25,9 +25,8 @@ from .lr_restart import LRRestart
 from .mask_metrics import mask_metrics
 from .mask_state import MaskState
 from .masked_decay import MaskedDecay
-from .masked_layer import MaskedLayer, PhaseKind
+from .masked_layer import MaskedLayer, PhaseKind, written_as_matrices
 from .masters import Masters
-from .matrices import written_as_matrices
 from .methods.method import Method
 from .methods.presets import resolve_method
 from .operands import renew_
@@ -38,6 +37,8 @@ from .selection import SelectionReport, select_layers, sparse_layers, weight_cou
 from .soft_scales import SoftScales
 from .sparsify import sparsify_
 from .training_checks import STATE_VERSION, check_setup, check_state, check_statistics
+from .wrapped_names import warn_of_unmerged
+from .wrappers import plain_model, plain_optimizer
 
 
 class SparseTraining:
@@ -49,8 +50,8 @@ class SparseTraining:
     frozen masks are applied to the weights again, and masks that are due are searched.
 
     Args:
-        model: Any module; changed in place.
-        optimizer: The optimizer that owns the model's weights, or several.
+        model: Any module; changed in place. Layers are named as in the plain model, whatever wraps it.
+        optimizer: The optimizer that owns the model's weights, or several; Accelerate's and Fabric's wrappers too.
         method: A preset's name, a :class:`Method`, or a mapping of a preset's arguments.
         total_steps: Optimizer steps of the whole run; needed if the schedule has fractions.
         targets: Which layers become sparse, as in :func:`sparsetrain.select_layers`.
@@ -71,9 +72,9 @@ class SparseTraining:
         verbose: Print the one-line summary of the selection.
 
     Raises:
-        ValueError: If a value is not allowed, a target matches nothing, a trainable weight is in no optimizer, masked
-            decay meets a master below float32, masks are searched before the criterion can have statistics, or the
-            state is of another model. The model is left as it was.
+        ValueError: If a value is not allowed, a target matches nothing, a trainable weight is in no optimizer, masks
+            are searched before the criterion can have statistics, or the state is of another model. The model is left
+            as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -108,12 +109,12 @@ class SparseTraining:
         state: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
-        self.model = model
+        self.model = model = plain_model(model)
         self.method = resolve_method(method)
         self.total_steps = total_steps
         self.timeline = self.method.schedule.resolve(total_steps)
         self._watch_dense = watch_dense
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        optimizers = list(map(plain_optimizer, [optimizer] if isinstance(optimizer, Optimizer) else optimizer))
         if self.method.mixes_tiles and backend not in ("auto", "masked"):
             raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
         report = select_layers(model, targets, exclude, self.method.pattern)
@@ -291,11 +292,31 @@ class SparseTraining:
 
         Args:
             zeros: Write zeros into what is pruned if the run ends sparse; False keeps the dense masters.
+
+        Warns:
+            UserWarning: If merging peft's adapters later would fill the zeros.
         """
         if self.finished:
             return
+        if zeros:
+            warn_of_unmerged(self.model, {name: self.masks.layers[name] for name in sorted(self._active)})
         self._final = self.metrics(per_layer=True), self.state_dict()
         self._restore(zeros)
+
+    def apply_masks_(self) -> None:
+        """Bring weights back under their masks after something else wrote them, as merging adapters does.
+
+        Frozen masks write their zeros again, after :meth:`finish` as well; masks that move leave the masters as they
+        are. Packed weights are made anew.
+        """
+        if self._final is not None:
+            write_zeros_({name: self.masks.layers[name] for name in self._final[1]["active"]}, self._final[1]["codes"])
+            return
+        if self.phase == "frozen":
+            self._apply_masks()
+        for layer in self.masks.layers.values():
+            layer.operands.expire()
+        self._repack()
 
     @property
     def finished(self) -> bool:
@@ -385,14 +406,14 @@ class SparseTraining:
             return
         masks_gradient = resolve_gradient_rule(self.method.frozen_gradient).pruned == 0
         for every in self._weights_by_device(owned).values():
-            weights = {name: every[name] for name in every if name in gradients and name in self._active}
-            codes = [self.masks.layers[name].mask_codes for name in weights]
+            names = [name for name in every if name in gradients and name in self._active]
+            layers = [self.masks.layers[name] for name in names]
             if self.phase == "sparse":
                 age = self.clock - self._phase_start
-                self._decay.apply_(optimizer, list(weights.values()), codes, age, scale)
+                self._decay.apply_(optimizer, dict(zip(names, layers, strict=True)), age, self.clock, scale)
             elif masks_gradient:
-                with written_as_matrices([gradients[name] for name in weights]) as matrices:
-                    apply_masks_(matrices, codes)
+                with written_as_matrices(layers, [gradients[name] for name in names]) as matrices:
+                    apply_masks_(matrices, [layer.mask_codes for layer in layers])
 
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: its layers' packed weights are out of date."""
@@ -402,6 +423,8 @@ class SparseTraining:
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
+        if self._adapters is not None:
+            self._adapters.clear_gradients()
         self._observer.after_step()
         self._distillation.after_step()
         self.clock += 1
@@ -473,7 +496,7 @@ class SparseTraining:
             self._apply_masks()
             if self.method.clear_moments:
                 for name in self._active - held:
-                    clear_pruned_moments_(self._optimizers, self._weights[name], self.masks.layers[name].mask_codes)
+                    clear_pruned_moments_(self._optimizers, self.masks.layers[name])
 
     def _choose_active(self, held: set[str], share: float) -> set[str]:
         """Return the layers whose masks are in force: those that are, then those that lose the least magnitude."""
@@ -494,11 +517,11 @@ class SparseTraining:
 
     def _restore(self, zeros: bool) -> None:
         merge = zeros and self.method.adapter_merge and any(layer.adapter for layer in self.masks.layers.values())
-        self._removals.close()
-        for layer in self.masks.layers.values():
-            to_dense_(layer, zeros)
         if self._adapters is not None and merge:
             self._adapters.merge_()
+        self._removals.close()
+        for layer in self.masks.layers.values():
+            to_dense_(layer, zeros and not merge)
 
     def _set_phase(self, kind: PhaseKind, start: int) -> None:
         self.phase, self._phase_start = kind, start
@@ -518,10 +541,9 @@ class SparseTraining:
         if not self.method.frozen_in_place:
             return
         for every in self._weights_by_device().values():
-            weights = {name: weight for name, weight in every.items() if name in self._active}
-            codes = [self.masks.layers[name].mask_codes for name in weights]
-            with written_as_matrices(list(weights.values())) as matrices:
-                apply_masks_(matrices, codes)
+            layers = [self.masks.layers[name] for name in every if name in self._active]
+            with written_as_matrices(layers, [layer.weight for layer in layers]) as matrices:
+                apply_masks_(matrices, [layer.mask_codes for layer in layers])
 
     def _weights_by_device(self, owned: set[int] | None = None) -> dict[torch.device, dict[str, Tensor]]:
         devices: dict[torch.device, dict[str, Tensor]] = {}

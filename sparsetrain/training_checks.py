@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -25,7 +24,7 @@ STATE_VERSION = 4
 STATE_KEYS = frozenset(
     {"version", "clock", "method", "stepped", "last_refresh", "lr_restart", "active", "starts", "moments", "adapters",
      "decay", "distillation", "frozen_moments", "soft_scales", "pattern", "exists", "kept", "dense", "codes", "shapes",
-     "backward_codes", "flips", "virtual_flips", "sums_at_refresh", "ages", "criterion"}
+     "backward_codes", "flips", "virtual_flips", "sums_at_refresh", "ages", "criterion", "transposed"}
 )  # fmt: skip
 
 
@@ -38,7 +37,7 @@ def check_setup(
         raise ValueError("optimizer is an empty list: pass the optimizer that owns the model's weights.")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError("model is wrapped in FSDP: masks need whole weights on every rank, so use DDP or one device.")
-    _check_weights(model, report, method, optimizers)
+    _check_weights(model, report, optimizers)
     head = (timeline.starts[1:] or (0,))[0] if timeline.kinds[0] == "dense" else 0
     searches = 3 if _missing(report, method) else 2  # the first of which waits for statistics
     if method.decay == "auto" and watch_dense and (total_steps or head) < searches * method.refresh_every > head:
@@ -96,18 +95,11 @@ def _check_budget(report: SelectionReport, budget: float) -> None:
         )
 
 
-def _check_weights(
-    model: nn.Module, report: SelectionReport, method: Method, optimizers: Sequence[Optimizer]
-) -> None:  # fmt: skip
+def _check_weights(model: nn.Module, report: SelectionReport, optimizers: Sequence[Optimizer]) -> None:
     owned = set().union(*map(owned_parameters, optimizers))
     for choice in report.sparse:
         weight = model.get_submodule(choice.name).weight
         assert isinstance(weight, Tensor)
-        if method.decay and weight.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"layer {choice.name!r} has a {weight.dtype} weight but decay is {method.decay}: masked decay needs a "
-                "float32 master, so keep float32 weights (autocast may compute lower) or set decay=0."
-            )
         if weight.requires_grad and id(weight) not in owned:
             raise ValueError(
                 f"layer {choice.name!r} has a trainable weight that no optimizer owns: "

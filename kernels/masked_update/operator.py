@@ -12,15 +12,22 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @torch.library.custom_op("sparsetrain::add_masked_decays_", mutates_args={"gradients"})
 def add_masked_decays_(
-    gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor
-) -> None:
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
+    numbers: Sequence[int] | None = None, clock: int = 0,
+) -> None:  # fmt: skip
     """Add ``decay * (1 - mask) * weight`` to several gradients in place, without a mask in memory.
+
+    What is small beside a 16-bit gradient would be lost in rounding it to the nearest number. Such sums are made in
+    float32 and rounded up or down at random, with the probabilities that make their mean right.
 
     Args:
         gradients: ``[O, I]`` each, any strides; changed in place.
         weights: The master weights, ``[O, I]`` each.
         codes: int16 ``[O/4, I/4]`` each, contiguous.
         decay: λ, one element, on the gradients' device; it is not read on the host.
+        numbers: Of the layers, one each; with ``clock`` the counter of the random numbers, so that there is no
+            generator to save. None for zeros.
+        clock: Of the step.
 
     Raises:
         ValueError: If the lists or their entries do not fit; nothing is changed then.
@@ -35,8 +42,8 @@ def add_masked_decays_(
     gradients.
     """
     _check(codes, gradients=gradients, weights=weights)
-    for gradient, weight, code in zip(gradients, weights, codes, strict=True):
-        add_masked_decay_(gradient, weight, code, decay)
+    for gradient, weight, code, number in zip(gradients, weights, codes, _numbers(numbers, codes), strict=True):
+        add_masked_decay_(gradient, weight, code, decay, number, clock)
 
 
 @torch.library.custom_op("sparsetrain::apply_masks_", mutates_args={"tensors"})
@@ -62,8 +69,12 @@ def apply_masks_(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
 
 
 @add_masked_decays_.register_fake
-def _(gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor) -> None:
+def _(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
+    numbers: Sequence[int] | None = None, clock: int = 0,
+) -> None:  # fmt: skip
     _check(codes, gradients=gradients, weights=weights)
+    _numbers(numbers, codes)
 
 
 @apply_masks_.register_fake
@@ -72,19 +83,23 @@ def _(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
 
 
 @add_masked_decays_.register_kernel("cuda")
-def _(gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor) -> None:
+def _(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
+    numbers: Sequence[int] | None = None, clock: int = 0,
+) -> None:  # fmt: skip
     from .triton_kernel import decay_in_place
 
     _check(codes, gradients=gradients, weights=weights)
+    numbers = _numbers(numbers, codes)
     by_kernel = []
     for position, pair in enumerate(zip(gradients, weights, strict=True)):
         if all(_suits_kernel(tensor) for tensor in pair):
             by_kernel.append(position)
         else:
-            add_masked_decay_(*pair, codes[position], decay)
+            add_masked_decay_(*pair, codes[position], decay, numbers[position], clock)
     if by_kernel:
         changed, sources, masks = ([column[i] for i in by_kernel] for column in (gradients, weights, codes))
-        decay_in_place(changed, sources, masks, decay.to(torch.float32))
+        decay_in_place(changed, sources, masks, decay.to(torch.float32), [numbers[i] for i in by_kernel], clock)
 
 
 @apply_masks_.register_kernel("cuda")
@@ -101,6 +116,12 @@ def _(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
 
 def _suits_kernel(tensor: Tensor) -> bool:
     return tensor.dtype in KERNEL_DTYPES and tensor.stride(1) == 1 and tensor.numel() > 0
+
+
+def _numbers(numbers: Sequence[int] | None, codes: Sequence[Tensor]) -> Sequence[int]:
+    if numbers is not None and len(numbers) != len(codes):
+        raise ValueError(f"numbers has {len(numbers)} entries but codes has {len(codes)}: pass one number for each.")
+    return [0] * len(codes) if numbers is None else numbers
 
 
 def _check(codes: Sequence[Tensor], **columns: Sequence[Tensor]) -> None:

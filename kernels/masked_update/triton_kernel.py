@@ -7,15 +7,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import join_columns, load_code, member, split_columns
-from ..launch import are_aligned, groups_of_equal_layout, members, on_device_of
+from ..launch import are_aligned, groups_of_equal_layout, members, on_device_of, table
+from .reference import HALF_DTYPES
+from .reference import SEED as KEY
 
 BLOCK = (1, 256)  # tiles of one program: rows, columns
 WARPS = 4
+SEED = tl.constexpr(KEY)
 
 
 def decay_in_place(
-    gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor
-) -> None:
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
+    numbers: Sequence[int], clock: int,
+) -> None:  # fmt: skip
     """Add ``decay * (1 - mask) * weight`` to gradients; tensors of equal layout share one launch.
 
     Args:
@@ -23,8 +27,10 @@ def decay_in_place(
         weights: The same shapes; any strides of rows.
         codes: int16 ``[O/4, I/4]`` each, contiguous.
         decay: float32, one element, on their device.
+        numbers: Of the layers, one each: the counter of the random numbers that round 16-bit gradients.
+        clock: Its other word.
     """
-    _launch(gradients, weights, codes, decay, add=True)
+    _launch(gradients, weights, codes, decay, numbers, clock)
 
 
 def mask_in_place(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
@@ -34,31 +40,55 @@ def mask_in_place(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
         tensors: ``[O, I]`` each, columns contiguous, rows at any stride; changed.
         codes: int16 ``[O/4, I/4]`` each, contiguous.
     """
-    _launch(tensors, tensors, codes, None, add=False)
+    _launch(tensors, tensors, codes, None, [0] * len(tensors), 0)
 
 
 def _launch(
-    targets: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor | None, add: bool
-) -> None:
+    targets: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor | None,
+    numbers: Sequence[int], clock: int,
+) -> None:  # fmt: skip
     for group in groups_of_equal_layout(targets, weights, codes):
         changed, sources, masks = ([column[i] for i in group] for column in (targets, weights, codes))
         tile_rows, tile_columns = masks[0].shape
         grid = (triton.cdiv(tile_rows, BLOCK[0]) * triton.cdiv(tile_columns, BLOCK[1]), len(group))
         with on_device_of(changed[0]):
             masked_update_kernel[grid](
-                *members(changed), *members(sources), *members(masks), masks[0] if decay is None else decay, tile_rows,
-                tile_columns, changed[0].stride(0), sources[0].stride(0), ADD=add,
-                ALIGNED=are_aligned(changed, sources, masks), ROWS=BLOCK[0], COLUMNS=BLOCK[1], num_warps=WARPS,
+                *members(changed), *members(sources), *members(masks), masks[0] if decay is None else decay,
+                table(tuple(numbers[i] for i in group), changed[0].device), clock & 0xFFFFFFFF, tile_rows, tile_columns,
+                changed[0].stride(0), sources[0].stride(0), ADD=decay is not None,
+                AT_RANDOM=changed[0].dtype in HALF_DTYPES, ALIGNED=are_aligned(changed, sources, masks),
+                ROWS=BLOCK[0], COLUMNS=BLOCK[1], num_warps=WARPS,
                 enable_fp_fusion=False,  # the reference rounds the product
             )  # fmt: skip
 
 
 @triton.jit
+def rounded_at_random(value, draw, DTYPE: tl.constexpr):
+    """A float32 value in a 16-bit DTYPE, up or down by 16 random bits; the interpreter's bfloat16 is made of bits."""
+    bits = value.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    if DTYPE == tl.bfloat16:
+        high = tl.where(finite, bits + draw, tl.where(value == value, bits, 0x7FC00000)) >> 16
+        return high.to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        rounded = ((bits + (draw >> 3)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        steps = tl.where(finite, tl.abs(value), 0.0) * 16777216.0  # of subnormal numbers, exact
+        below = tl.floor(steps)
+        small = (below + tl.where((steps - below) * 65536.0 > draw.to(tl.float32), 1.0, 0.0)) * 5.9604644775390625e-08
+        rounded = tl.where(steps < 1024.0, tl.where(bits >> 31 != 0, -small, small), rounded)
+        return tl.where(finite, rounded, value).to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["clock"])
 def masked_update_kernel(
-    target_base, target_offsets, weight_base, weight_offsets, code_base, code_offsets, decay, tile_rows, tile_columns,
-    target_stride, weight_stride, ADD: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    target_base, target_offsets, weight_base, weight_offsets, code_base, code_offsets, decay, numbers, clock, tile_rows,
+    tile_columns, target_stride, weight_stride, ADD: tl.constexpr, AT_RANDOM: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Update ROWS × COLUMNS tiles of the program's target: add the masked decay if ADD, else zero what is pruned."""
+    """Update ROWS × COLUMNS tiles of the program's target: add the masked decay if ADD, else zero what is pruned.
+
+    AT_RANDOM sums are rounded by a word of Philox for each entry, four of a row at a time.
+    """
     tensor = tl.program_id(1)
     blocks = tl.cdiv(tile_columns, COLUMNS)
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -84,6 +114,12 @@ def masked_update_kernel(
                 ROWS, COLUMNS,
             )  # fmt: skip
             result = target.to(tl.float32) + pruned * tl.load(decay)
+            if AT_RANDOM:
+                place = ((row * 4 + line) * tile_columns + column).to(tl.uint32)
+                number = tl.load(numbers + tensor).to(tl.uint32)
+                r0, r1, r2, r3 = tl.philox(SEED, place, number, tl.cast(clock, tl.uint32), tl.full((), 0, tl.uint32))
+                draw = join_columns(r0, r1, r2, r3, ROWS, COLUMNS) >> 16
+                result = rounded_at_random(result, draw, target.dtype)
         else:
             t0, t1, t2, t3 = split_columns(target, ROWS, COLUMNS)
             zero = tl.zeros((ROWS, COLUMNS), target.dtype)

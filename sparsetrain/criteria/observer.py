@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..masked_layer import MaskedLayer
-from ..matrices import matrix_of
 from .interface import Criterion
 
 
@@ -55,8 +54,7 @@ class Observer:
         if "input" not in self.criterion.needs or self._handles:
             return
         for name, layer in self.layers.items():
-            features = layer.weight.shape[1]
-            summary = self.criterion.summarize_input(layer.matrix.detach()[:1, :features])
+            summary = self.criterion.summarize_input(layer.matrix.detach()[:1, : layer.input_features])
             self._passing[name], self._gathered[name] = torch.zeros_like(summary), torch.zeros_like(summary)
             self._handles[name] = [layer.register_forward_hook(_ForwardHook(self, name), with_kwargs=True)]
             self.follow(name)
@@ -88,7 +86,8 @@ class Observer:
         """
         if "gradient" in self.criterion.needs:
             for name, gradient in gradients.items():
-                self.criterion.observe_gradient(name, self.layers[name].matrix, matrix_of(gradient), scale)
+                layer = self.layers[name]
+                self.criterion.observe_gradient(name, layer.matrix, layer.as_matrix(gradient), scale)
         self._hand_over(gradients)
 
     def after_step(self) -> None:

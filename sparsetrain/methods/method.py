@@ -22,7 +22,8 @@ class Method:
         schedule: The phases.
         refresh_every: Optimizer steps between two mask searches in a sparse phase.
         decay: λ of the masked decay in sparse phases; 0 turns it off. ``"auto"`` adjusts λ at every refresh, so that
-            masks flip 0.60 to 0.95 times as often as they would in the run's dense phase; it needs one.
+            masks flip 0.60 to 0.95 times as often as they would in the run's dense phase; it needs one. What it adds to
+            16-bit gradients or weights is rounded at random, so that its mean is right however small it is.
         decay_on: ``"gradient"``: ``g += λ·(1-M)⊙W``; ``"weight"``: ``W -= lr·λ·(1-M)⊙W``; ``"by_optimizer"``: on
             weights with SGD, on gradients otherwise.
         decay_ramp: In which λ grows from 0 to its value in a sparse phase, in steps (int) or as a fraction of the run

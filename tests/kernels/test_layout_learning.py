@@ -262,7 +262,6 @@ class Growing:
         (depend_on_the_values, "disagrees with the layout at 384 of 384 places"),
         (Growing(), "385 words behind the values, and 384 the first time"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_learned_is_one_sentence(
     edit: Callable[[np.ndarray, np.ndarray], np.ndarray], words: str

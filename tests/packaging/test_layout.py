@@ -43,7 +43,16 @@ def test_every_folder_with_python_or_yaml_is_shipped() -> None:
 
 
 BOTTOM_UP = ("kernels", "sparsetrain", "callbacks", "recipes")
-HEAVY = {"lightning", "lightning_fabric", "pytorch_lightning", "datasets", "wandb"}
+HEAVY = {
+    "lightning",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "datasets",
+    "wandb",
+    "transformers",
+    "peft",
+    "accelerate",
+}
 FORBIDDEN = {"kernels": HEAVY, "sparsetrain": HEAVY, "callbacks": {"datasets"}, "recipes": set[str]()}
 
 

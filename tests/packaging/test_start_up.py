@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "lightning", "triton", "datasets", "wandb", "matplotlib")
+HEAVY = ("torch", "lightning", "triton", "datasets", "wandb", "matplotlib", "transformers")
 CHECK = """
 import sys
 try:
@@ -19,6 +19,7 @@ assert not loaded, loaded
     "code",
     [
         "import sparsetrain",
+        "import sparsetrain.callbacks",
         "from sparsetrain.recipes.cli.main import main; main(['--help'])",
         "from sparsetrain.recipes.cli.main import main; main(['--version'])",
         "from sparsetrain.recipes.cli.main import main; main(['recipes'])",

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS
-from sparsetrain.masked_layer import MaskedLayer
-from sparsetrain.matrices import matrix_of, weight_of, written_as_matrices
+from sparsetrain.conversion import to_sparse_
+from sparsetrain.masked_layer import MaskedLayer, written_as_matrices
+from sparsetrain.matrices import matrix_of, weight_of
 
 LAYERS: dict[str, Callable[[], Any]] = {
     "2-D": lambda: nn.Conv2d(8, 12, 3, padding=1),
@@ -80,7 +81,8 @@ def test_what_is_written_to_the_matrix_reaches_the_weight_in_any_memory_order(or
     elif order == "one kernel position":
         weight = torch.zeros(4, 8, 1, 1)
     version = weight._version
-    with written_as_matrices([weight]) as (matrix,):
+    layer = to_sparse_(nn.Conv2d(8, 4, tuple(weight.shape[2:])))
+    with written_as_matrices([layer], [weight]) as (matrix,):
         shared = matrix.data_ptr() == weight.data_ptr()
         matrix.copy_(torch.arange(matrix.numel()).view_as(matrix))
     assert shared == (order in ("channels last", "one kernel position"))
