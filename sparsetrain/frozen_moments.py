@@ -1,7 +1,8 @@
 """Frozen second moments: Adam goes on with its first moments, scaled as gradients were when the others froze."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,30 @@ UNABLE = ("amsgrad", "fused", "differentiable")
 """Options of Adam that a frozen update has not."""
 
 
+@dataclass
+class Frozen:
+    """What is known of a parameter's frozen second moment.
+
+    Args:
+        correction: ``1 - β₂ᵀ``, by which Adam divides the moment after the parameter's T steps.
+        going: bool, shaped like the moment (complex as pairs): where Adam goes on.
+    """
+
+    correction: float
+    going: Tensor
+
+
 class FrozenMoments:
-    """Updates every parameter with its running first and its frozen second moment; Adam keeps its state as it is.
+    """Updates every parameter with its running first and its frozen second moment, where that had settled.
 
     ``m_t = β₁·m_{t-1} + (1 - β₁)·g_t`` and ``w -= lr·m_t / (1 - β₁ᵗ) / (√v* + ε)``, where
     ``v* = v_T / (1 - β₂ᵀ)`` is the moment after the parameter's T steps until then. Weight decay is the optimizer's.
-    A parameter that had no step until then has nothing to freeze, so Adam goes on for it.
+
+    A gradient that outweighs all that an entry's moment holds, ``(1 - β₂)·g_t² > v_T``, shows that it had not settled:
+    it is zero where there was no gradient until then, as in an embedding's unused rows and in dead units, and next to
+    nothing where there was one long ago. From that step on Adam goes on for the entry, from ``v*``. So no entry moves
+    by more than ``lr·√((1 - β₂ᵀ) / (1 - β₂))``, or by more than Adam would move it. A parameter that had no step until
+    then has nothing to freeze, so Adam goes on for it as a whole.
 
     Args:
         optimizers: Those whose parameters are meant, all of them; none to freeze nothing.
@@ -29,113 +48,142 @@ class FrozenMoments:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
         >>> optimizer = torch.optim.Adam([weight], lr=1.0, betas=(0.0, 0.9), eps=0.0)
         >>> moments = FrozenMoments([optimizer])
-        >>> for gradient in (1.0, 4.0):
+        >>> for gradient in (2.0, 1.0):
         ...     weight.grad = torch.tensor([gradient])
         ...     optimizer.step()
         ...     moments.freeze()
-        >>> weight.item()  # -1 / √1 - 4 / √1
-        -5.0
+        >>> weight.item()  # -2 / √4 - 1 / √4
+        -1.5
 
     Source: Lu et al., "STEP: Learning N:M Structured Sparsity Masks from Scratch with Precondition", ICML 2023,
-    arXiv 2302.01172.
+    arXiv 2302.01172, which freezes every entry.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = list(optimizers)
-        self._corrections: dict[int, float] | None = None  # parameter's id to 1 - β₂ᵀ
+        self._frozen: dict[Tensor, Frozen] | None = None
 
     def freeze(self) -> None:
         """Freeze the second moments that there are; does nothing if some are frozen already."""
-        if self._corrections is not None or not self._optimizers:
+        if self._frozen is not None or not self._optimizers:
             return
-        found: dict[int, float] = {}
+        found: dict[Tensor, Frozen] = {}
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     count = float(optimizer.state.get(parameter, {}).get("step", 0.0))
                     if count:
-                        found[id(parameter)] = 1 - float(group["betas"][1]) ** count
+                        found[parameter] = Frozen(1 - float(group["betas"][1]) ** count, _nowhere(parameter))
         self._replace_updates(found)
 
     def remove(self) -> None:
         """Have Adam update everything again."""
-        self._corrections = None
+        self._frozen = None
         for optimizer in self._optimizers:
             optimizer.__dict__.pop(INIT_GROUP, None)
 
-    def state_dict(self) -> list[list[float]] | None:
-        """Return ``1 - β₂ᵀ`` of every optimizer's parameters in their order, 0 if not frozen; None before."""
-        if self._corrections is None:
+    def follow(self, old: Tensor, new: Tensor) -> None:
+        """Go on with a parameter in another's place; if its moments did not come along, Adam begins anew."""
+        if self._frozen is not None and old in self._frozen:
+            self._frozen[new] = self._frozen.pop(old)
+
+    def state_dict(self) -> list[list[dict[str, Any] | None]] | None:
+        """Return what is frozen of every optimizer's parameters in their order; None before.
+
+        Of a parameter: None if it is not frozen, or else ``correction``, and ``going``: bool, where Adam goes on, or
+        None if it does so nowhere.
+        """
+        if self._frozen is None:
             return None
-        return [
-            [self._corrections.get(id(parameter), 0.0) for parameter in _parameters(optimizer)]
-            for optimizer in self._optimizers
-        ]
+        return [[_saved(self._frozen.get(entry)) for entry in _parameters(one)] for one in self._optimizers]
 
-    def check_state_dict(self, state: Sequence[Sequence[float]] | None) -> None:
-        """Raise ``ValueError`` if a state is of other optimizers; changes nothing."""
+    def check_state_dict(self, state: Sequence[Sequence[Mapping[str, Any] | None]] | None) -> None:
+        """Raise ``ValueError`` if a state is damaged or of other optimizers; changes nothing."""
+        if state is None or not self._optimizers:
+            return
         here = [len(_parameters(optimizer)) for optimizer in self._optimizers]
-        if state is not None and here and [len(entries) for entries in state] != here:
+        listed = isinstance(state, list) and all(isinstance(entries, list) for entries in state)
+        if not listed or [len(entries) for entries in state] != here:
+            found = [len(entries) for entries in state] if listed else repr(state)
             raise ValueError(
-                f"state has frozen moments of {[len(entries) for entries in state]} parameters but the optimizers have "
-                f"{here}: resume with the same optimizers."
+                f"state has frozen moments of {found} parameters but the optimizers have {here}: resume with the same "
+                "optimizers."
             )
+        for parameter, entry in self._pairs(state):
+            if entry is not None and not _is_sound(entry, _nowhere(parameter).shape):
+                raise ValueError(
+                    f"state has damaged frozen moments of a parameter {tuple(parameter.shape)}: they must be None, or "
+                    "a correction above 0 and at most 1 with a bool tensor of that shape or None."
+                )
 
-    def load_state_dict(self, state: Sequence[Sequence[float]] | None) -> None:
+    def load_state_dict(self, state: Sequence[Sequence[Mapping[str, Any] | None]] | None) -> None:
         """Take back what :meth:`state_dict` returned; the moments themselves are in the optimizers' states."""
         self.check_state_dict(state)
         self.remove()
         if state is None or not self._optimizers:
             return
-        found: dict[int, float] = {}
-        for optimizer, entries in zip(self._optimizers, state, strict=True):
-            found.update(zip(map(id, _parameters(optimizer)), map(float, entries), strict=True))
-        self._replace_updates({key: value for key, value in found.items() if value})
+        found: dict[Tensor, Frozen] = {}
+        for parameter, entry in self._pairs(state):
+            if entry is not None:
+                frozen = found[parameter] = Frozen(float(entry["correction"]), _nowhere(parameter))
+                if entry["going"] is not None:
+                    frozen.going.copy_(entry["going"])
+        self._replace_updates(found)
 
-    def _replace_updates(self, corrections: dict[int, float]) -> None:
-        self._corrections = corrections
+    def _pairs(
+        self, state: Sequence[Sequence[Mapping[str, Any] | None]]
+    ) -> Iterator[tuple[Tensor, Mapping[str, Any] | None]]:
+        for optimizer, entries in zip(self._optimizers, state, strict=True):
+            yield from zip(_parameters(optimizer), entries, strict=True)
+
+    def _replace_updates(self, frozen: dict[Tensor, Frozen]) -> None:
+        self._frozen = frozen
         for optimizer in self._optimizers:
             optimizer.__dict__[INIT_GROUP] = functools.partial(self._init_group, optimizer)
 
     def _init_group(self, optimizer: Optimizer, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         """Update what is frozen, and give Adam the rest of the group."""
-        assert self._corrections is not None
-        frozen: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        assert self._frozen is not None
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         others = []
         for parameter in group["params"]:
             if not optimizer.state.get(parameter):
-                self._corrections.pop(id(parameter), None)  # its moments were dropped
-            if parameter.grad is None or id(parameter) not in self._corrections:
+                self._frozen.pop(parameter, None)  # its moments were dropped
+            if parameter.grad is None or parameter not in self._frozen:
                 others.append(parameter)
             else:
-                frozen.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-        for parameters in frozen.values():
+                alike.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+        for parameters in alike.values():
             states = [optimizer.state[parameter] for parameter in parameters]
-            corrections = [self._corrections[id(parameter)] for parameter in parameters]
-            update_(parameters, states, corrections, {"decoupled_weight_decay": type(optimizer) is AdamW, **group})
+            frozen = [self._frozen[parameter] for parameter in parameters]
+            for parameter, entry in zip(parameters, frozen, strict=True):
+                entry.going = entry.going.to(parameter.device)  # the model may have moved
+            update_(parameters, states, frozen, {"decoupled_weight_decay": type(optimizer) is AdamW, **group})
         return bool(getattr(type(optimizer), INIT_GROUP)(optimizer, {**group, "params": others}, *lists))
 
 
 @torch.no_grad()
 def update_(
-    parameters: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], corrections: Sequence[float],
+    parameters: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], frozen: Sequence[Frozen],
     group: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Update parameters, their first moments and their counts.
+    """Update parameters, their moments and their counts.
 
     Args:
         parameters: With gradients, on one device and in one dtype.
-        states: Adam's: ``exp_avg`` and ``step`` are updated, ``exp_avg_sq`` is read.
-        corrections: ``1 - β₂ᵀ`` of each.
+        states: Adam's: ``exp_avg`` and ``step`` are updated, and ``exp_avg_sq`` where Adam goes on.
+        frozen: Of each; where gradients outweigh a moment, Adam goes on from now.
         group: Adam's options.
 
     Example:
-        >>> weight, state = torch.ones(1), {name: torch.zeros(1) for name in ("step", "exp_avg", "exp_avg_sq")}
+        >>> weight, state = torch.ones(1), {name: torch.zeros(1) for name in ("step", "exp_avg")}
+        >>> state["exp_avg_sq"] = torch.full((1,), 0.004)
         >>> weight.grad = torch.ones(1)
-        >>> options = {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1.0, "weight_decay": 0.0, "maximize": False}
-        >>> update_([weight], [state], [0.001], {**options, "capturable": False, "decoupled_weight_decay": False})
-        >>> weight.item(), state["step"].item()
-        (0.5, 1.0)
+        >>> options = {"lr": 0.5, "betas": (0.9, 0.999), "eps": 0.0, "weight_decay": 0.0, "maximize": False}
+        >>> frozen = Frozen(0.004, torch.tensor([False]))
+        >>> update_([weight], [state], [frozen], {**options, "capturable": False, "decoupled_weight_decay": False})
+        >>> weight.item(), state["step"].item(), frozen.going.item()
+        (0.5, 1.0, False)
     """
     weights = _real(parameters)
     gradients = _real([parameter.grad for parameter in parameters if parameter.grad is not None])
@@ -154,18 +202,34 @@ def update_(
     elif decay:
         gradients = list(torch._foreach_add(gradients, weights, alpha=decay))
     torch._foreach_lerp_(averages, gradients, 1 - beta)
-    divisors = torch._foreach_sqrt(squares)
-    torch._foreach_div_(divisors, [correction**0.5 for correction in corrections])
+    # a capturable step reads nothing from the device
+    numbers = [count if group["capturable"] else float(count) for count in counts]
+    divisors = [
+        _second_moment_(*entry, beta=float(group["betas"][1]))
+        for entry in zip(squares, gradients, numbers, frozen, strict=True)
+    ]
+    torch._foreach_sqrt_(divisors)
     torch._foreach_add_(divisors, group["eps"])
     if not group["capturable"]:
-        torch._foreach_addcdiv_(weights, averages, divisors, [-rate / (1 - beta ** float(count)) for count in counts])
+        torch._foreach_addcdiv_(weights, averages, divisors, [-rate / (1 - beta**number) for number in numbers])
         return
-    # a capturable step reads nothing from the device
     scales = torch._foreach_pow(beta, counts)
     torch._foreach_sub_(scales, 1)
     torch._foreach_div_(scales, rate)
     torch._foreach_mul_(divisors, scales)
     torch._foreach_addcdiv_(weights, averages, divisors)
+
+
+def _second_moment_(square: Tensor, gradient: Tensor, count: Tensor | float, frozen: Frozen, *, beta: float) -> Tensor:
+    """Update ``square`` where Adam goes on, and return the corrected second moment of the step."""
+    share = gradient.square().mul_(1 - beta)
+    starts = (share > square).logical_and_(~frozen.going)
+    frozen.going.logical_or_(starts)
+    before, now = 1 - beta ** (count - 1), 1 - beta**count
+    # as if v* had stood until the step before
+    begun = torch.where(starts, square * (before / frozen.correction), square)
+    square.copy_(torch.where(frozen.going, begun * beta + share, square))
+    return torch.where(frozen.going, square / now, square / frozen.correction)
 
 
 def require_freezable(optimizers: Sequence[Optimizer]) -> None:
@@ -195,3 +259,24 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+
+
+def _nowhere(parameter: Tensor) -> Tensor:
+    """Return False for every entry of a parameter, as of a pair for every complex one."""
+    return torch.zeros_like(_real([parameter.detach()])[0], dtype=torch.bool)
+
+
+def _saved(frozen: Frozen | None) -> dict[str, Any] | None:
+    if frozen is None:
+        return None
+    going = frozen.going.cpu().clone() if frozen.going.any() else None
+    return {"correction": frozen.correction, "going": going}
+
+
+def _is_sound(entry: object, shape: torch.Size) -> bool:
+    if not isinstance(entry, Mapping) or set(entry) != {"correction", "going"}:
+        return False
+    correction, going = entry["correction"], entry["going"]
+    if type(correction) is not float or not 0 < correction <= 1:
+        return False
+    return going is None or (isinstance(going, Tensor) and going.dtype == torch.bool and going.shape == shape)

@@ -1,6 +1,7 @@
 """The masks of a run and what is known of their history: refresh, flips, ages, violations."""
 
 import time
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ class MaskState:
         self.kept = 2  # of every four entries
         self.dense: frozenset[str] | None = None  # layers that a budget keeps dense, once they are chosen
         self.exists = False
+        self._warned: set[str] = set()
         self.refresh_ms = 0.0
         self.flips: dict[str, Tensor] = {}
         self.virtual_flips: dict[str, Tensor] = {}
@@ -70,6 +72,11 @@ class MaskState:
             self.sums_at_refresh = self._sum_statistics(self._statistics({}))
 
     @property
+    def is_observed(self) -> bool:
+        """Whether the criterion has what it ranks by, of any layer."""
+        return len(self.criterion.missing(self.layers)) < len(self.layers)
+
+    @property
     def codes(self) -> dict[str, Tensor]:
         """Layer name to int16 tile codes ``[O/4, I/4]``."""
         return {name: layer.mask_codes for name, layer in self.layers.items()}
@@ -88,7 +95,10 @@ class MaskState:
         """
         start = time.perf_counter()
         old = {name: codes.clone() for name, codes in self.codes.items()} if self.exists else {}
-        new = self._search(clock, set(self.maskable).intersection(self.layers if names is None else names))
+        wanted = set(self.maskable).intersection(self.layers if names is None else names)
+        if not virtual:
+            self._warn_of_missing(clock, wanted)
+        new = self._search(clock, wanted)
         for name, codes in new.items():
             if name in old and name in self.ages:
                 age = self.ages[name] = self.ages[name].to(codes.device)  # the model may have moved
@@ -111,6 +121,19 @@ class MaskState:
             return
         for layer in self.maskable.values():
             layer.set_backward_codes_(self.pattern.search_backward(layer.matrix, layer.mask_codes))
+
+    def _warn_of_missing(self, clock: int, wanted: set[str]) -> None:
+        missing = self.criterion.missing(name for name in self.layers if name in wanted)
+        if set(missing) <= self._warned:
+            return
+        self._warned.update(missing)
+        names = ", ".join(map(repr, missing[:3])) + (", …" if len(missing) > 3 else "")
+        warnings.warn(
+            f"criterion {self.criterion.name!r} has no statistics of {len(missing)} of {len(wanted)} layers ({names}) "
+            f"at step {clock}, so magnitudes rank their weights: no backward ran through them since the start; "
+            "lengthen the dense head, exclude them, or use criterion='magnitude'.",
+            stacklevel=2,
+        )
 
     def _search(self, clock: int, wanted: set[str]) -> dict[str, Tensor]:
         bonus = self.hysteresis if self.exists else 0.0

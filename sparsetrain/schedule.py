@@ -120,6 +120,11 @@ class Schedule:
             raise ValueError("schedule has more than one phase without a length: give all but one a length.")
 
     @property
+    def first_kind(self) -> PhaseKind:
+        """The kind of the first phase that is meant to take time, even if a short run rounds it to no step."""
+        return next((phase for phase in self.phases if phase.length != 0), self.phases[-1]).kind
+
+    @property
     def needs_total(self) -> bool:
         """Whether the length of the run must be known."""
         return any(
@@ -143,7 +148,7 @@ class Schedule:
             raise ValueError(
                 "total_steps is None but the schedule has fractions: pass total_steps, or give phases in steps."
             )
-        lengths = [self._steps(phase.length, total_steps) for phase in self.phases]
+        lengths = self._lengths(total_steps)
         known = sum(length for length in lengths if length is not None)
         if total_steps is not None and known > total_steps:
             raise ValueError(
@@ -171,6 +176,21 @@ class Schedule:
         return Timeline(tuple(kinds), tuple(starts), tuple(shares) if set(shares) != {1.0} else (),
                         tuple(earliest) if any(entry is not None for entry in earliest) else (),
                         tuple(kept) if set(kept) != {2} else ())  # fmt: skip
+
+    def _lengths(self, total_steps: int | None) -> list[int | None]:
+        """Return the steps of each phase, None for the rest; rounding takes no more than the run has."""
+        lengths = [self._steps(phase.length, total_steps) for phase in self.phases]
+        exact = [length * (total_steps or 0) for phase in self.phases if isinstance(length := phase.length, float)]
+        whole = sum(phase.length for phase in self.phases if isinstance(phase.length, int))
+        surplus = sum(length or 0 for length in lengths) - (total_steps or 0)
+        if not exact or surplus <= 0 or whole + sum(exact) > (total_steps or 0) + 1e-6:
+            return lengths
+        for index in reversed(range(len(lengths))):
+            length, share = lengths[index], self.phases[index].length
+            if surplus and length and isinstance(share, float) and length > share * (total_steps or 0):
+                lengths[index] = length - 1
+                surplus -= 1
+        return lengths
 
     @staticmethod
     def _with_dense_phases(kinds: Sequence[PhaseKind], kept: Sequence[int]) -> list[int]:

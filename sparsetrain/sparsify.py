@@ -46,7 +46,8 @@ def sparsify_(
         targets: As in :func:`sparsetrain.select_layers`.
         exclude: As in :func:`sparsetrain.select_layers`.
         pattern: ``"transposable"`` or ``"row_wise"``.
-        criterion: What ranks the entries: ``"magnitude"``, ``"random"`` or a :class:`sparsetrain.Criterion`.
+        criterion: What ranks the entries: ``"magnitude"``, ``"random"`` or a :class:`sparsetrain.Criterion`, whose
+            statistics, if it needs any, must be there.
         gradient: Rule of the weight gradient: ``"ste"``, ``"masked"`` or ``scaled(kept, pruned)``.
         backend: Who computes the products with the masked weight: a backend's name, or ``"auto"``: the fastest of
             those that give right numbers here, by measurement; without a GPU that is ``"masked"``.
@@ -62,8 +63,9 @@ def sparsify_(
         Every linear and convolutional layer, with the reason where it stays dense.
 
     Raises:
-        ValueError: If a name is unknown, a target matches nothing, no layer is left, or the backend can run none of
-            them; those it cannot run among others are computed by ``"masked"``, and the report says why.
+        ValueError: If a name is unknown, a target matches nothing, no layer is left, the criterion needs statistics
+            that it has not, or the backend can run none of the layers; those it cannot run among others are computed by
+            ``"masked"``, and the report says why.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -79,6 +81,11 @@ def sparsify_(
     modules = dict(model.named_modules())
     chosen = {choice.name: modules[choice.name] for choice in report.sparse}
     executions = _executions(chosen, execution)
+    if phase != "dense" and (missing := criterion.missing(chosen)):
+        raise ValueError(
+            f"criterion is {criterion.name!r} but it has no statistics of layer {missing[0]!r}, and sparsify_ gathers "
+            "none: use 'magnitude', or SparseTraining, whose dense head gathers them."
+        )
     done: list[MaskedLayer] = []
     try:
         for name, layer in chosen.items():

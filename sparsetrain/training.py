@@ -27,6 +27,7 @@ from .mask_metrics import mask_metrics
 from .mask_state import MaskState
 from .masked_decay import MaskedDecay
 from .masked_layer import MaskedLayer, PhaseKind, written_as_matrices
+from .masters import Masters
 from .methods.method import Method
 from .methods.presets import resolve_method
 from .operands import renew_
@@ -36,7 +37,7 @@ from .second_moments import SecondMoments
 from .selection import SelectionReport, select_layers, sparse_layers, weight_count
 from .soft_scales import SoftScales
 from .sparsify import sparsify_
-from .training_checks import STATE_VERSION, check_setup, check_state
+from .training_checks import STATE_VERSION, check_setup, check_state, check_statistics
 from .verification import VerificationReport, verify
 from .wrapped_names import warn_of_unmerged
 from .wrappers import plain_model, plain_optimizer
@@ -73,8 +74,9 @@ class SparseTraining:
         verbose: Print the one-line summary of the selection.
 
     Raises:
-        ValueError: If a value is not allowed, a target matches nothing, a trainable weight is in no optimizer, or the
-            state is of another model. The model is left as it was.
+        ValueError: If a value is not allowed, a target matches nothing, a trainable weight is in no optimizer, masks
+            are searched before the criterion can have statistics, or the state is of another model. The model is left
+            as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
@@ -119,6 +121,8 @@ class SparseTraining:
             raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
         report = select_layers(model, targets, exclude, self.method.pattern)
         check_setup(model, report, self.method, self.timeline, optimizers, lr_schedulers, total_steps, watch_dense)
+        if state is None:
+            check_statistics(report, self.method)
         share, temperature = self.method.distillation, self.method.distillation_temperature
         self._distillation = Distillation(share, temperature, model, teacher, logits_from)
         self._report = sparsify_(
@@ -160,12 +164,12 @@ class SparseTraining:
         tile_budget = method.dense_budget if method.mixes_tiles else 0.0
         pattern = resolve_pattern(method.pattern)
         self.masks = MaskState(layers, pattern, criterion, track_age, method.hysteresis, tile_budget)
-        self._weights = {name: layer.weight for name, layer in self.masks.layers.items()}
         self._soft_scales = SoftScales(self.masks.layers)
         self._weight_count = weight_count(self.model.modules())
-        owners = [entry for entry in optimizers if owned_parameters(entry) & set(map(id, self._weights.values()))]
-        self._optimizers = owners or list(optimizers)
-        self._owned = {id(entry): owned_parameters(entry) for entry in self._optimizers}
+        own = {id(layer.weight) for layer in layers.values()}
+        self._optimizers = [entry for entry in optimizers if owned_parameters(entry) & own] or list(optimizers)
+        self._masters = Masters(self.model, layers, self._optimizers)
+        self._weights, self._owned = self._masters.weights, self._masters.owned
         self._lr_restart = LRRestart(optimizers, lr_schedulers) if method.restart_lr else None
         self._moments = SecondMoments() if self.timeline.earliest else None
         self._decay = MaskedDecay(method.decay, method.decay_on, self._steps(method.decay_ramp))
@@ -278,6 +282,11 @@ class SparseTraining:
         self._refresh()
         self._repack()
 
+    @property
+    def _watches(self) -> bool:
+        """Whether to search masks in a dense phase: not before there is anything to rank by."""
+        return self._watch_dense and self.masks.is_observed
+
     def _refresh(self, names: set[str] | None = None) -> None:
         counted = self.phase == "sparse" and bool(self.masks.flips)
         self.masks.refresh(self.clock, virtual=self.phase == "dense", names=names)
@@ -379,6 +388,9 @@ class SparseTraining:
 
     def _adjust_gradients(self, optimizer: Optimizer, scale: Tensor | None) -> None:
         """Item 1 of a step: gradients are unscaled (or ``scale`` says by how much they are not) and clipped."""
+        for name, (old, new) in self._masters.follow(optimizer).items():
+            self._observer.follow(name)
+            self._frozen_moments.follow(old, new)
         owned = self._owned[id(optimizer)]
         gradients = {
             name: weight.grad.detach()
@@ -434,7 +446,7 @@ class SparseTraining:
             self._apply_masks()
             if (self.clock - start) % self.method.refresh_every == 0:
                 self.masks.refresh_backward()
-        elif (self.clock - start) % self.method.refresh_every == 0 and (kind == "sparse" or self._watch_dense):
+        elif (self.clock - start) % self.method.refresh_every == 0 and (kind == "sparse" or self._watches):
             self._refresh()
         self._switch_adapters()
         self._repack()
@@ -478,7 +490,7 @@ class SparseTraining:
         if kept != self.masks.kept:
             self._soft_scales.forget()
         self.phase, self.masks.kept = kind, kept  # what a search finds, and counts flips as
-        if searched and (kind != "dense" or self._watch_dense):
+        if searched and (kind != "dense" or self._watches):
             self._refresh(searched if held else None)
         self._active = set() if kind == "dense" else self._choose_active(held, self.timeline.share_at(self.clock))
         if kind == "frozen" and self.method.frozen_in_place:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .criteria import resolve_criterion
 from .frozen_moments import require_freezable
 from .mask_state import MaskState
+from .masked_decay import AUTO_START
 from .methods.method import Method
 from .optimizer_hooks import owned_parameters
 from .schedule import Timeline
@@ -37,10 +39,16 @@ def check_setup(
         raise ValueError("model is wrapped in FSDP: masks need whole weights on every rank, so use DDP or one device.")
     _check_weights(model, report, optimizers)
     head = (timeline.starts[1:] or (0,))[0] if timeline.kinds[0] == "dense" else 0
-    if method.decay == "auto" and not (watch_dense and head >= 2 * method.refresh_every):
+    searches = 3 if _missing(report, method) else 2  # the first of which waits for statistics
+    if method.decay == "auto" and watch_dense and (total_steps or head) < searches * method.refresh_every > head:
+        warnings.warn(
+            f"decay is 'auto' but the run's {total_steps} steps are too few to adjust it: λ stays at {AUTO_START}.",
+            stacklevel=4,
+        )
+    elif method.decay == "auto" and not (watch_dense and head >= searches * method.refresh_every):
         raise ValueError(
-            "decay is 'auto' but no dense phase of two refreshes comes before the sparse one: give the schedule a "
-            f"dense head of at least {2 * method.refresh_every} steps, or a number for decay."
+            f"decay is 'auto' but no dense phase of {searches} refreshes comes before the sparse one: give the "
+            f"schedule a dense head of at least {searches * method.refresh_every} steps, or a number for decay."
         )
     for name in method.fractions if total_steps is None else ():
         raise ValueError(f"total_steps is None but {name} is a fraction: pass total_steps, or give it in steps.")
@@ -49,14 +57,32 @@ def check_setup(
     if timeline.earliest:
         require_second_moments(optimizers)
     if method.freeze_second_moments:
-        if timeline.kinds[0] != "dense":
+        if (first := method.schedule.first_kind) != "dense":
             raise ValueError(
-                f"freeze_second_moments is True but the first phase is {timeline.kinds[0]}: begin with a dense phase, "
+                f"freeze_second_moments is True but the first phase is {first}: begin with a dense phase, "
                 "in which second moments form, or set it to False."
             )
         require_freezable(optimizers)
     if method.restart_lr and not lr_schedulers:
         raise ValueError("method has restart_lr=True but lr_schedulers is empty: pass the learning-rate schedulers.")
+
+
+def check_statistics(report: SelectionReport, method: Method) -> None:
+    """Raise ``ValueError`` if masks are searched before the criterion can have gathered anything.
+
+    A dense head that is a fraction is one, even if it rounds to no step of a short run; the search then warns.
+    """
+    missing = _missing(report, method)
+    if missing and method.schedule.first_kind != "dense":
+        raise ValueError(
+            f"criterion is {resolve_criterion(method.criterion).name!r} but masks are searched before the first step, "
+            f"when it has no statistics of layer {missing[0]!r}: give the schedule a dense head of some steps (warmup, "
+            "prune_at or start), or use criterion='magnitude'."
+        )
+
+
+def _missing(report: SelectionReport, method: Method) -> list[str]:
+    return resolve_criterion(method.criterion).missing(choice.name for choice in report.sparse)
 
 
 def _check_budget(report: SelectionReport, budget: float) -> None:

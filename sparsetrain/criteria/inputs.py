@@ -16,7 +16,8 @@ class Wanda(MovingAverage):
     Of a convolution, the feature is the channel, over all positions.
 
     The squared norms of a step's inputs, over all tokens, micro-batches and data-parallel ranks, enter a moving
-    average. Inputs that training forwards saw count when their backward runs, so evaluation and recomputation do not.
+    average. An input counts when the backward of its forward runs, whatever the module's mode, so evaluation without
+    gradients and recomputation do not.
 
     Args:
         beta: The share of the past in the average, at least 0 and below 1.
@@ -51,6 +52,5 @@ class Wanda(MovingAverage):
         self._noted[layer] = torch.where(summary.isfinite().all(), summary, torch.zeros_like(summary))
 
     def scores_from(self, weight: Tensor, statistic: Tensor) -> Tensor:
-        """Return ``|W|·‖X_j‖₂``, or ``|W|`` if no input was counted."""
-        norms = statistic.sqrt().repeat(weight.shape[1] // statistic.numel())  # at every kernel position
-        return weight.abs() * torch.where(norms.any(), norms, torch.ones_like(norms))
+        """Return ``|W|·‖X_j‖₂``."""
+        return weight.abs() * statistic.sqrt().repeat(weight.shape[1] // statistic.numel())  # at every kernel position

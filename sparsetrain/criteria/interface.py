@@ -1,5 +1,6 @@
 """``Criterion``: the one interface of everything that ranks the entries of a weight."""
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -30,6 +31,17 @@ class Criterion:
             ``[O, I]``, floating point; larger is kept.
         """
         raise NotImplementedError
+
+    def missing(self, layers: Iterable[str]) -> list[str]:
+        """Return the layers whose scores need statistics that are not there, so that something else stands in.
+
+        Asked when masks are searched, and may read from the device. Masks are never searched so before the first step,
+        and later with a warning.
+
+        Args:
+            layers: Names of the layers whose masks are searched.
+        """
+        return []
 
     def observe_gradient(self, layer: str, weight: Tensor, gradient: Tensor, scale: Tensor | None) -> None:
         """Note the final gradient of a step that may still be skipped; a later note of the layer replaces it.

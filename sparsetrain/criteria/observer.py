@@ -1,6 +1,7 @@
 """``Observer``: shows a criterion the gradients and inputs of successful optimizer steps, and nothing else.
 
-Inputs pass three stations. A training forward reduces its input to a summary at once, so that no activation is kept.
+Inputs pass three stations. A forward with gradients reduces its input to a summary at once, so that no activation is
+kept; whether the layer is in training mode does not matter, because models are fine-tuned in evaluation mode as well.
 The backward of the layer's output adds the summary to ``passing``: under activation checkpointing the graph of only one
 of the two forwards is run backward, in either mode, so each input counts once, and forwards without a backward do not
 count. The weight's gradient, which comes once per backward and after that, moves ``passing`` into ``gathered``, which
@@ -46,7 +47,7 @@ class Observer:
         self.layers = dict(layers)
         self._passing: dict[str, Tensor] = {}
         self._gathered: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[str, list[RemovableHandle]] = {}  # of the forward, then of the weight if it is trained
 
     def install(self) -> None:
         """Hang on the layers if inputs are needed; before the model is compiled."""
@@ -55,15 +56,25 @@ class Observer:
         for name, layer in self.layers.items():
             summary = self.criterion.summarize_input(layer.matrix.detach()[:1, : layer.input_features])
             self._passing[name], self._gathered[name] = torch.zeros_like(summary), torch.zeros_like(summary)
-            self._handles.append(layer.register_forward_hook(_ForwardHook(self, name), with_kwargs=True))
-            if layer.weight.requires_grad:
-                handle = layer.weight.register_hook(partial(self._gather, name))  # type: ignore[no-untyped-call]
-                self._handles.append(handle)
+            self._handles[name] = [layer.register_forward_hook(_ForwardHook(self, name), with_kwargs=True)]
+            self.follow(name)
+
+    def follow(self, name: str) -> None:
+        """Hang on a layer's weight, which may be a new one."""
+        if name not in self._handles:
+            return
+        for handle in self._handles[name][1:]:
+            handle.remove()
+        del self._handles[name][1:]
+        weight = self.layers[name].weight
+        if weight.requires_grad:
+            self._handles[name].append(weight.register_hook(partial(self._gather, name)))  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Take the hooks off the layers."""
-        for handle in self._handles:
-            handle.remove()
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
         self._handles.clear()
 
     def before_step(self, gradients: Mapping[str, Tensor], scale: Tensor | None) -> None:
@@ -110,7 +121,7 @@ class Observer:
 
 
 class _ForwardHook:
-    """Reduces the input of training forwards; copied or pickled with its layer, it does nothing."""
+    """Reduces the input of forwards with gradients; copied or pickled with its layer, it does nothing."""
 
     def __init__(self, observer: Observer | None = None, name: str = "") -> None:
         self.observer = observer
@@ -122,7 +133,7 @@ class _ForwardHook:
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        if self.observer is None or not (layer.training and torch.is_grad_enabled() and output.requires_grad):
+        if self.observer is None or not (torch.is_grad_enabled() and output.requires_grad):
             return None
         observer, name = self.observer, self.name
         input = observer.layers[name].features_last(args[0] if args else kwargs["input"])

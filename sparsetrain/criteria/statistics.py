@@ -1,6 +1,6 @@
 """Criteria with a running float32 statistic per layer: noted before a step, counted once the step succeeded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,19 @@ from .interface import Criterion
 class StatisticCriterion(Criterion):
     """A criterion with one running statistic per layer, on the layer's device.
 
-    Scores are magnitudes as long as a layer has no statistic. Noted values take as much memory as the statistic, from
-    the start of an optimizer step to its end.
+    Scores are magnitudes as long as a layer has no statistic, or one of zeros alone: :meth:`missing` tells. Noted
+    values take as much memory as the statistic, from the start of an optimizer step to its end.
     """
 
     _running: dict[str, Tensor]
     _noted: dict[str, Tensor]
+    _found: set[str]  # layers with a statistic, so that nobody asks the device again
 
     def __post_init__(self) -> None:
         # no fields, so that descriptions and comparisons see the configuration alone
         object.__setattr__(self, "_running", {})
         object.__setattr__(self, "_noted", {})
+        object.__setattr__(self, "_found", set())
 
     def count_(self, running: Tensor, noted: Tensor) -> None:
         """Add a step's noted value to the running statistic, in place."""
@@ -35,9 +37,21 @@ class StatisticCriterion(Criterion):
 
     def scores(self, weight: Tensor, *, layer: str, clock: int) -> Tensor:
         """Return the scores of the running statistic, or ``|weight|`` before there is one."""
+        magnitude = weight.detach().abs()
         if layer not in self._running:
-            return weight.detach().abs()
-        return self.scores_from(weight.detach(), self._running[layer].to(weight.device))
+            return magnitude
+        statistic = self._running[layer].to(weight.device)
+        scores = self.scores_from(weight.detach(), statistic)
+        return torch.where(statistic.any(), scores, magnitude.to(scores.dtype))
+
+    def missing(self, layers: Iterable[str]) -> list[str]:
+        """Return the layers without a statistic, or with one of zeros alone."""
+        layers = list(layers)
+        new = [layer for layer in layers if layer in self._running and layer not in self._found]
+        if new:
+            flags = torch.stack([self._running[layer].any().cpu() for layer in new]).tolist()
+            self._found.update(layer for layer, flag in zip(new, flags, strict=True) if flag)
+        return [layer for layer in layers if layer not in self._found]
 
     @torch.no_grad()
     def observe_step(self) -> None:
@@ -75,6 +89,7 @@ class StatisticCriterion(Criterion):
                     "the checkpoint is damaged."
                 )
         for mine, saved in zip((self._running, self._noted), parts, strict=True):
+            self._found.clear()
             mine.clear()
             mine.update({layer: value.clone() for layer, value in saved.items()})
 

@@ -332,7 +332,7 @@ def test_a_state_of_another_kernel_is_refused() -> None:
 def test_criteria_score_convolutions(criterion: str) -> None:
     model = convnet().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    method = {"preset": "sr_ste", "criterion": criterion, "pattern": "transposable", "decay": 0.0}
+    method = {"preset": "sr_ste", "criterion": criterion, "pattern": "transposable", "decay": 0.0, "warmup": 1}
     training = st.SparseTraining(model, optimizer, method, 6, "all-conv", verbose=False)
     layer = training.masks.layers["1"]
     seen: list[Tensor] = []

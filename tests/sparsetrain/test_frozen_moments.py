@@ -10,7 +10,7 @@ from support import mlp, train, two_of_four
 from torch import Tensor, nn
 
 import sparsetrain as st
-from sparsetrain.frozen_moments import FrozenMoments, update_
+from sparsetrain.frozen_moments import Frozen, FrozenMoments, update_
 
 SWITCH, STEPS = 5, 12
 METHOD = {"preset": "step", "latest": SWITCH, "earliest": SWITCH, "decay": 0.05}
@@ -29,9 +29,13 @@ def batch(step: int, rows: int = 8) -> Tensor:
 
 
 def written_out(model: nn.Module, decoupled: bool, maximize: bool = False) -> dict[str, Tensor]:
-    """STEP in float64: dense Adam for five steps, then straight-through masks and a second moment that stands still."""
+    """STEP in float64: dense Adam for five steps, then straight-through masks and a second moment that stands still.
+
+    Where a gradient outweighs the moment, Adam goes on from it.
+    """
     values = {name: value.detach().double().clone() for name, value in model.named_parameters()}
     first, second = ({name: torch.zeros_like(value) for name, value in values.items()} for _ in range(2))
+    going = {name: torch.zeros_like(value, dtype=torch.bool) for name, value in values.items()}
     for step in range(STEPS):
         masks = {name: two_of_four(value) for name, value in values.items() if value.dim() == 2 and step >= SWITCH}
         seen = {name: (value * masks.get(name, 1)).requires_grad_() for name, value in values.items()}
@@ -55,7 +59,15 @@ def written_out(model: nn.Module, decoupled: bool, maximize: bool = False) -> di
             first[name] = beta1 * first[name] + (1 - beta1) * gradient
             if step < SWITCH:
                 second[name] = beta2 * second[name] + (1 - beta2) * gradient**2
-            scale = second[name] / (1 - beta2 ** min(step + 1, SWITCH))
+            for place in map(tuple, torch.ones_like(value).nonzero().tolist()) if step >= SWITCH else ():
+                held, square = float(second[name][place]), float(gradient[place]) ** 2
+                if not going[name][place] and (1 - beta2) * square > held:
+                    going[name][place] = True
+                    held = held / (1 - beta2**SWITCH) * (1 - beta2**step)
+                if going[name][place]:
+                    second[name][place] = beta2 * held + (1 - beta2) * square
+            corrections = torch.where(going[name], 1 - beta2 ** (step + 1), 1 - beta2 ** min(step + 1, SWITCH))
+            scale = second[name] / corrections.double()
             values[name] = value - rate * first[name] / (1 - beta1 ** (step + 1)) / (scale.sqrt() + epsilon)
     return values
 
@@ -128,7 +140,7 @@ def test_it_does_not_matter_how_a_step_is_made(step_of: Any, options: dict[str, 
 
 
 def test_adams_own_state_goes_on_but_for_second_moments_and_gradients_stay_visible() -> None:
-    kept: dict[int, Tensor] = {}
+    going: dict[int, Tensor] = {}
     seen: list[bool] = []
 
     def look(model: nn.Module, optimizer: Any, step: int) -> None:
@@ -139,13 +151,16 @@ def test_adams_own_state_goes_on_but_for_second_moments_and_gradients_stay_visib
             assert state["step"].item() == step + 1
             assert parameter.grad is not None
             if step >= SWITCH:
-                assert torch.equal(state["exp_avg_sq"], before[id(parameter)])
-                kept[id(parameter)] = state["exp_avg_sq"]
+                held, beta2 = before[id(parameter)], 0.9 if parameter.dim() == 2 else 0.7
+                outweighs = (1 - beta2) * parameter.grad.square() > held
+                going[id(parameter)] = going.get(id(parameter), torch.tensor(False)) | outweighs
+                assert torch.equal(state["exp_avg_sq"] == held, ~going[id(parameter)])
             elif step:
                 assert not torch.equal(state["exp_avg_sq"], before[id(parameter)])
 
     model, optimizer, training = run(look)
-    assert len(kept) == 4
+    assert len(going) == 4
+    assert 0 < sum(int(entries.sum()) for entries in going.values()) < 536
     optimizer.register_step_pre_hook(lambda *_: seen.append(model[0].weight.grad is not None))
     optimizer.register_step_post_hook(lambda *_: seen.append(model[0].weight.grad is not None))
     plain_step(model, optimizer, 0)
@@ -294,12 +309,16 @@ def test_a_capturable_update_is_the_same_one(decoupled: bool) -> None:
         options = {"lr": torch.tensor([0.1]) if capturable else 0.1, "betas": (0.9, 0.99), "eps": 1e-3,
                    "weight_decay": 0.2, "maximize": True, "capturable": capturable,
                    "decoupled_weight_decay": decoupled}  # fmt: skip
+        states[0]["exp_avg_sq"][:2] *= 1e-6  # where Adam will go on
+        frozen = [Frozen(0.3, torch.zeros(4, 4, dtype=torch.bool)), Frozen(0.4, torch.zeros(3, dtype=torch.bool))]
         for _ in range(3):
             for weight in weights:
                 weight.grad = torch.randn_like(weight)
-            update_(weights, states, [0.3, 0.4], options)
+            update_(weights, states, frozen, options)
         assert [state["step"].item() for state in states] == [10.0, 11.0]
-        results.append([*weights, *(state["exp_avg"] for state in states)])
+        assert frozen[0].going.any()
+        assert not frozen[0].going.all()
+        results.append([*weights, *(state[name] for state in states for name in ("exp_avg", "exp_avg_sq"))])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 

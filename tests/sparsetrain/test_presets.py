@@ -48,9 +48,9 @@ SETTINGS = {
         {"refresh_every": 2, "warmup": 4, "dense_tail": 0, "decay": "auto", "hysteresis": 0.05, "decay_ramp": 3}
     ),
     "asp_one_shot, wanda": Setting({"prune_at": 6, "criterion": "wanda"}),
-    "fst, movement": Setting({"refresh_every": 3, "dense_tail": 0, "criterion": "movement"}),
+    "fst, movement": Setting({"refresh_every": 3, "warmup": 2, "dense_tail": 0, "criterion": "movement"}),
     "fst, fisher": Setting({"refresh_every": 3, "warmup": 3, "dense_tail": 0, "criterion": "fisher"}),
-    "sr_ste, weight_gradient": Setting({"decay": 0.01, "criterion": "weight_gradient"}),
+    "sr_ste, weight_gradient": Setting({"decay": 0.01, "warmup": 1, "criterion": "weight_gradient"}),
     "iterative": Setting({"count": 2, "start": 4, "every": 4}),
     "iterative, by density": Setting({"by": "density", "start": 4, "every": 4}),
     "iterative, by density, row-wise": Setting({"by": "density", "start": 4, "every": 4, "pattern": "row_wise"}),
