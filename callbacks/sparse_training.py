@@ -14,9 +14,12 @@ from sparsetrain.sparse_weights import sparse_state_dict
 from sparsetrain.training import SparseTraining
 
 from .distilled_step import DistilledStep
+from .method_argument import register_method
 
 SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 PRUNED_WEIGHTS = "pruned_weights"
+
+register_method()
 
 
 class SparseTrainingCallback(Callback):
@@ -82,7 +85,7 @@ class SparseTrainingCallback(Callback):
 
     def __init__(
         self,
-        method: str | Method | dict[str, Any] = "fst",
+        method: Method | dict[str, Any] | str = "fst",  # jsonargparse tries the types in this order
         targets: str | list[str] = "all-linear",
         exclude: str | list[str] | tuple[str, ...] = (),
         backend: str = "auto",
