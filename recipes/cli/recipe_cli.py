@@ -77,7 +77,7 @@ class RecipeCLI(LightningCLI):
             raise ValueError(f"ckpt_path {str(path)!r} {_first_difference(error)}") from error
 
     def _parse_ckpt_path(self) -> None:
-        settings = self.config.get(self.config.get("subcommand") or "", self.config)
+        settings: Any = self.config.get(self.config.get("subcommand") or "", self.config)
         path = str(settings.get("ckpt_path") or "")
         if path and not path.startswith(SEARCHED) and "://" not in path and not Path(path, SHARDED).is_file():
             require_resumable(path)
