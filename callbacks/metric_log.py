@@ -30,7 +30,7 @@ class MetricLog:
         stepped, searched = training.clock != self._clock, training.last_refresh != self._refresh
         self._clock = training.clock
         # while gradients accumulate, every batch of a logging step is one to Lightning
-        if not (searched or (stepped and trainer._logger_connector.should_update_logs)):
+        if not stepped or not (searched or trainer._logger_connector.should_update_logs):
             return
         self._refresh = training.last_refresh
         values = {f"sparsity/{key}": value for key, value in training.metrics(self._per_layer).items()}

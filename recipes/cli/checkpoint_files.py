@@ -88,8 +88,8 @@ def _why_unreadable(error: Exception) -> str:
             f"holds an object of {found[1]}, and only plain values and tensors are read, because anything else may run "
             "code: save the weights with torch.save(model.state_dict(), path)."
         )
-    if isinstance(error, OSError):
-        return f"cannot be read ({error.strerror or error}): check the file and its permissions."
+    if isinstance(error, PermissionError):
+        return "cannot be read: check its permissions."
     return "is no checkpoint, or a damaged one: save it again, or pass another."
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from sparsetrain.suggestions import did_you_mean
 
 UNION = "Does not validate against any of the Union subtypes"
+NO_CLASS = "Expected a dot import path string"
 PREFIXES = ("class_path", "init_args", "dict_kwargs")
 """What stands beside a class in a recipe."""
 
@@ -38,7 +39,8 @@ class _Complaint:
         """How much it says: a type that was expected least, a wrong name or value inside a class most."""
         if re.match("Expected a path|Not a valid subclass|.* is not accepted by Callback", self.text):
             return 0
-        return 1 if self.text.startswith("Expected a ") else 2 + len(self.keys)
+        is_type = self.text.startswith("Expected a ") and not self.text.startswith(NO_CLASS)
+        return 1 if is_type else 2 + len(self.keys)
 
 
 def explain(message: str, options: Collection[str] = ()) -> str:
@@ -66,7 +68,7 @@ def explain(message: str, options: Collection[str] = ()) -> str:
     if match := re.match(r"No module named '(.+?)'", text):
         package, _, name = match[1].rpartition(".")
         return f"{_class_path(found)}: {text}{did_you_mean(name, _names_in(package))}."
-    if match := re.match(r"Expected a dot import path string: (\S+)$", text):
+    if match := re.match(NO_CLASS + r": (\S+)$", text):
         near = did_you_mean(match[1], _class_names())
         return f"{found.key}: {match[1]!r} is no known class{near}: pass a class path, such as package.module.Class."
     if text.startswith("Expected a "):
@@ -109,7 +111,7 @@ def _of_union(lines: Sequence[str]) -> _Complaint:
             blocks[-1].append(line)
     complaints = [_read(block) for block in blocks]
     best = max(complaints, key=lambda complaint: complaint.weight, default=_Complaint())
-    if best.weight == 1 and not best.keys and not best.text.startswith("Expected a dot "):
+    if best.weight == 1 and not best.keys:
         types = [complaint.text.removeprefix("Expected a ") for complaint in complaints if complaint.weight == 1]
         best = replace(best, text="Expected a " + " | ".join(types))
     return best if best.value or not given else replace(best, value=given[-1])
@@ -118,7 +120,8 @@ def _of_union(lines: Sequence[str]) -> _Complaint:
 def _not_accepted(word: str, found: _Complaint, options: Collection[str]) -> str:
     known = [*_arguments_of(found.owner), *PREFIXES] if found.owner else options
     head, dot, rest = word.partition(".")
-    near = did_you_mean(word, known) or did_you_mean(head, known).replace("'?", f"{dot}{rest}'?")
+    near = "" if found.owner and dot else did_you_mean(word, known)
+    near = near or did_you_mean(head, known).replace("'?", f"{dot}{rest}'?")
     by = f" by {found.owner.rpartition('.')[2]}" if found.owner else ""
     where = f"{found.key}: " if found.key else ""
     return f"{where}option {word!r} is not accepted{by}{near}."

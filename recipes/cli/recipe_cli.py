@@ -77,7 +77,7 @@ class RecipeCLI(LightningCLI):
             raise ValueError(f"ckpt_path {str(path)!r} {_first_difference(error)}") from error
 
     def _parse_ckpt_path(self) -> None:
-        settings: Any = self.config.get(self.config.get("subcommand") or "", self.config)
+        settings: Any = self.config.get(self.config.get("subcommand") or "", {})
         path = str(settings.get("ckpt_path") or "")
         if path and not path.startswith(SEARCHED) and "://" not in path and not Path(path, SHARDED).is_file():
             require_resumable(path)
@@ -95,8 +95,9 @@ class RecipeCLI(LightningCLI):
 
 def _methods(config: Any) -> Iterator[Any]:
     """Yield what a configuration gives for ``method`` of a SparseTrainingCallback."""
-    found = config.get("trainer.callbacks") if hasattr(config, "get") else None
-    for callback in found if isinstance(found, list) else [found]:
+    found: Any = config.get("trainer.callbacks") if hasattr(config, "get") else None
+    entries: list[Any] = found if isinstance(found, list) else [found]
+    for callback in entries:
         path = callback.get("class_path", "") if hasattr(callback, "get") else ""
         if str(path).rpartition(".")[2] == SparseTrainingCallback.__name__:
             method = (callback.get("init_args") or {}).get("method")

@@ -38,7 +38,7 @@ def _require_mapping(path: str) -> None:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_bytes())
+        content = yaml.compose(Path(path).read_bytes(), yaml.SafeLoader)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ValueError(f"config {path!r} cannot be read ({error.strerror}): check its permissions.") from None
     except yaml.MarkedYAMLError as error:
@@ -47,6 +47,6 @@ def _require_mapping(path: str) -> None:
         raise ValueError(f"config {path!r} is no YAML{place}: {error.problem or error.context}.") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise ValueError(f"config {path!r} is no YAML: it holds bytes that are no text.") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, yaml.MappingNode):
         found = "is empty" if content is None else "holds no keys"
         raise ValueError(f"config {path!r} {found}: it must have keys such as model, data and trainer.")
