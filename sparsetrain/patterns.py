@@ -103,5 +103,5 @@ def resolve_pattern(name: str) -> Pattern:
         2
     """
     if name not in PATTERNS:
-        raise ValueError(f"pattern is {name!r}{did_you_mean(name, PATTERNS)}: it must be one of {sorted(PATTERNS)}.")
+        raise ValueError(f"pattern is {name!r}: it must be one of {sorted(PATTERNS)}{did_you_mean(name, PATTERNS)}.")
     return PATTERNS[name]

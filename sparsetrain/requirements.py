@@ -67,7 +67,7 @@ def why_not(backend: str, machine: Machine, dtype: str, shape: tuple[int, int]) 
     """
     if backend not in PREFERENCE:
         raise ValueError(
-            f"backend is {backend!r}{did_you_mean(backend, PREFERENCE)}: it must be one of {', '.join(PREFERENCE)}."
+            f"backend is {backend!r}: it must be one of {', '.join(PREFERENCE)}{did_you_mean(backend, PREFERENCE)}."
         )
     if backend == "masked":
         return None

@@ -25,7 +25,7 @@ def resolve_backend(name: str) -> str:
     """
     if name != "auto" and name not in BACKENDS:
         known = ["auto", *sorted(BACKENDS)]
-        raise ValueError(f"backend is {name!r}{did_you_mean(name, known)}: it must be one of {known}.")
+        raise ValueError(f"backend is {name!r}: it must be one of {known}{did_you_mean(name, known)}.")
     return name
 
 

@@ -25,7 +25,7 @@ def resolve_criterion(criterion: str | Criterion) -> Criterion:
         return criterion
     if criterion not in CRITERIA:
         raise ValueError(
-            f"criterion is {criterion!r}{did_you_mean(criterion, CRITERIA)}: it must be one of {sorted(CRITERIA)} or a "
-            "Criterion instance."
+            f"criterion is {criterion!r}: it must be one of {sorted(CRITERIA)} or a Criterion instance"
+            f"{did_you_mean(criterion, CRITERIA)}."
         )
     return CRITERIA[criterion]()

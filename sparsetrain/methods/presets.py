@@ -381,7 +381,7 @@ def resolve_method(method: str | Method | Mapping[str, Any]) -> Method:
     name = arguments.pop("preset", DEFAULT_PRESET)
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(
-            f"method is {name!r}{did_you_mean(name, PRESETS)}: it must be one of the presets {_names()}, or a Method."
+            f"method is {name!r}: it must be one of the presets {_names()}, or a Method{did_you_mean(name, PRESETS)}."
         )
     preset = PRESETS[name]
     own = list(inspect.signature(preset).parameters)
@@ -445,6 +445,6 @@ def _schedule_of(schedule: Any) -> Schedule:
         if isinstance(phase, Mapping) and (unknown := set(phase) - set(known)):
             wrong = min(unknown, key=str)
             raise ValueError(
-                f"schedule: a phase has no {wrong!r}{did_you_mean(wrong, known)}; it has {', '.join(known)}."
+                f"schedule: a phase has no {wrong!r}; it has {', '.join(known)}{did_you_mean(wrong, known)}."
             )
     return Schedule(tuple(Phase(**phase) if isinstance(phase, Mapping) else phase for phase in phases))

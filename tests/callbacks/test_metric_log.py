@@ -184,3 +184,11 @@ def test_an_offline_wandb_run_has_every_search_at_its_step(tmp_path: Path, monke
     fit(tmp_path, 9, [net(MOVING)], logger=logger, log_every_n_steps=50)
     assert [row["trainer/global_step"] for row in calls] == [0, 2, 5, 8]  # one write a search
     assert all("sparsity/kept_fraction" in row for row in calls)
+
+
+def test_other_ranks_than_the_first_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(Trainer, "is_global_zero", False)
+    trainer = fit(tmp_path, 5, [net(MOVING)], logger=recorder, log_every_n_steps=1)
+    assert not recorder.values("sparsity/clock")
+    assert trainer.callback_metrics["sparsity/clock"] == 5
