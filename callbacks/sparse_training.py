@@ -14,10 +14,14 @@ from sparsetrain.sparse_weights import sparse_state_dict
 from sparsetrain.training import SparseTraining
 
 from .distilled_step import DistilledStep
+from .method_argument import register_method
+from .metric_log import MetricLog
 from .validation_check import ValidationCheck
 
 SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 PRUNED_WEIGHTS = "pruned_weights"
+
+register_method()
 
 
 class SparseTrainingCallback(Callback):
@@ -41,7 +45,8 @@ class SparseTrainingCallback(Callback):
         total_steps: Optimizer steps of the whole run; None asks the trainer.
         watch_dense: Search masks in dense phases as well, without applying them, to log how often they would flip.
         track_age: Keep and log the age of mask entries (one byte a weight).
-        per_layer_metrics: Log the metrics of every layer under ``sparsity/layer/<name>/``.
+        per_layer_metrics: Log the metrics of every layer under ``sparsity/layer/<name>/``: ``flip_rate``,
+            ``kept_fraction`` and the others of magnitudes and counts.
         print_table: Print the table of all linear and convolutional layers, with the reasons of those that stay dense.
         logits_from: With a method that distils, name of the submodule that gives the logits; "" is the module itself,
             whose ``forward`` the training step must call then. Every loss the training step returns goes through
@@ -51,14 +56,17 @@ class SparseTrainingCallback(Callback):
     Raises:
         ValueError: If the method is unknown or has a bad value.
 
-    Logged to every logger and to ``trainer.callback_metrics``, at refreshes and at the trainer's logging steps:
+    Logged to every logger and to ``trainer.callback_metrics``, at every refresh, whatever ``log_every_n_steps`` is, and
+    at the trainer's logging steps; a refresh before the first step, with that step:
 
     =====================================  =========================================================================
     ``sparsity/flip_rate``                 mask entries changed at the last refresh, a fraction; on the progress bar
     ``sparsity/virtual_flip_rate``         the same in a dense phase, of masks that are not applied
     ``sparsity/flip_rate_ratio``           the first over the second
     ``sparsity/kept_fraction``             Σ|W⊙M| / Σ|W|
-    ``sparsity/kept_fraction_at_refresh``  the same, of the weights that the last mask search saw
+    ``sparsity/kept_fraction_at_refresh``  the same, of the weights that the last mask search saw; with
+                                           ``per_layer_metrics`` under ``sparsity/layer/<name>/`` too: what each layer
+                                           lost when it was pruned
     ``sparsity/approximation_error``       mean |W - W⊙M|
     ``sparsity/kept_magnitude_mean``       mean |w| of kept entries
     ``sparsity/pruned_magnitude_mean``     mean |w| of pruned entries
@@ -83,7 +91,7 @@ class SparseTrainingCallback(Callback):
 
     def __init__(
         self,
-        method: str | Method | dict[str, Any] = "fst",
+        method: Method | dict[str, Any] | str = "fst",  # jsonargparse tries the types in this order
         targets: str | list[str] = "all-linear",
         exclude: str | list[str] | tuple[str, ...] = (),
         backend: str = "auto",
@@ -114,7 +122,7 @@ class SparseTrainingCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._final: dict[str, Any] | None = None
         self._final_optimizers: list[dict[str, Any]] = []
-        self._logged_clock = -1
+        self._metric_log: MetricLog | None = None
         self._guard: Any = None
         self._step: DistilledStep | None = None
         self._check = ValidationCheck()
@@ -138,7 +146,7 @@ class SparseTrainingCallback(Callback):
             self.training.finish(zeros=False)
         self.training = self._loaded = self._final = None
         self._final_optimizers = []
-        self._logged_clock = -1
+        self._metric_log = None
         self._release_guard()
         self._release_step()
         # a checkpoint of another model must be refused before any of its weights is copied
@@ -168,6 +176,7 @@ class SparseTrainingCallback(Callback):
             state=self._loaded,
             verbose=False,
         )
+        self._metric_log = MetricLog(self.training, self.per_layer_metrics, resumed=self._loaded is not None)
         self._restore_pruned()
         if self.method.distillation and pl_module.automatic_optimization:
             self._step = DistilledStep(pl_module, self.training.distilled)
@@ -182,17 +191,8 @@ class SparseTrainingCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what the last optimizer step changed."""
-        training = self.training
-        if training is None or training.clock == self._logged_clock:
-            return
-        if not (training.refreshed or trainer._logger_connector.should_update_logs):
-            return
-        self._logged_clock = training.clock
-        metrics = training.metrics(self.per_layer_metrics)
-        flip_rate = metrics.pop("flip_rate", None)
-        pl_module.log_dict({f"sparsity/{key}": value for key, value in metrics.items()}, on_step=True, on_epoch=False)
-        if flip_rate is not None:
-            pl_module.log("sparsity/flip_rate", flip_rate, on_step=True, on_epoch=False, prog_bar=True)
+        if self._metric_log is not None:
+            self._metric_log.after_batch(trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

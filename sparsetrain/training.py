@@ -206,21 +206,27 @@ class SparseTraining:
         """Whether the last step ended with a mask search."""
         return self._last_refresh == self.clock
 
+    @property
+    def last_refresh(self) -> int:
+        """The clock at the last mask search, in optimizer steps; -1 before the first."""
+        return self._last_refresh
+
     def metrics(self, per_layer: bool = False) -> dict[str, float]:
         """Measure the masks and what they keep.
 
         Args:
-            per_layer: Add ``layer/<name>/flip_rate`` and ``layer/<name>/<field of PruneMetrics>``.
+            per_layer: Add ``layer/<name>/flip_rate``, ``layer/<name>/kept_fraction_at_refresh`` and
+                ``layer/<name>/<field of PruneMetrics>``.
 
         Returns:
             Always: ``clock`` (steps), ``sparse_layers`` (whose mask is in force), ``sparse_flops_share`` (of the
             layers' GEMMs, if all have as many tokens), ``violations`` (must be 0), ``refresh_ms`` and ``repack_ms``
             (host time of the last search, and of packing after the last step), ``operand_bytes`` (packed weights on
             the device); ``decay`` (λ) and ``distillation`` (T²·KL on the last batch, nats) if there is one. Once a mask
-            exists: the fields of :class:`PruneMetrics`; ``kept_fraction_at_refresh``, of the masters the last search
-            saw, as frozen masks zero what they prune; ``flip_rate`` and ``virtual_flip_rate``, the fraction of entries
-            that changed at the last refresh of a sparse or dense phase; ``flip_rate_ratio``, the first over the
-            second; ``age_mean`` (refreshes).
+            exists: the fields of :class:`PruneMetrics`; ``kept_fraction_at_refresh``, of every layer's master as the
+            last search of its mask saw it, as frozen masks zero what they prune; ``flip_rate`` and
+            ``virtual_flip_rate``, the fraction of entries that changed at the last refresh of a sparse or dense phase;
+            ``flip_rate_ratio``, the first over the second; ``age_mean`` (refreshes).
         """
         if self._final is not None:
             return {key: value for key, value in self._final[0].items() if per_layer or not key.startswith("layer/")}
