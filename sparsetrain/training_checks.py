@@ -13,6 +13,7 @@ from .frozen_moments import require_freezable
 from .mask_state import MaskState
 from .methods.method import Method
 from .optimizer_hooks import owned_parameters
+from .running import run_of
 from .schedule import Timeline
 from .second_moments import require_second_moments
 from .selection import SelectionReport
@@ -21,8 +22,9 @@ STATE_VERSION = 4
 
 STATE_KEYS = frozenset(
     {"version", "clock", "method", "stepped", "last_refresh", "lr_restart", "active", "starts", "moments", "adapters",
-     "decay", "distillation", "frozen_moments", "soft_scales", "pattern", "exists", "kept", "dense", "codes", "shapes",
-     "backward_codes", "flips", "virtual_flips", "sums_at_refresh", "ages", "criterion", "transposed"}
+     "total_steps", "decay", "distillation", "frozen_moments", "soft_scales", "pattern", "exists", "kept", "dense",
+     "codes", "shapes", "backward_codes", "flips", "virtual_flips", "sums_at_refresh", "ages", "criterion",
+     "transposed"}
 )  # fmt: skip
 
 
@@ -35,9 +37,14 @@ def check_setup(
         raise ValueError("optimizer is an empty list: pass the optimizer that owns the model's weights.")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError("model is wrapped in FSDP: masks need whole weights on every rank, so use DDP or one device.")
+    for choice in report.dense:
+        if choice.reason.startswith("already sparse") and (run := run_of(model.get_submodule(choice.name))):
+            raise ValueError(
+                f"layer {choice.name!r} is trained by another SparseTraining, at step {run.clock}: call its finish() "
+                "first, with zeros=False to go on from the dense weights, or exclude the layer."
+            )
     _check_weights(model, report, optimizers)
-    head = (timeline.starts[1:] or (0,))[0] if timeline.kinds[0] == "dense" else 0
-    if method.decay == "auto" and not (watch_dense and head >= 2 * method.refresh_every):
+    if method.decay == "auto" and not (watch_dense and (timeline.head or 0) >= 2 * method.refresh_every):
         raise ValueError(
             "decay is 'auto' but no dense phase of two refreshes comes before the sparse one: give the schedule a "
             f"dense head of at least {2 * method.refresh_every} steps, or a number for decay."
@@ -49,9 +56,9 @@ def check_setup(
     if timeline.earliest:
         require_second_moments(optimizers)
     if method.freeze_second_moments:
-        if timeline.kinds[0] != "dense":
+        if (first := timeline.at(0)[0]) != "dense":
             raise ValueError(
-                f"freeze_second_moments is True but the first phase is {timeline.kinds[0]}: begin with a dense phase, "
+                f"freeze_second_moments is True but the first phase is {first}: begin with a dense phase, "
                 "in which second moments form, or set it to False."
             )
         require_freezable(optimizers)
@@ -96,8 +103,7 @@ def check_state(
         raise ValueError(
             f"state has clock {state['clock']!r}: it must be an int of at least 0; the checkpoint is damaged."
         )
-    timeline = replace(timeline, starts=tuple(state["starts"])) if state["moments"] else timeline
-    if state["kept"] != (kept := timeline.kept_at(state["clock"])):
+    if state["kept"] != (kept := saved_timeline(state, method, timeline).kept_at(state["clock"])):
         raise ValueError(
             f"state has masks that keep {state['kept']!r} of four but the schedule says {kept} at step "
             f"{state['clock']}: resume with the same schedule."
@@ -107,7 +113,25 @@ def check_state(
         raise ValueError(f"state has active layer {unknown[0]!r} that the model has not: resume with the same model.")
     for what, saved, here in (
         ("method", state["method"], method.describe()),
-        ("total_steps", state.get("total_steps"), total_steps),
+        ("total_steps", state["total_steps"], total_steps),
     ):
         if saved != here:
             warnings.warn(f"resuming with another {what}: {here} instead of {saved}.", stacklevel=5)
+
+
+def saved_timeline(state: Mapping[str, Any], method: Method, timeline: Timeline) -> Timeline:
+    """Return the timeline that a state was saved with; the one here if that is of another schedule.
+
+    Raises:
+        ValueError: If the state's phases are damaged.
+    """
+    if state["method"]["schedule"] != method.describe()["schedule"]:
+        return timeline
+    starts = state["starts"]
+    whole = isinstance(starts, list | tuple) and all(type(start) is int for start in starts)
+    if not whole or len(starts) != len(timeline.starts) or starts[0] != 0 or sorted(starts) != list(starts):
+        raise ValueError(
+            f"state has starts {starts!r}: they must be {len(timeline.starts)} steps that increase from 0, one for "
+            "every phase of the schedule; the checkpoint is damaged."
+        )
+    return replace(timeline, starts=tuple(starts))
