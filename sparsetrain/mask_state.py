@@ -163,6 +163,14 @@ class MaskState:
         }
         return dense_layers(scores, self.codes, budget)
 
+    def least_costly_layers(self, held: Collection[str], share: float) -> set[str]:
+        """Return a share of the maskable layers: those that are held, then those that lose the least magnitude."""
+        count = max(len(held), round(share * len(self.maskable)), 1)
+        if count == len(self.maskable):
+            return set(self.maskable)
+        fractions = self.kept_fractions()
+        return set(sorted(fractions, key=lambda name: (name not in held, -fractions[name]))[:count])
+
     def _scores(self, name: str, layer: MaskedLayer, clock: int, bonus: float) -> Tensor:
         scores = self.criterion.scores(layer.matrix, layer=name, clock=clock)
         if not bonus:

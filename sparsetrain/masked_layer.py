@@ -24,8 +24,8 @@ AUTO_DEVICES = ("cuda",)
 
 
 STATE = (
-    "mask_codes", "draws", "backward_codes", "adapter", "soft_scale", "phase", "is_two_of_four", "gradient",
-    "execution", "operands",
+    "mask_codes", "draws", "backward_codes", "adapter", "soft_scale", "phase", "scheduled", "is_two_of_four",
+    "gradient", "execution", "operands",
 )  # fmt: skip
 """What a masked layer has beside its dense class."""
 
@@ -54,6 +54,7 @@ class MaskedLayer(nn.Module):
     adapter: tuple[Tensor, Tensor] | None  # down [r, K] and up [O, r]
     soft_scale: Tensor | None  # β of the soft threshold; None for a hard mask
     phase: PhaseKind
+    scheduled: bool  # a run made it sparse, whose schedule says in which phase it is
     is_two_of_four: bool  # False if the mask keeps more somewhere, which no sparse product can use
     gradient: GradientRule
     execution: Execution
@@ -201,6 +202,7 @@ class MaskedLayer(nn.Module):
         device = self.weight.device
         self.mask_codes = torch.full((rows // 4, columns // 4), KEEP_ALL, dtype=torch.int16, device=device)
         self.phase = phase
+        self.scheduled = False
         self.is_two_of_four = True
         self.gradient = resolve_gradient_rule("ste")
         self.execution = execution

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from .heads import output_heads
 from .layer_classes import LAYERS, Candidate, base_class, why_subclass
 from .masked_layer import MaskedLayer
+from .running import run_of
 from .selection_report import LayerChoice as LayerChoice
 from .selection_report import SelectionReport as SelectionReport
 from .surroundings import Surroundings
@@ -125,7 +126,9 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
 def _why_not(name: str, layer: Candidate, owners: dict[int, list[str]], readers: dict[int, str]) -> str:
     if isinstance(layer, MaskedLayer):
-        return "already sparse (call finish() or export_dense_() first)"
+        if run_of(layer) is not None:
+            return "already sparse: another SparseTraining trains it, so call its finish() first"
+        return "already sparse: call finish() of the run that made it, or export_dense_(model, zeros=False), first"
     if id(layer) in readers:
         return f"{readers[id(layer)]} reads its weight itself"
     if reason := why_subclass(layer):

@@ -107,7 +107,7 @@ def _report(output: Path, config: str, checkpoint: str | None, callback: Any, hi
     training = callback.training
     metrics = training.metrics()
     kept, violations = metrics.get("kept_fraction_at_refresh", 1.0), int(metrics["violations"])
-    facts = f"{training.report.summary()} || kept fraction: {kept:.3f} || violations: {violations}"
+    facts = f"{training.report.summary()} || kept fraction: {kept:.3f} || violations: {violations} || {training.ending}"
     console = Console()
     console.print(table)
     console.print(facts, highlight=False)
