@@ -11,6 +11,7 @@ from sparsetrain.carried_state import CarriedState, load_apart, take_carried
 from sparsetrain.checkpoint import pruned_values, restore_pruned_, weight_key
 from sparsetrain.extras import require
 from sparsetrain.methods import Method, resolve_method
+from sparsetrain.running import take_over
 from sparsetrain.sparse_weights import evaluated_in_state_dicts
 from sparsetrain.training import SparseTraining
 from sparsetrain.wrappers import plain_optimizer
@@ -29,11 +30,12 @@ class HuggingFaceSparseTraining(TrainerCallback):
     """Train with 2:4 sparsity: add it to a ``transformers.Trainer``, change nothing else.
 
     The twin of :class:`SparseTrainingCallback`, with the same arguments, phases and metrics. The run's length comes
-    from the trainer. After ``train()`` the layers are plain ones again, with zeros if the run ends sparse. While it
-    trains, everything that is saved from ``model.state_dict()`` is the sparse model: checkpoints,
-    ``trainer.save_model()``, ``model.save_pretrained()``. What resuming bit for bit needs besides is in a checkpoint's
-    ``optimizer.pt``, so ``train(resume_from_checkpoint=...)`` finds it in any folder; with ``save_only_model=True``
-    there is none. With ``load_best_model_at_end`` the model ends as the best checkpoint has it.
+    from the trainer and follows it. After ``train()`` the layers are plain ones again, with zeros if the run ends
+    sparse, and one line, ``callback.training.ending``, says what the model is. While it trains, everything that is
+    saved from ``model.state_dict()`` is the sparse model: checkpoints, ``trainer.save_model()``,
+    ``model.save_pretrained()``. What resuming bit for bit needs besides is in a checkpoint's ``optimizer.pt``, so
+    ``train(resume_from_checkpoint=...)`` finds it in any folder; with ``save_only_model=True`` there is none. With
+    ``load_best_model_at_end`` the model ends as the best checkpoint has it.
 
     Metrics are added to what the trainer logs at its logging steps and at every refresh, and so to
     ``trainer.state.log_history``. The trainer's own loggers come before callbacks that it is given; :meth:`attach` puts
@@ -50,7 +52,7 @@ class HuggingFaceSparseTraining(TrainerCallback):
         deterministic: With ``"auto"``, choose one verified algorithm a layer by name instead of by time.
         keep_transposed: Keep Wᵀ packed between steps; False packs it in every backward and saves 9/16 of a 16-bit
             weight.
-        total_steps: Optimizer steps of the whole run; None asks the trainer.
+        total_steps: Optimizer steps of the whole run, as ``training.clock`` counts them; None asks the trainer.
         watch_dense: Search masks in dense phases as well, without applying them, to log how often they would flip.
         track_age: Keep and log the age of mask entries (one byte a weight).
         per_layer_metrics: Log the metrics of every layer under ``sparsity/layer/<name>/``.
@@ -64,7 +66,7 @@ class HuggingFaceSparseTraining(TrainerCallback):
         ImportError: On import, if transformers is not installed.
 
     Example:
-        >>> callback = HuggingFaceSparseTraining("fst", targets="mlp")
+        >>> callback = HuggingFaceSparseTraining(targets="mlp")
         >>> # Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
     """
 
@@ -134,13 +136,15 @@ class HuggingFaceSparseTraining(TrainerCallback):
             )
         if self.training is not None:  # an earlier run may have been interrupted
             self.training.finish(zeros=False)
+        for clock in take_over(model):
+            log.info("layers of a run that was interrupted at step %d go on from their dense weights.", clock)
         self._hooks.close()
         self._logged_clock = -1
         self.training = SparseTraining(
             model,
             optimizer,
             self.method,
-            self._length(state, carried is not None),
+            self._length(state, carried),
             self.targets,
             self.exclude,
             backend=self.backend,
@@ -194,7 +198,11 @@ class HuggingFaceSparseTraining(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:  # fmt: skip
-        """Have the trainer log after a refresh."""
+        """Follow the trainer's end, which skipped steps bring nearer, and have the trainer log after a refresh."""
+        if self.training is not None and self.total_steps is None and self.method.needs_total:
+            total_steps = self.training.clock + max(0, state.max_steps - state.global_step)
+            if self.training.clock and total_steps != self.training.total_steps:
+                self.training.retime(total_steps)
         if self.training is not None and self.training.refreshed and self.training.clock != self._logged_clock:
             control.should_log = control.should_log or args.logging_strategy != "no"
         return control
@@ -223,6 +231,10 @@ class HuggingFaceSparseTraining(TrainerCallback):
         is_best = self._weights_loaded and args.load_best_model_at_end
         was_sparse = self.training.phase != "dense"
         self.training.finish(zeros=not is_best)
+        if state.is_world_process_zero and self.training.ending is not None:
+            log.info(str(self.training.ending))
+            if not (self.training.ending.as_planned or is_best):
+                warnings.warn(str(self.training.ending), stacklevel=2)
         if is_best and was_sparse and (dense := self._dense_layers(kwargs["model"])):
             warnings.warn(
                 f"the best model, {state.best_model_checkpoint}, has {len(dense)} dense layers, such as {dense[0]!r}, "
@@ -230,16 +242,17 @@ class HuggingFaceSparseTraining(TrainerCallback):
                 stacklevel=2,
             )
 
-    def _length(self, state: TrainerState, resumes: bool) -> int | None:
+    def _length(self, state: TrainerState, carried: dict[str, Any] | None) -> int | None:
         """Return the run's length; a run that resumes without a state has what is left of it."""
-        done = 0 if resumes else state.global_step
-        if done:
+        left = state.max_steps - state.global_step
+        if carried is None and state.global_step:
             warnings.warn(
-                f"checkpoint has no state of sparse training, so its schedule starts now, at step {done} of the "
-                f"trainer, and covers the {state.max_steps - done} steps that are left.",
+                f"checkpoint has no state of sparse training, so its schedule starts now, at step {state.global_step} "
+                f"of the trainer, and covers the {left} steps that are left.",
                 stacklevel=3,
             )
-        return self.total_steps or (state.max_steps - done if self.method.needs_total else None)
+        clock = 0 if carried is None else carried.get("clock")  # which steps that were skipped are not in
+        return self.total_steps or (left + clock if self.method.needs_total and isinstance(clock, int) else None)
 
     def _state(self) -> dict[str, Any]:
         assert self.training is not None

@@ -10,25 +10,35 @@ from torch import nn
 
 from sparsetrain.checkpoint import CHECKPOINT_KEY, pruned_values, require_same_weights, restore_pruned_
 from sparsetrain.methods import Method, resolve_method
+from sparsetrain.running import take_over
+from sparsetrain.schedule import UNKNOWN_LENGTH
 from sparsetrain.sparse_weights import sparse_state_dict
 from sparsetrain.training import SparseTraining
 
 from .distilled_step import DistilledStep
+from .method_argument import register_method
+from .metric_log import MetricLog
+from .run_length import Position, RunLength
+from .validation_check import ValidationCheck
 
 SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 PRUNED_WEIGHTS = "pruned_weights"
+RUN_LENGTH = "run_length"
+
+register_method()
 
 
 class SparseTrainingCallback(Callback):
     """Train with 2:4 sparsity: add it to a ``Trainer``, change nothing else.
 
-    The run's length comes from the trainer. When the fit ends, the layers are plain ones again, with zeros if
-    the run ends sparse. Checkpoints hold the sparse model (``load_from_checkpoint`` needs no callback) and, under
-    ``checkpoint["sparsetrain"]``, what resuming bit for bit needs; with ``save_weights_only=True`` they hold the dense
-    masters instead.
+    The run's length comes from the trainer and follows it. When the fit ends, the layers are plain ones again, with
+    zeros if the run ends sparse, and one line, ``callback.training.ending``, says what the model is. Checkpoints hold
+    the sparse model (``load_from_checkpoint`` needs no callback) and, under ``checkpoint["sparsetrain"]``, what
+    resuming bit for bit needs; with ``save_weights_only=True`` they hold the dense masters instead.
 
     Args:
-        method: A preset's name, a ``Method``, or a mapping: ``preset`` with its arguments, or the fields of ``Method``.
+        method: A preset's name, a ``Method``, or a mapping: ``preset`` with its arguments, or the fields of ``Method`` with
+            a ``schedule``; without either, it changes ``recommended``. A command line changes single values of it.
         targets: Which layers become sparse: ``"all-linear"``, ``"all-conv"``, ``"mlp"``, names of layers or submodules,
             globs or regular expressions, as in :func:`sparsetrain.select_layers`.
         exclude: Which do not.
@@ -37,10 +47,12 @@ class SparseTrainingCallback(Callback):
         deterministic: With ``"auto"``, choose one verified algorithm a layer by name instead of by time.
         keep_transposed: Keep Wᵀ packed between steps; False packs it in every backward and saves 9/16 of a 16-bit
             weight.
-        total_steps: Optimizer steps of the whole run; None asks the trainer.
+        total_steps: Optimizer steps of the whole run, as ``training.clock`` counts them; None asks the trainer: what
+            this fit will take, with manual optimization by the steps that batches have taken so far.
         watch_dense: Search masks in dense phases as well, without applying them, to log how often they would flip.
         track_age: Keep and log the age of mask entries (one byte a weight).
-        per_layer_metrics: Log the metrics of every layer under ``sparsity/layer/<name>/``.
+        per_layer_metrics: Log the metrics of every layer under ``sparsity/layer/<name>/``: ``flip_rate``,
+            ``kept_fraction`` and the others of magnitudes and counts.
         print_table: Print the table of all linear and convolutional layers, with the reasons of those that stay dense.
         logits_from: With a method that distils, name of the submodule that gives the logits; "" is the module itself,
             whose ``forward`` the training step must call then. Every loss the training step returns goes through
@@ -50,14 +62,17 @@ class SparseTrainingCallback(Callback):
     Raises:
         ValueError: If the method is unknown or has a bad value.
 
-    Logged to every logger and to ``trainer.callback_metrics``, at refreshes and at the trainer's logging steps:
+    Logged to every logger and to ``trainer.callback_metrics``, at every refresh, whatever ``log_every_n_steps`` is, and
+    at the trainer's logging steps; a refresh before the first step, with that step:
 
     =====================================  =========================================================================
     ``sparsity/flip_rate``                 mask entries changed at the last refresh, a fraction; on the progress bar
     ``sparsity/virtual_flip_rate``         the same in a dense phase, of masks that are not applied
     ``sparsity/flip_rate_ratio``           the first over the second
     ``sparsity/kept_fraction``             Σ|W⊙M| / Σ|W|
-    ``sparsity/kept_fraction_at_refresh``  the same, of the weights that the last mask search saw
+    ``sparsity/kept_fraction_at_refresh``  the same, of the weights that the last mask search saw; with
+                                           ``per_layer_metrics`` under ``sparsity/layer/<name>/`` too: what each layer
+                                           lost when it was pruned
     ``sparsity/approximation_error``       mean |W - W⊙M|
     ``sparsity/kept_magnitude_mean``       mean |w| of kept entries
     ``sparsity/pruned_magnitude_mean``     mean |w| of pruned entries
@@ -76,13 +91,13 @@ class SparseTrainingCallback(Callback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> callback = SparseTrainingCallback(method="fst", targets="mlp")
+        >>> callback = SparseTrainingCallback(targets="mlp")
         >>> trainer = Trainer(max_steps=100, callbacks=[callback], logger=False, enable_progress_bar=False)
     """
 
     def __init__(
         self,
-        method: str | Method | dict[str, Any] = "fst",
+        method: Method | dict[str, Any] | str = "recommended",  # jsonargparse tries the types in this order
         targets: str | list[str] = "all-linear",
         exclude: str | list[str] | tuple[str, ...] = (),
         backend: str = "auto",
@@ -111,11 +126,14 @@ class SparseTrainingCallback(Callback):
         self.teacher = teacher
         self.training: SparseTraining | None = None
         self._loaded: dict[str, Any] | None = None
+        self._position: Position | None = None  # in the checkpoint that the fit begins from
+        self._length: RunLength | None = None
         self._final: dict[str, Any] | None = None
         self._final_optimizers: list[dict[str, Any]] = []
-        self._logged_clock = -1
+        self._metric_log: MetricLog | None = None
         self._guard: Any = None
         self._step: DistilledStep | None = None
+        self._check = ValidationCheck()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything is built."""
@@ -132,11 +150,13 @@ class SparseTrainingCallback(Callback):
                 f"strategy is {strategy}: SparseTrainingCallback needs whole weights on every rank, "
                 "so use 'ddp' or one device."
             )
-        if self.training is not None:  # an earlier fit was interrupted
+        if self.training is not None:  # an earlier fit, of another module, was interrupted
             self.training.finish(zeros=False)
-        self.training = self._loaded = self._final = None
+        for clock in take_over(pl_module):
+            rank_zero_info(f"layers of a run that was interrupted at step {clock} go on from their dense weights.")
+        self.training = self._loaded = self._final = self._position = self._length = None
         self._final_optimizers = []
-        self._logged_clock = -1
+        self._metric_log = None
         self._release_guard()
         self._release_step()
         # a checkpoint of another model must be refused before any of its weights is copied
@@ -146,12 +166,21 @@ class SparseTrainingCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the layers sparse and start, or go on from the checkpoint that was loaded."""
         self._release_guard()
+        self._check = ValidationCheck()
+        length = RunLength(trainer, self._position or Position.of(trainer))
+        if length.nothing_left and self._loaded is None:
+            rank_zero_warn(
+                f"trainer has max_steps={trainer.max_steps} and max_epochs={trainer.max_epochs} and is there already: "
+                "this fit trains no step, so the model stays as it is."
+            )
+            return
+        total_steps = self._total_steps(length)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self.training = SparseTraining(
             pl_module,
             trainer.optimizers,
             self.method,
-            self.total_steps or _estimated_steps(trainer, self.method),
+            total_steps,
             self.targets,
             self.exclude,
             backend=self.backend,
@@ -165,6 +194,9 @@ class SparseTrainingCallback(Callback):
             state=self._loaded,
             verbose=False,
         )
+        self._metric_log = MetricLog(self.training, self.per_layer_metrics, resumed=self._loaded is not None)
+        if self._length is not None and self._length.is_measured and self._loaded is None:
+            self.training.retime(None)  # until a batch has shown how many steps it takes
         self._restore_pruned()
         if self.method.distillation and pl_module.automatic_optimization:
             self._step = DistilledStep(pl_module, self.training.distilled)
@@ -175,35 +207,48 @@ class SparseTrainingCallback(Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams({"sparsity": description})
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Follow the trainer's end; a checkpoint may have been saved before the end of the last batch was seen here."""
+        self._follow(running=True)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what the last optimizer step changed."""
-        training = self.training
-        if training is None or training.clock == self._logged_clock:
-            return
-        if not (training.refreshed or trainer._logger_connector.should_update_logs):
-            return
-        self._logged_clock = training.clock
-        metrics = training.metrics(self.per_layer_metrics)
-        flip_rate = metrics.pop("flip_rate", None)
-        pl_module.log_dict({f"sparsity/{key}": value for key, value in metrics.items()}, on_step=True, on_epoch=False)
-        if flip_rate is not None:
-            pl_module.log("sparsity/flip_rate", flip_rate, on_step=True, on_epoch=False, prog_bar=True)
+        """Follow the trainer's end, and log what the last optimizer step changed."""
+        self._follow(running=False)
+        if self._metric_log is not None:
+            self._metric_log.after_batch(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Have the first batch that masks are in force for compared with plain masked weights."""
+        self._check.begin(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Leave the module with its own forwards."""
+        self._check.end()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give plain layers back; keep what a checkpoint saved from now on needs for resuming."""
+        """Give plain layers back, say what the model is, keep what a checkpoint saved from now on needs to resume."""
         self._release_step()
         if self.training is not None:
             self._final = self._state(pl_module.state_dict())
             if self.training.adapters():  # which leave the optimizers now, but belong to what a later fit goes on from
                 self._final_optimizers = [trainer.strategy.optimizer_state(entry) for entry in trainer.optimizers]
             self.training.finish()
+            assert self.training.ending is not None
+            say = rank_zero_info if self.training.ending.as_planned else rank_zero_warn
+            say(str(self.training.ending))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no guard behind; the layers stay as they are until the next fit, so that a checkpoint can be saved."""
         self._release_guard()
         self._release_step()
+        self._check.end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module with its own training step."""
@@ -228,6 +273,7 @@ class SparseTrainingCallback(Callback):
             self._final = None  # the weights are the checkpoint's now, not those of the last fit
             return
         self._loaded = checkpoint.get(CHECKPOINT_KEY)
+        self._position = Position.in_checkpoint(checkpoint)
         if self._loaded is None:
             rank_zero_warn(
                 f"checkpoint has no {CHECKPOINT_KEY!r} state, so sparse training starts at step 0 of its schedule."
@@ -239,7 +285,31 @@ class SparseTrainingCallback(Callback):
     def _state(self, masters: Mapping[str, Any]) -> dict[str, Any]:
         assert self.training is not None
         pruned = pruned_values(masters, self.training.masks.layers, self.method.adapter_merge)
-        return {**self.training.state_dict(), PRUNED_WEIGHTS: {name: values.cpu() for name, values in pruned.items()}}
+        return {
+            **self.training.state_dict(),
+            PRUNED_WEIGHTS: {name: values.cpu() for name, values in pruned.items()},
+            RUN_LENGTH: None if self._length is None else self._length.state_dict(),
+        }
+
+    def _total_steps(self, length: RunLength) -> int | None:
+        """Return the steps of the whole run, and keep the object that follows them where they are the trainer's."""
+        if self.total_steps is not None or not self.method.needs_total:
+            return self.total_steps
+        self._length = length
+        saved = None if self._loaded is None else self._loaded.get("total_steps")
+        if self._loaded is None or not isinstance(saved, int):
+            return length.at_start() or UNKNOWN_LENGTH
+        if not length.load_state_dict(self._loaded.get(RUN_LENGTH) or {}):
+            rank_zero_warn("resuming with another end of the trainer: phases that have not begun follow it.")
+        return saved
+
+    def _follow(self, running: bool) -> None:
+        if self._length is not None and self.training is not None:
+            total_steps = self._length.at_batch(self.training.clock, running)
+            if total_steps:
+                if not self.training.clock:
+                    self.method.schedule.resolve(total_steps)  # an error if the phases do not fit
+                self.training.retime(total_steps)
 
     def _release_guard(self) -> None:
         if self._guard is not None:
@@ -257,21 +327,9 @@ class SparseTrainingCallback(Callback):
         self._loaded = None
 
 
-def _estimated_steps(trainer: Trainer, method: Method) -> int | None:
-    if not method.needs_total:
-        return None
-    steps = trainer.estimated_stepping_batches
-    if steps == float("inf") or steps < 1:
-        raise MisconfigurationException(
-            f"trainer has max_steps={trainer.max_steps} and max_epochs={trainer.max_epochs}, so the run has no length, "
-            "but the method has fractions of it: set max_steps, or SparseTrainingCallback(total_steps=...)."
-        )
-    return int(steps)
-
-
-def _refuse_foreign_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    strict = bool(rest[1])  # rest is local_metadata, strict, missing keys, unexpected keys, errors
-    require_same_weights(module, state_dict, strict and not _may_rename_keys(module))
+def _refuse_foreign_weights(module: LightningModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    # the hook's own argument is True whatever load_state_dict was given, which is strict_loading
+    require_same_weights(module, state_dict, module.strict_loading and not _may_rename_keys(module))
 
 
 def _may_rename_keys(module: nn.Module) -> bool:

@@ -24,6 +24,7 @@ _EXPORTS = {
     "sparsify": ("export_dense_", "sparsify_"),
     "tiles": ("count_flips", "decode_tiles", "encode_tiles", "transpose_tiles"),
     "training": ("SparseTraining",),
+    "verification": ("VerificationReport", "verify"),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 _SUBMODULES = ("callbacks", "methods")
@@ -72,6 +73,8 @@ if TYPE_CHECKING:
     from .tiles import encode_tiles as encode_tiles
     from .tiles import transpose_tiles as transpose_tiles
     from .training import SparseTraining as SparseTraining
+    from .verification import VerificationReport as VerificationReport
+    from .verification import verify as verify
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .autocast import as_autocast
 from .gradient_rules import GradientRule
@@ -12,6 +13,7 @@ from .kernels.tile_codes.reference import unpack_codes
 from .linear import multiply
 from .masked_layer import MaskedLayer
 from .matrices import weight_of
+from .transforms import as_constants, as_leaf, is_transformed, transformed_weight, with_gradient_of_input
 
 
 class MaskWeight(torch.autograd.Function):
@@ -91,6 +93,8 @@ class SparseConvolution(MaskedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``[batch, I, *space]``, or one image ``[I, *space]``."""
+        if isinstance(input, Proxy):
+            return as_leaf(self, input)
         if self.phase == "dense":
             return cast(Tensor, super().forward(input))
         if is_pointwise(self) and (self.backend != "masked" or self.draws is not None):
@@ -117,6 +121,10 @@ class SparseConvolution(MaskedLayer):
         if self.backward_codes is None:
             return cast(Tensor, self._conv_forward(input, weight, self.bias))  # type: ignore[operator]
         backward_weight = self._masked(master.detach(), self.mask_codes & self.backward_codes)
+        if is_transformed():
+            output = cast(Tensor, self._conv_forward(input.detach(), weight, self.bias))  # type: ignore[operator]
+            other = cast(Tensor, self._conv_forward(input, backward_weight, None))  # type: ignore[operator]
+            return with_gradient_of_input(output, other)
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         one = input.dim() == len(self.stride) + 1  # image without a batch
         padded = F.pad(input[None] if one else input, self._reversed_padding_repeated_twice, mode=mode)
@@ -126,9 +134,12 @@ class SparseConvolution(MaskedLayer):
         return output[0] if one else output
 
     def _masked(self, master: Tensor, codes: Tensor) -> Tensor:
-        weight = cast(Tensor, MaskWeight.apply(master, codes, self.gradient))  # type: ignore[no-untyped-call]
+        if is_transformed():
+            weight = transformed_weight(master, codes, self.gradient)
+        else:
+            weight = cast(Tensor, MaskWeight.apply(master, codes, self.gradient))  # type: ignore[no-untyped-call]
         if self.adapter is not None:
-            down, up = self.adapter
+            down, up = as_constants(self.adapter)
             weight = weight + self.as_weight(up @ down)
         # the output lies in memory as the weight does
         return weight.contiguous() if self.weight.is_contiguous() else weight

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.fx import Proxy
 
 from .autocast import as_autocast
 from .backends import resolve_backend
@@ -16,6 +17,7 @@ from .masked_layer import MaskedLayer, has_choice
 from .operands import Execution
 from .products import masked_product
 from .tiles import require_tiles
+from .transforms import as_constants, as_leaf, is_transformed, transformed_linear
 
 
 class Rules(NamedTuple):
@@ -133,7 +135,8 @@ def sparse_linear(
     Source: straight-through gradients as in SR-STE, arXiv 2102.04010; transposable masks make the input gradient
     sparse too, arXiv 2102.08124.
     """
-    if weight.dim() != 2 or input.shape[-1:] != weight.shape[1:]:
+    # a nested tensor has sizes, but no shape
+    if weight.dim() != 2 or input.dim() == 0 or input.size(-1) != weight.size(1):
         raise ValueError(
             f"input is {tuple(input.shape)} and weight {tuple(weight.shape)}: they must be [..., I] and [O, I] "
             "with the same I."
@@ -147,7 +150,7 @@ def sparse_linear(
     rule = resolve_gradient_rule(gradient)
     name = resolve_backend(backend)
     device = input.device.type
-    if name == "auto" and not has_choice(device):
+    if (name == "auto" and not has_choice(device)) or input.is_nested:
         name = "masked"
     if torch.is_autocast_enabled(device):
         input = as_autocast(input)
@@ -158,6 +161,8 @@ def sparse_linear(
             f"input is {input.dtype} but weight is {weight.dtype}: they must be alike outside of autocast, so cast one "
             "of them or use autocast."
         )
+    if is_transformed():
+        return transformed_linear(input, weight, codes, bias, backward_codes, rule)
     rules = Rules(rule, name, name if transposable or backward_codes is not None else "masked", seed)
     result = SparseLinearFunction.apply(input, weight, codes, bias, draws, backward_codes, rules)  # type: ignore[no-untyped-call]
     return cast(Tensor, result)
@@ -201,6 +206,8 @@ class SparseLinear(MaskedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: ``[..., I]`` to ``[..., O]``."""
+        if isinstance(input, Proxy):
+            return as_leaf(self, input)
         if self.phase == "dense":
             return F.linear(input, self.weight, self.bias)
         return multiply(self, input)
@@ -216,7 +223,7 @@ def multiply(layer: MaskedLayer, input: Tensor) -> Tensor:
     )  # fmt: skip
     if layer.adapter is None:
         return output
-    down, up = layer.adapter
+    down, up = as_constants(layer.adapter)
     return output + F.linear(F.linear(input, down), up)
 
 

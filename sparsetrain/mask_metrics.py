@@ -9,7 +9,8 @@ def mask_metrics(masks: MaskState, per_layer: bool = False) -> dict[str, float |
 
     Args:
         masks: After their first search.
-        per_layer: Add ``layer/<name>/flip_rate`` and ``layer/<name>/<field of PruneMetrics>``.
+        per_layer: Add ``layer/<name>/flip_rate``, ``layer/<name>/kept_fraction_at_refresh`` and
+            ``layer/<name>/<field of PruneMetrics>``.
 
     Returns:
         What :meth:`sparsetrain.SparseTraining.metrics` says of masks; None for what there is not yet.
@@ -23,10 +24,10 @@ def mask_metrics(masks: MaskState, per_layer: bool = False) -> dict[str, float |
         16
     """
     sums = masks.magnitude_sums()
-    assert masks.sums_at_refresh is not None
+    at_refresh = masks.sums_at_refresh
     values: dict[str, float | None] = {
         **total_metrics(sums.values()).as_dict(),
-        "kept_fraction_at_refresh": PruneMetrics.from_sums(masks.sums_at_refresh.tolist()).kept_fraction,
+        "kept_fraction_at_refresh": total_metrics(at_refresh.values()).kept_fraction,
         "flip_rate": masks.flip_rate(),
         "virtual_flip_rate": masks.flip_rate(virtual=True),
         "flip_rate_ratio": masks.flip_rate_ratio(),
@@ -34,6 +35,9 @@ def mask_metrics(masks: MaskState, per_layer: bool = False) -> dict[str, float |
     }
     for name, entry in sums.items() if per_layer else ():
         values[f"layer/{name}/flip_rate"] = masks.flip_rate(name)
+        if name in at_refresh:
+            key = f"layer/{name}/kept_fraction_at_refresh"
+            values[key] = PruneMetrics.from_sums(at_refresh[name].tolist()).kept_fraction
         fields = PruneMetrics.from_sums(entry.tolist()).as_dict()
         values.update({f"layer/{name}/{key}": value for key, value in fields.items()})
     return values

@@ -49,7 +49,7 @@ class MaskState:
         self.refresh_ms = 0.0
         self.flips: dict[str, Tensor] = {}
         self.virtual_flips: dict[str, Tensor] = {}
-        self.sums_at_refresh: Tensor | None = None
+        self.sums_at_refresh: dict[str, Tensor] = {}  # of each layer when its mask was searched last
         self.ages = {
             name: torch.zeros(layer.weight.shape, dtype=torch.uint8, device=layer.weight.device)
             for name, layer in self.layers.items()
@@ -68,8 +68,7 @@ class MaskState:
             self.layers[name].mask_codes.fill_(KEEP_ALL)
             self.flips.pop(name, None)
             self.virtual_flips.pop(name, None)
-        if self.dense:
-            self.sums_at_refresh = self._sum_statistics(self._statistics({}))
+            self.sums_at_refresh.pop(name, None)
 
     @property
     def is_observed(self) -> bool:
@@ -109,7 +108,7 @@ class MaskState:
             flips = {name: row[5] for name, row in statistics.items()}
             self.flips, self.virtual_flips = (self.flips, flips) if virtual else (flips, self.virtual_flips)
         self.exists = True
-        self.sums_at_refresh = self._sum_statistics(statistics)
+        self.sums_at_refresh.update((name, statistics[name][:5]) for name in new)
         self.refresh_ms = 1e3 * (time.perf_counter() - start)
         self.refresh_backward()
         require_equal_codes(self.codes)
@@ -164,6 +163,14 @@ class MaskState:
         }
         return dense_layers(scores, self.codes, budget)
 
+    def least_costly_layers(self, held: Collection[str], share: float) -> set[str]:
+        """Return a share of the maskable layers: those that are held, then those that lose the least magnitude."""
+        count = max(len(held), round(share * len(self.maskable)), 1)
+        if count == len(self.maskable):
+            return set(self.maskable)
+        fractions = self.kept_fractions()
+        return set(sorted(fractions, key=lambda name: (name not in held, -fractions[name]))[:count])
+
     def _scores(self, name: str, layer: MaskedLayer, clock: int, bonus: float) -> Tensor:
         scores = self.criterion.scores(layer.matrix, layer=name, clock=clock)
         if not bonus:
@@ -196,11 +203,6 @@ class MaskState:
         for name, layer in self.maskable.items():
             devices.setdefault(layer.weight.device, []).append(name)
         return list(devices.values())
-
-    @staticmethod
-    def _sum_statistics(statistics: Mapping[str, Tensor]) -> Tensor:
-        rows = list(statistics.values())
-        return torch.stack([row.to(rows[0].device) for row in rows]).sum(0)[:5]
 
     def flip_rate(self, layer: str | None = None, virtual: bool = False) -> float | None:
         """Return the last refresh's flips as a fraction of the entries, of one layer or of all; None before one."""
@@ -254,7 +256,7 @@ class MaskState:
             "transposed": sorted(name for name, layer in self.layers.items() if layer.transposed),
             "flips": plain(self.flips),
             "virtual_flips": plain(self.virtual_flips),
-            "sums_at_refresh": None if self.sums_at_refresh is None else self.sums_at_refresh.tolist(),
+            "sums_at_refresh": {name: sums.tolist() for name, sums in self.sums_at_refresh.items()},
             "ages": {name: age.cpu().clone() for name, age in self.ages.items()},
             "criterion": self.criterion.state_dict(),
             "backward_codes": {
@@ -335,8 +337,9 @@ class MaskState:
             layer.set_codes_(state["codes"][name].to(layer.weight.device))
         self.flips = {name: torch.tensor(count) for name, count in state["flips"].items()}
         self.virtual_flips = {name: torch.tensor(count) for name, count in state["virtual_flips"].items()}
-        sums = state["sums_at_refresh"]
-        self.sums_at_refresh = None if sums is None else torch.tensor(sums, dtype=torch.float64)
+        self.sums_at_refresh = {
+            name: torch.tensor(sums, dtype=torch.float64) for name, sums in state["sums_at_refresh"].items()
+        }
         for name, age in self.ages.items():
             if name in state["ages"]:
                 age.copy_(state["ages"][name])

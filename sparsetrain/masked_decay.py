@@ -47,11 +47,11 @@ class MaskedDecay:
     ) -> None:  # fmt: skip
         self.automatic = decay == "auto"
         self.value = AUTO_START if decay == "auto" else float(decay)
-        self._target, self._ramp = target, ramp
+        self._target, self.ramp = target, ramp
 
     def at(self, age: int) -> float:
         """Return λ in the sparse phase's step number ``age``, from 0 up."""
-        return self.value * min(1.0, (age + 1) / self._ramp) if self._ramp else self.value
+        return self.value * min(1.0, (age + 1) / self.ramp) if self.ramp else self.value
 
     def adapt(self, ratio: float | None) -> None:
         """Change an automatic λ after a refresh, given the flip rate over that of dense training."""

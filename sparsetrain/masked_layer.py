@@ -14,6 +14,7 @@ from .matrices import matrix_of, weight_of
 from .operands import Execution, Operands, register
 from .soft_threshold import SoftThreshold, soft_thresholded
 from .tiles import KEEP_ALL
+from .transforms import is_transformed, with_gradient_of
 
 PhaseKind = Literal["dense", "sparse", "frozen"]
 """dense: no mask; sparse: the mask is refreshed while training; frozen: the mask is fixed."""
@@ -23,8 +24,8 @@ AUTO_DEVICES = ("cuda",)
 
 
 STATE = (
-    "mask_codes", "draws", "backward_codes", "adapter", "soft_scale", "phase", "is_two_of_four", "gradient",
-    "execution", "operands",
+    "mask_codes", "draws", "backward_codes", "adapter", "soft_scale", "phase", "scheduled", "is_two_of_four",
+    "gradient", "execution", "operands",
 )  # fmt: skip
 """What a masked layer has beside its dense class."""
 
@@ -53,6 +54,7 @@ class MaskedLayer(nn.Module):
     adapter: tuple[Tensor, Tensor] | None  # down [r, K] and up [O, r]
     soft_scale: Tensor | None  # β of the soft threshold; None for a hard mask
     phase: PhaseKind
+    scheduled: bool  # a run made it sparse, whose schedule says in which phase it is
     is_two_of_four: bool  # False if the mask keeps more somewhere, which no sparse product can use
     gradient: GradientRule
     execution: Execution
@@ -117,6 +119,9 @@ class MaskedLayer(nn.Module):
         """Return the matrix, or what the soft threshold leaves of it; the mask is still to be applied."""
         if self.soft_scale is None:
             return self.matrix
+        if is_transformed():
+            values = soft_thresholded(self.matrix.detach(), self.mask_codes, self.execution.transposable)
+            return with_gradient_of(values * self.soft_scale, self.matrix)
         soft = SoftThreshold.apply(self.matrix, self.mask_codes, self.soft_scale, self.execution.transposable)  # type: ignore[no-untyped-call]
         return cast(Tensor, soft)
 
@@ -169,11 +174,35 @@ class MaskedLayer(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         register(self)  # copied or loaded
 
+    def __delattr__(self, name: str) -> None:
+        if name in self._parameters:
+            raise RuntimeError(_foreign_weight(name))
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter, unless the weight would be computed from it."""
+        if name.startswith(("weight_", "bias_")):
+            raise RuntimeError(_foreign_weight(name))
+        super().register_parameter(name, param)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            "torch.jit.script cannot compile a masked layer: script a plain copy, after "
+            "export_dense_(copy.deepcopy(model)), or use torch.jit.trace, torch.export or torch.compile."
+        )
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise RuntimeError(
+            "nn.DataParallel copies layers in every forward but not their masks: use DistributedDataParallel or one "
+            "device."
+        )
+
     def _add_mask(self, phase: PhaseKind, execution: Execution) -> None:
         rows, columns = self.matrix.shape
         device = self.weight.device
         self.mask_codes = torch.full((rows // 4, columns // 4), KEEP_ALL, dtype=torch.int16, device=device)
         self.phase = phase
+        self.scheduled = False
         self.is_two_of_four = True
         self.gradient = resolve_gradient_rule("ste")
         self.execution = execution
@@ -211,3 +240,10 @@ def written_as_matrices(layers: Sequence[MaskedLayer], tensors: Sequence[Tensor]
     for layer, source, matrix in zip(layers, sources, matrices, strict=True):
         if matrix.data_ptr() != source.data_ptr():  # was a copy
             source.copy_(layer.as_weight(matrix))
+
+
+def _foreign_weight(name: str) -> str:
+    return (
+        f"{name!r} cannot be added to or taken from a masked layer, as weight_norm, spectral_norm, parametrize, prune "
+        "and FSDP1 do, because masks need the weight itself: call finish() or export_dense_() first."
+    )

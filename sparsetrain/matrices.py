@@ -5,8 +5,9 @@ A linear layer's weight is its own matrix; one that is stored ``[I, O]`` is read
 position, because channels come last, the layout in which an implicit GEMM reads a channels-last weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -50,3 +51,22 @@ def weight_of(matrix: Tensor, shape: Sequence[int], transposed: bool = False) ->
     if len(shape) == 2:
         return matrix
     return matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def by_device(weights: Mapping[str, Tensor], owned: Collection[int] | None = None) -> list[dict[str, Tensor]]:
+    """Return weights grouped by device, whose kernels take all of a device in one launch.
+
+    Args:
+        weights: Name to weight.
+        owned: The ids of those that are wanted; None for all.
+
+    Example:
+        >>> import torch
+        >>> by_device({"fc": torch.ones(1)})
+        [{'fc': tensor([1.])}]
+    """
+    devices: dict[torch.device, dict[str, Tensor]] = {}
+    for name, weight in weights.items():
+        if owned is None or id(weight) in owned:
+            devices.setdefault(weight.device, {})[name] = weight
+    return list(devices.values())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .kernels.tile_codes.reference import count_bits, pack_codes, transpose_codes, unpack_codes
 from .masks import nm_mask, transposable_codes
+from .suggestions import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -102,5 +103,5 @@ def resolve_pattern(name: str) -> Pattern:
         2
     """
     if name not in PATTERNS:
-        raise ValueError(f"pattern is {name!r}: it must be one of {sorted(PATTERNS)}.")
+        raise ValueError(f"pattern is {name!r}: it must be one of {sorted(PATTERNS)}{did_you_mean(name, PATTERNS)}.")
     return PATTERNS[name]

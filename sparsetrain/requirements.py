@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .environment import Machine
+from .suggestions import did_you_mean
 
 PREFERENCE = ("cusparselt", "cutlass", "tilelang", "masked")
 """Backends, the one to take first at the front; ``masked`` runs everywhere."""
@@ -65,7 +66,9 @@ def why_not(backend: str, machine: Machine, dtype: str, shape: tuple[int, int]) 
         True
     """
     if backend not in PREFERENCE:
-        raise ValueError(f"backend is {backend!r}: it must be one of {', '.join(PREFERENCE)}.")
+        raise ValueError(
+            f"backend is {backend!r}: it must be one of {', '.join(PREFERENCE)}{did_you_mean(backend, PREFERENCE)}."
+        )
     if backend == "masked":
         return None
     rules = _RULES[backend]

@@ -1,4 +1,8 @@
-"""Schedules: ordered phases in optimizer steps or fractions of the run, resolved to a timeline of steps."""
+"""Schedules: ordered phases in optimizer steps or fractions of the run, resolved to a timeline of steps.
+
+A phase that begins where the run ends, such as the frozen one of ``prune_at=1.0``, comes into force after the last
+step, so that every run ends as its last phase says.
+"""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -6,6 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from .masked_layer import PhaseKind
+
+ROUNDING = 1e-9
+"""By which fractions of the run may add up to more than 1, because they are floating-point numbers."""
+
+UNKNOWN_LENGTH = 2**50
+"""Steps of a run whose length is not known yet: no fraction of it is ever reached."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Timeline:
 
     Args:
         kinds: Kind of each phase.
-        starts: First step of each phase; the first is 0.
+        starts: First step of each phase; the first is 0. Phases that have no step begin where the next one does.
         shares: Of the layers, in each phase; empty if it is always all.
         earliest: First step at which each phase may end early, or None; empty if none may.
         kept: Of every four entries, how many masks keep in each phase, or would; empty if it is always 2.
@@ -70,12 +80,26 @@ class Timeline:
 
     def at(self, step: int) -> tuple[PhaseKind, int]:
         """Return the kind and first step of the phase that the forward of ``step`` (0-based) belongs to."""
-        index = bisect_right(self.starts, step) - 1
+        index = self.index_at(step)
         return self.kinds[index], self.starts[index]
+
+    def index_at(self, step: int) -> int:
+        """Return the number of the phase that the forward of ``step`` belongs to, counted from 0."""
+        return bisect_right(self.starts, step) - 1
+
+    @property
+    def head(self) -> int | None:
+        """Steps of the dense head, 0 if there is none; None if no mask ever comes into force."""
+        return next((start for start in self.starts if self.at(start)[0] != "dense"), None)
+
+    def retimed(self, other: "Timeline", step: int) -> "Timeline":
+        """Return another timeline of the same schedule, in which what has begun by ``step`` began as it did here."""
+        begun = self.index_at(step) + 1
+        return replace(other, starts=(*self.starts[:begun], *(max(start, step) for start in other.starts[begun:])))
 
     def may_end_at(self, step: int) -> bool:
         """Return whether the phase of the step before may end now, before its time."""
-        index = bisect_right(self.starts, step - 1) - 1
+        index = self.index_at(step - 1)
         earliest = self.earliest[index] if self.earliest else None
         return (
             earliest is not None and step >= earliest and index + 1 < len(self.starts) and step < self.starts[index + 1]
@@ -88,11 +112,11 @@ class Timeline:
 
     def share_at(self, step: int) -> float:
         """Return the share of layers whose masks are in force in the phase of ``step``."""
-        return self.shares[bisect_right(self.starts, step) - 1] if self.shares else 1.0
+        return self.shares[self.index_at(step)] if self.shares else 1.0
 
     def kept_at(self, step: int) -> int:
         """Return how many of every four entries masks keep in the phase of ``step``."""
-        return self.kept[bisect_right(self.starts, step) - 1] if self.kept else 2
+        return self.kept[self.index_at(step)] if self.kept else 2
 
 
 @dataclass(frozen=True)
@@ -103,7 +127,7 @@ class Schedule:
         phases: At least one; at most one without a length. The last goes on if training does.
 
     Raises:
-        ValueError: If there is no phase or more than one has no length.
+        ValueError: If there is no phase, more than one has no length, or fractions are more than the run.
 
     Example:
         >>> Schedule((Phase("dense", 10), Phase("sparse"))).resolve(100).at(10)
@@ -118,6 +142,12 @@ class Schedule:
             raise ValueError("schedule has no phases: give it at least one Phase.")
         if sum(phase.length is None for phase in self.phases) > 1:
             raise ValueError("schedule has more than one phase without a length: give all but one a length.")
+        fractions = [phase.length for phase in self.phases if isinstance(phase.length, float)]
+        if sum(fractions) > 1 + ROUNDING:
+            raise ValueError(
+                f"the schedule's phases take {' + '.join(f'{length:g}' for length in fractions)} of the run, which is "
+                "more than 1: shorten them."
+            )
 
     @property
     def first_kind(self) -> PhaseKind:
@@ -134,8 +164,12 @@ class Schedule:
             for phase in self.phases
         )
 
-    def resolve(self, total_steps: int | None) -> Timeline:
+    def resolve(self, total_steps: int | None, cut: bool = False) -> Timeline:
         """Return the timeline for a run of ``total_steps`` optimizer steps.
+
+        Args:
+            total_steps: Of the whole run; None if nothing is a fraction of it.
+            cut: Phases that do not fit into the run begin where it ends; False raises an error.
 
         Raises:
             ValueError: If the length is needed but unknown, or the phases do not fit into it.
@@ -148,49 +182,32 @@ class Schedule:
             raise ValueError(
                 "total_steps is None but the schedule has fractions: pass total_steps, or give phases in steps."
             )
-        lengths = self._lengths(total_steps)
-        known = sum(length for length in lengths if length is not None)
-        if total_steps is not None and known > total_steps:
+        exact = sum(
+            phase.length * total_steps if isinstance(phase.length, float) else phase.length or 0
+            for phase in self.phases
+            if total_steps is not None
+        )
+        if total_steps is not None and exact > total_steps * (1 + ROUNDING) and not cut:
             raise ValueError(
-                f"the schedule's phases take {known} steps but total_steps is {total_steps}: "
+                f"the schedule's phases take {exact:g} steps but total_steps is {total_steps}: "
                 "shorten them or train longer."
             )
-        kinds: list[PhaseKind] = []
+        lengths = [self._steps(phase.length, total_steps) for phase in self.phases]
+        rest = max(0, (total_steps or 0) - sum(length or 0 for length in lengths))
         starts: list[int] = []
-        shares: list[float] = []
         earliest: list[int | None] = []
-        kept: list[int] = []
         step = 0
         for phase, length in zip(self.phases, lengths, strict=True):
-            rest = length is None
-            steps = length if length is not None else (total_steps or 0) - known
-            if steps > 0 or (rest and total_steps is None) or (phase is self.phases[-1] and not kinds):
-                kinds.append(phase.kind)
-                starts.append(step)
-                shares.append(phase.share)
-                kept.append(phase.kept)
-                after = self._steps(phase.earliest, total_steps)
-                earliest.append(None if after is None else step + after)
-            step += steps
-        kept = self._with_dense_phases(kinds, kept)
-        return Timeline(tuple(kinds), tuple(starts), tuple(shares) if set(shares) != {1.0} else (),
+            starts.append(step if total_steps is None else min(step, total_steps))
+            after = self._steps(phase.earliest, total_steps)
+            earliest.append(None if after is None else starts[-1] + after)
+            step += rest if length is None else length
+        kinds = tuple(phase.kind for phase in self.phases)
+        shares = tuple(phase.share for phase in self.phases)
+        kept = tuple(self._with_dense_phases(kinds, [phase.kept for phase in self.phases]))
+        return Timeline(kinds, tuple(starts), shares if set(shares) != {1.0} else (),
                         tuple(earliest) if any(entry is not None for entry in earliest) else (),
-                        tuple(kept) if set(kept) != {2} else ())  # fmt: skip
-
-    def _lengths(self, total_steps: int | None) -> list[int | None]:
-        """Return the steps of each phase, None for the rest; rounding takes no more than the run has."""
-        lengths = [self._steps(phase.length, total_steps) for phase in self.phases]
-        exact = [length * (total_steps or 0) for phase in self.phases if isinstance(length := phase.length, float)]
-        whole = sum(phase.length for phase in self.phases if isinstance(phase.length, int))
-        surplus = sum(length or 0 for length in lengths) - (total_steps or 0)
-        if not exact or surplus <= 0 or whole + sum(exact) > (total_steps or 0) + 1e-6:
-            return lengths
-        for index in reversed(range(len(lengths))):
-            length, share = lengths[index], self.phases[index].length
-            if surplus and length and isinstance(share, float) and length > share * (total_steps or 0):
-                lengths[index] = length - 1
-                surplus -= 1
-        return lengths
+                        kept if set(kept) != {2} else ())  # fmt: skip
 
     @staticmethod
     def _with_dense_phases(kinds: Sequence[PhaseKind], kept: Sequence[int]) -> list[int]:
@@ -218,7 +235,7 @@ def from_scratch(warmup: int | float = 0.0, tail: int | float = 1 / 6, freeze: i
         freeze: For how long masks are frozen before the tail, likewise.
 
     Raises:
-        ValueError: If a length is out of range.
+        ValueError: If a length is out of range, or head and tail leave nothing for the masks.
 
     Example:
         >>> from_scratch(warmup=0.15).resolve(600)
@@ -227,6 +244,12 @@ def from_scratch(warmup: int | float = 0.0, tail: int | float = 1 / 6, freeze: i
     require_length("warmup", warmup)
     require_length("tail", tail)
     require_length("freeze", freeze)
+    fractions = all(isinstance(length, float) or length == 0 for length in (warmup, tail))
+    if tail and not freeze and fractions and warmup + tail >= 1:
+        raise ValueError(
+            f"warmup is {warmup!r} and the dense tail {tail!r}: they leave no step to train sparse, so make their sum "
+            "less than 1."
+        )
     phases = [Phase("dense", warmup), Phase("sparse"), Phase("frozen", freeze), Phase("dense", tail)]
     return Schedule(tuple(phase for phase in phases if phase.length != 0))
 
@@ -235,7 +258,8 @@ def dense_prune_retrain(prune_at: int | float = 0.5) -> Schedule:
     """Train dense, prune once, retrain with the mask frozen.
 
     Args:
-        prune_at: When to prune, in steps (int) or as a fraction (float); 0 prunes before the first step.
+        prune_at: When to prune, in steps (int) or as a fraction (float); 0 prunes before the first step, 1.0 after the
+            last one.
 
     Raises:
         ValueError: If it is out of range.

@@ -11,10 +11,12 @@ from torch.nn.parameter import is_lazy
 from .heads import output_heads
 from .layer_classes import LAYERS, Candidate, base_class, why_subclass
 from .masked_layer import MaskedLayer
+from .running import run_of
 from .selection_report import LayerChoice as LayerChoice
 from .selection_report import SelectionReport as SelectionReport
 from .surroundings import Surroundings
 from .targets import Match, as_list, match, no_match
+from .weight_reads import weight_readers
 
 
 def select_layers(
@@ -67,6 +69,7 @@ def select_layers(
             warnings.warn(f"exclude: {entry!r} matches no layer of the model.", stacklevel=2)
     heads = output_heads(surroundings)
     owners = _parameter_owners(model)
+    readers = weight_readers(model)
     choices = []
     for name in surroundings.in_order():
         hits = [found for found in matches.values() if name in found.names]
@@ -75,7 +78,7 @@ def select_layers(
         elif name in excluded:
             reason = "excluded"
         else:
-            reason = _why_dense(name, surroundings, owners)
+            reason = _why_dense(name, surroundings, owners, readers)
             role = "output head" if name in heads else "low-rank adapter" if surroundings.is_low_rank(name) else ""
             by_group = all(found.kind == "group" for found in hits)
             if role and by_group and name not in surroundings.peft_reasons:
@@ -91,12 +94,14 @@ def select_layers(
     return report
 
 
-def _why_dense(name: str, surroundings: Surroundings, owners: dict[int, list[str]]) -> str:
+def _why_dense(
+    name: str, surroundings: Surroundings, owners: dict[int, list[str]], readers: dict[int, str]
+) -> str:  # fmt: skip
     if name in surroundings.experts:
         return "3-D expert weights, which have no masks yet"
     if name in surroundings.peft_reasons:
         return surroundings.peft_reasons[name]
-    return _why_not(name, surroundings.layers[name], owners)
+    return _why_not(name, surroundings.layers[name], owners, readers)
 
 
 def _with_fruitless(choices: list[LayerChoice], matches: Mapping[str, Match]) -> tuple[LayerChoice, ...]:
@@ -119,15 +124,21 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _why_not(name: str, layer: Candidate, owners: dict[int, list[str]]) -> str:
+def _why_not(name: str, layer: Candidate, owners: dict[int, list[str]], readers: dict[int, str]) -> str:
     if isinstance(layer, MaskedLayer):
-        return "already sparse (call finish() or export_dense_() first)"
+        if run_of(layer) is not None:
+            return "already sparse: another SparseTraining trains it, so call its finish() first"
+        return "already sparse: call finish() of the run that made it, or export_dense_(model, zeros=False), first"
+    if id(layer) in readers:
+        return f"{readers[id(layer)]} reads its weight itself"
     if reason := why_subclass(layer):
         return reason
+    if getattr(layer, "_is_fsdp_managed_module", False) and type(layer.weight).__name__ != "DTensor":
+        return "FSDP1 (FullyShardedDataParallel) cuts weights anywhere, through 4×4 tiles: use DistributedDataParallel"
     if layer._parameters.get("weight") is None:
         return "weight is no parameter (weight_norm, spectral_norm or prune): remove that first"
     if type(layer.weight).__name__ == "DTensor":
-        return "sharded weight (DTensor)"
+        return "sharded weight (DTensor of FSDP2 or tensor parallelism): use DistributedDataParallel"
     if (groups := getattr(layer, "groups", 1)) != 1:
         return f"groups is {groups}, and a mask needs 1"
     for dimension in LAYERS[base_class(layer)]:

@@ -11,6 +11,7 @@ from .backends.interface import WeightProduct
 from .conversion import to_dense_, to_sparse_
 from .convolution import is_pointwise
 from .criteria import Criterion, resolve_criterion
+from .fused_encoders import settle_fused_encoders_
 from .gradient_rules import GradientRule, resolve_gradient_rule
 from .masked_layer import MaskedLayer, PhaseKind
 from .operands import Execution
@@ -93,9 +94,11 @@ def sparsify_(
             if phase != "dense":
                 scores = criterion.scores(done[-1].matrix.detach(), layer=name, clock=0)
                 done[-1].set_codes_(search.search(scores, 2))
+        settle_fused_encoders_(model)
     except BaseException:
         for sparse in done:
             to_dense_(sparse, zeros=False)
+        settle_fused_encoders_(model)
         raise
     if verbose:
         print(report.summary())
@@ -148,4 +151,5 @@ def export_dense_(model: nn.Module, *, zeros: bool = True) -> list[str]:
     layers = list(sparse_layers(model))
     for _, layer in layers:
         to_dense_(layer, zeros)
+    settle_fused_encoders_(model)
     return [name for name, _ in layers]

@@ -1,6 +1,5 @@
 """What the entries of ``targets`` and ``exclude`` match: groups, names, submodules, globs and regular expressions."""
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 
 from .feed_forward import feed_forward
 from .layer_classes import GROUPS
+from .suggestions import nearest
 from .surroundings import Surroundings
 
 KINDS = (
@@ -125,6 +125,6 @@ def no_match(target: str, surroundings: Surroundings) -> str:
         return f"targets: {target!r} matches nothing, because the model has no linear or convolutional layer."
     above = {surroundings.plain[name] for name in surroundings.modules if name} - set(names)
     known = dict.fromkeys([*names, *above, *(name.rpartition(".")[2] for name in (*names, *above))])
-    close = difflib.get_close_matches(target, list(known), n=3, cutoff=0.5)
+    close = nearest(target, known, count=3, cutoff=0.5)
     shown = ", ".join(map(repr, close or names[:5])) + ("" if close or len(names) <= 5 else ", …")
     return f"targets: {target!r} matches no layer; allowed are {KINDS}, and the model has {shown}."

@@ -4,10 +4,8 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,8 +15,10 @@ from .conversion import to_dense_, write_zeros_
 from .criteria import resolve_criterion
 from .criteria.observer import Observer
 from .distillation import Distillation
+from .ending import Ending, Progress, ending
 from .estimated_gradient import renumber_
 from .frozen_moments import FrozenMoments
+from .fused_encoders import settle_fused_encoders_
 from .gradient_rules import resolve_gradient_rule
 from .kernels.masked_update.operator import apply_masks_
 from .lr_restart import LRRestart
@@ -27,16 +27,20 @@ from .mask_state import MaskState
 from .masked_decay import MaskedDecay
 from .masked_layer import MaskedLayer, PhaseKind, written_as_matrices
 from .masters import Masters
+from .matrices import by_device, matrix_of
 from .methods.method import Method
 from .methods.presets import resolve_method
 from .operands import renew_
 from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
 from .patterns import resolve_pattern
+from .running import claim
+from .schedule import UNKNOWN_LENGTH
 from .second_moments import SecondMoments
 from .selection import SelectionReport, select_layers, sparse_layers, weight_count
 from .soft_scales import SoftScales
 from .sparsify import sparsify_
-from .training_checks import STATE_VERSION, check_setup, check_state, check_statistics
+from .training_checks import STATE_VERSION, check_setup, check_state, check_statistics, saved_timeline
+from .verification import VerificationReport, verify
 from .wrapped_names import warn_of_unmerged
 from .wrappers import plain_model, plain_optimizer
 
@@ -53,7 +57,8 @@ class SparseTraining:
         model: Any module; changed in place. Layers are named as in the plain model, whatever wraps it.
         optimizer: The optimizer that owns the model's weights, or several; Accelerate's and Fabric's wrappers too.
         method: A preset's name, a :class:`Method`, or a mapping of a preset's arguments.
-        total_steps: Optimizer steps of the whole run; needed if the schedule has fractions.
+        total_steps: Optimizer steps of the whole run, as ``clock`` counts them; needed if the schedule has fractions.
+            With several optimizers, rounds in which each that owns sparse layers has stepped at least once.
         targets: Which layers become sparse, as in :func:`sparsetrain.select_layers`.
         exclude: Which do not.
         backend: Who computes the products with masked weights: a backend's name, or ``"auto"``: the fastest of those
@@ -69,7 +74,7 @@ class SparseTraining:
         track_age: Keep the age of every mask entry (one byte a weight).
         state: What an earlier :meth:`state_dict` returned, to go on from there; as good as :meth:`load_state_dict`
             afterwards, without a first mask search.
-        verbose: Print the one-line summary of the selection.
+        verbose: Print the one-line summary of the selection and, at :meth:`finish`, what the model is then.
 
     Raises:
         ValueError: If a value is not allowed, a target matches nothing, a trainable weight is in no optimizer, masks
@@ -77,23 +82,26 @@ class SparseTraining:
             as it was.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
         >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> training = SparseTraining(model, optimizer, "fst", total_steps=12, verbose=False)
+        >>> training = SparseTraining(model, optimizer, total_steps=12, verbose=False)
         >>> for _ in range(12):
         ...     optimizer.zero_grad()
         ...     model(torch.randn(4, 8)).square().mean().backward()
         ...     optimizer.step()
         >>> training.clock, training.phase
-        (12, 'dense')
+        (12, 'sparse')
         >>> training.finish()
+        >>> print(training.ending)
+        ends 2:4: 50.0 % zeros in 2 layers
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
-        method: str | Method | Mapping[str, Any] = "fst",
+        method: str | Method | Mapping[str, Any] = "recommended",
         total_steps: int | None = None,
         targets: str | Sequence[str] = "all-linear",
         exclude: str | Sequence[str] = (),
@@ -113,7 +121,8 @@ class SparseTraining:
         self.method = resolve_method(method)
         self.total_steps = total_steps
         self.timeline = self.method.schedule.resolve(total_steps)
-        self._watch_dense = watch_dense
+        self.ending: Ending | None = None
+        self._verbose, self._watch_dense = verbose, watch_dense
         optimizers = list(map(plain_optimizer, [optimizer] if isinstance(optimizer, Optimizer) else optimizer))
         if self.method.mixes_tiles and backend not in ("auto", "masked"):
             raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
@@ -133,7 +142,7 @@ class SparseTraining:
         try:
             self._set_up(own, optimizers, lr_schedulers, track_age)
             if state is None:
-                self._enter(*self.timeline.at(0))
+                self._enter()
                 self._switch_adapters()
             else:
                 self.load_state_dict(state)
@@ -141,7 +150,9 @@ class SparseTraining:
             self._removals.close()
             for layer in own.values():
                 to_dense_(layer, zeros=False)
+            settle_fused_encoders_(model)
             raise
+        claim(own.values(), self)
         if verbose:
             print(self._report.summary())
 
@@ -152,7 +163,7 @@ class SparseTraining:
         method = self.method
         self.clock = 0
         self.phase: PhaseKind = "dense"
-        self._phase_start = 0
+        self._phase_start, self._phase_index = 0, -1
         self._last_refresh = -1
         self._repack_ms = 0.0
         self._active: set[str] = set()
@@ -203,21 +214,27 @@ class SparseTraining:
         """Whether the last step ended with a mask search."""
         return self._last_refresh == self.clock
 
+    @property
+    def last_refresh(self) -> int:
+        """The clock at the last mask search, in optimizer steps; -1 before the first."""
+        return self._last_refresh
+
     def metrics(self, per_layer: bool = False) -> dict[str, float]:
         """Measure the masks and what they keep.
 
         Args:
-            per_layer: Add ``layer/<name>/flip_rate`` and ``layer/<name>/<field of PruneMetrics>``.
+            per_layer: Add ``layer/<name>/flip_rate``, ``layer/<name>/kept_fraction_at_refresh`` and
+                ``layer/<name>/<field of PruneMetrics>``.
 
         Returns:
             Always: ``clock`` (steps), ``sparse_layers`` (whose mask is in force), ``sparse_flops_share`` (of the
             layers' GEMMs, if all have as many tokens), ``violations`` (must be 0), ``refresh_ms`` and ``repack_ms``
             (host time of the last search, and of packing after the last step), ``operand_bytes`` (packed weights on
             the device); ``decay`` (λ) and ``distillation`` (T²·KL on the last batch, nats) if there is one. Once a mask
-            exists: the fields of :class:`PruneMetrics`; ``kept_fraction_at_refresh``, of the masters the last search
-            saw, as frozen masks zero what they prune; ``flip_rate`` and ``virtual_flip_rate``, the fraction of entries
-            that changed at the last refresh of a sparse or dense phase; ``flip_rate_ratio``, the first over the
-            second; ``age_mean`` (refreshes).
+            exists: the fields of :class:`PruneMetrics`; ``kept_fraction_at_refresh``, of every layer's master as the
+            last search of its mask saw it, as frozen masks zero what they prune; ``flip_rate`` and
+            ``virtual_flip_rate``, the fraction of entries that changed at the last refresh of a sparse or dense phase;
+            ``flip_rate_ratio``, the first over the second; ``age_mean`` (refreshes).
         """
         if self._final is not None:
             return {key: value for key, value in self._final[0].items() if per_layer or not key.startswith("layer/")}
@@ -256,6 +273,7 @@ class SparseTraining:
                 distils and this was not called since the last step.
 
         Example:
+            >>> import torch
             >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
             >>> optimizer = torch.optim.AdamW(model.parameters())
             >>> method = {"preset": "dense_to_sparse_finetune", "distillation": 0.67}
@@ -269,6 +287,10 @@ class SparseTraining:
             True
         """
         return self._distillation.loss(loss)
+
+    def verify(self, example: Any) -> VerificationReport:
+        """Compare the model as it runs with the same model with plain masked weights, as :func:`sparsetrain.verify`."""
+        return verify(self.model, example)
 
     def refresh(self) -> None:
         """Search masks now, whatever the schedule says."""
@@ -288,7 +310,7 @@ class SparseTraining:
             self._decay.adapt(self.masks.flip_rate_ratio())
 
     def finish(self, *, zeros: bool = True) -> None:
-        """Remove the hooks and give plain layers back; metrics and state stay readable.
+        """Remove the hooks and give plain layers back; metrics and state stay readable, ``ending`` says what is left.
 
         Args:
             zeros: Write zeros into what is pruned if the run ends sparse; False keeps the dense masters.
@@ -301,7 +323,42 @@ class SparseTraining:
         if zeros:
             warn_of_unmerged(self.model, {name: self.masks.layers[name] for name in sorted(self._active)})
         self._final = self.metrics(per_layer=True), self.state_dict()
-        self._restore(zeros)
+        masked, transposed = {*self._active}, {name for name, layer in self.masks.layers.items() if layer.transposed}
+        merged = self._restore(zeros)
+        weights = {name: matrix_of(weight.detach(), name in transposed) for name, weight in self._weights.items()}
+        progress = Progress(self.method, self.timeline, self.clock, self.total_steps)
+        self.ending = ending(weights, masked, progress, zeros, merged)
+        if self._verbose:
+            print(self.ending)
+
+    def retime(self, total_steps: int | None) -> None:
+        """Say anew how long the whole run is: phases that have begun stay, later ones move.
+
+        Args:
+            total_steps: Of the clock, from its step 0; None if unknown, and what waits for a fraction of it does wait.
+
+        Raises:
+            ValueError: If the run has taken more steps already.
+
+        Example:
+            >>> import torch
+            >>> model = nn.Linear(8, 8)
+            >>> training = SparseTraining(model, torch.optim.SGD(model.parameters()), "asp_one_shot", 100)
+            sparse layers: 1 of 1 || sparse weights: 64 of 64 (100.0 %) || pattern: transposable 2:4
+            >>> training.retime(20)
+            >>> training.timeline.starts
+            (0, 10)
+        """
+        if total_steps is not None and total_steps < self.clock:
+            raise ValueError(f"total_steps is {total_steps} but {self.clock} steps are taken: pass at least as many.")
+        length = UNKNOWN_LENGTH if total_steps is None else total_steps
+        self.timeline = self.timeline.retimed(self.method.schedule.resolve(length, cut=True), self.clock)
+        if total_steps is not None:
+            self.total_steps = total_steps
+            self._decay.ramp = self._steps(self.method.decay_ramp)
+        self._enter()
+        self._switch_adapters()
+        self._repack()
 
     def apply_masks_(self) -> None:
         """Bring weights back under their masks after something else wrote them, as merging adapters does.
@@ -352,7 +409,8 @@ class SparseTraining:
         Raises:
             ValueError: If the state is damaged or of another model; nothing is changed then.
         """
-        check_state(state, self.masks, self.method, self.total_steps, self.timeline)
+        total_steps = self.total_steps
+        check_state(state, self.masks, self.method, total_steps, self.timeline)
         self._distillation.check_state(state["distillation"], bool(state["active"]))
         self._frozen_moments.check_state_dict(state["frozen_moments"])
         self._distillation.load_state_dict(state["distillation"])
@@ -364,8 +422,8 @@ class SparseTraining:
         self._hooks.stepped = set(state["stepped"])
         if self._lr_restart and state["lr_restart"]:
             self._lr_restart.load_state_dict(state["lr_restart"])
+        self.timeline = saved_timeline(state, self.method, self.timeline)
         if self._moments is not None and state["moments"]:
-            self.timeline = replace(self.timeline, starts=tuple(state["starts"]))
             self._moments.load_state_dict(state["moments"], next(iter(self._weights.values())).device)
         self._frozen_moments.load_state_dict(state["frozen_moments"])
         if self._adapters is not None:
@@ -374,10 +432,12 @@ class SparseTraining:
         self._report_budget()
         self._decay.load_state_dict(state["decay"])
         self._soft_scales.load_state_dict(state["soft_scales"])
-        self._set_phase(*self.timeline.at(self.clock))
+        self._set_phase()
         self._switch_adapters()
         self._number_draws()
         self._repack()
+        if state["total_steps"] != total_steps:
+            self.retime(None if total_steps is None else max(total_steps, self.clock))
 
     def _adjust_gradients(self, optimizer: Optimizer, scale: Tensor | None) -> None:
         """Item 1 of a step: gradients are unscaled (or ``scale`` says by how much they are not) and clipped."""
@@ -405,7 +465,7 @@ class SparseTraining:
         if self.phase == "dense":
             return
         masks_gradient = resolve_gradient_rule(self.method.frozen_gradient).pruned == 0
-        for every in self._weights_by_device(owned).values():
+        for every in by_device(self._weights, owned):
             names = [name for name in every if name in gradients and name in self._active]
             layers = [self.masks.layers[name] for name in names]
             if self.phase == "sparse":
@@ -417,7 +477,7 @@ class SparseTraining:
 
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: its layers' packed weights are out of date."""
-        for weights in self._weights_by_device(self._owned[id(optimizer)]).values():
+        for weights in by_device(self._weights, self._owned[id(optimizer)]):
             for name in weights:
                 self.masks.layers[name].operands.expire()
 
@@ -432,14 +492,13 @@ class SparseTraining:
             self._moments.commit()
             if self.timeline.may_end_at(self.clock) and self._moments.settled(self.clock):
                 self.timeline = self.timeline.ended_at(self.clock)
-        kind, start = self.timeline.at(self.clock)
-        if start != self._phase_start:
-            self._enter(kind, start)
-        elif kind == "frozen":
+        entered = self._enter()
+        due = not entered and (self.clock - self._phase_start) % self.method.refresh_every == 0
+        if self.phase == "frozen" and not entered:
             self._apply_masks()
-            if (self.clock - start) % self.method.refresh_every == 0:
+            if due:
                 self.masks.refresh_backward()
-        elif (self.clock - start) % self.method.refresh_every == 0 and (kind == "sparse" or self._watches):
+        elif due and (self.phase == "sparse" or self._watches):
             self._refresh()
         self._switch_adapters()
         self._repack()
@@ -466,14 +525,18 @@ class SparseTraining:
     def _repack(self) -> None:
         """Renew packed weights now, all of a device together, so that captured graphs and compiled steps find them."""
         start = time.perf_counter()
-        for weights in self._weights_by_device().values():
+        for weights in by_device(self._weights):
             layers = [self.masks.layers[name] for name in weights]
             layers = [layer for layer in layers if layer.operands.bytes and layer.soft_scale is None]
             if layers:
                 renew_(layers)
         self._repack_ms = 1e3 * (time.perf_counter() - start)
 
-    def _enter(self, kind: PhaseKind, start: int) -> None:
+    def _enter(self) -> bool:
+        """Enter the phase of the clock; return False if the run is in it."""
+        if self.timeline.index_at(self.clock) == self._phase_index:
+            return False
+        kind, _ = self.timeline.at(self.clock)
         kept = self.timeline.kept_at(self.clock)
         goes_on = kind == "frozen" and self.phase != "dense" and kept == self.masks.kept
         held = self._active if goes_on else set()  # their masks stay
@@ -489,7 +552,7 @@ class SparseTraining:
         if kind == "frozen" and self.method.frozen_in_place:
             self._soft_scales.write_(self._active)
             self._soft_scales.forget()
-        self._set_phase(kind, start)
+        self._set_phase()
         if kind != "dense":
             self._frozen_moments.freeze()
         if kind == "frozen":
@@ -497,6 +560,7 @@ class SparseTraining:
             if self.method.clear_moments:
                 for name in self._active - held:
                     clear_pruned_moments_(self._optimizers, self.masks.layers[name])
+        return True
 
     def _choose_active(self, held: set[str], share: float) -> set[str]:
         """Return the layers whose masks are in force: those that are, then those that lose the least magnitude."""
@@ -504,27 +568,26 @@ class SparseTraining:
             by_layers = self.method.dense_budget if self.method.dense_unit == "layers" else 0.0
             self.masks.keep_dense_(self.masks.costliest_layers(self.clock, by_layers) if by_layers else ())
             self._report_budget()
-        maskable = set(self.masks.maskable)
-        count = max(len(held), round(share * len(maskable)), 1)
-        if count == len(maskable):
-            return maskable
-        fractions = self.masks.kept_fractions()
-        return set(sorted(fractions, key=lambda name: (name not in held, -fractions[name]))[:count])
+        return self.masks.least_costly_layers(held, share)
 
     def _report_budget(self) -> None:
         reason = f"kept dense by dense_budget={self.method.dense_budget:g}"
         self._report = self._report.with_dense(self.masks.dense or (), reason)
 
-    def _restore(self, zeros: bool) -> None:
+    def _restore(self, zeros: bool) -> bool:
+        """Give plain layers back; return whether adapters were added to them."""
         merge = zeros and self.method.adapter_merge and any(layer.adapter for layer in self.masks.layers.values())
         if self._adapters is not None and merge:
             self._adapters.merge_()
         self._removals.close()
         for layer in self.masks.layers.values():
             to_dense_(layer, zeros and not merge)
+        settle_fused_encoders_(self.model)
+        return merge
 
-    def _set_phase(self, kind: PhaseKind, start: int) -> None:
-        self.phase, self._phase_start = kind, start
+    def _set_phase(self) -> None:
+        kind, self._phase_start = self.timeline.at(self.clock)
+        self.phase, self._phase_index = kind, self.timeline.index_at(self.clock)
         self._distillation.active = kind != "dense"
         rule = resolve_gradient_rule(self.method.frozen_gradient if kind == "frozen" else self.method.gradient)
         for name, layer in self.masks.layers.items():
@@ -540,14 +603,7 @@ class SparseTraining:
     def _apply_masks(self) -> None:
         if not self.method.frozen_in_place:
             return
-        for every in self._weights_by_device().values():
+        for every in by_device(self._weights):
             layers = [self.masks.layers[name] for name in every if name in self._active]
             with written_as_matrices(layers, [layer.weight for layer in layers]) as matrices:
                 apply_masks_(matrices, [layer.mask_codes for layer in layers])
-
-    def _weights_by_device(self, owned: set[int] | None = None) -> dict[torch.device, dict[str, Tensor]]:
-        devices: dict[torch.device, dict[str, Tensor]] = {}
-        for name, weight in self._weights.items():
-            if owned is None or id(weight) in owned:
-                devices.setdefault(weight.device, {})[name] = weight
-        return devices

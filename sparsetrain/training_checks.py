@@ -15,6 +15,7 @@ from .mask_state import MaskState
 from .masked_decay import AUTO_START
 from .methods.method import Method
 from .optimizer_hooks import owned_parameters
+from .running import run_of
 from .schedule import Timeline
 from .second_moments import require_second_moments
 from .selection import SelectionReport
@@ -23,8 +24,9 @@ STATE_VERSION = 4
 
 STATE_KEYS = frozenset(
     {"version", "clock", "method", "stepped", "last_refresh", "lr_restart", "active", "starts", "moments", "adapters",
-     "decay", "distillation", "frozen_moments", "soft_scales", "pattern", "exists", "kept", "dense", "codes", "shapes",
-     "backward_codes", "flips", "virtual_flips", "sums_at_refresh", "ages", "criterion", "transposed"}
+     "total_steps", "decay", "distillation", "frozen_moments", "soft_scales", "pattern", "exists", "kept", "dense",
+     "codes", "shapes", "backward_codes", "flips", "virtual_flips", "sums_at_refresh", "ages", "criterion",
+     "transposed"}
 )  # fmt: skip
 
 
@@ -37,8 +39,14 @@ def check_setup(
         raise ValueError("optimizer is an empty list: pass the optimizer that owns the model's weights.")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError("model is wrapped in FSDP: masks need whole weights on every rank, so use DDP or one device.")
+    for choice in report.dense:
+        if choice.reason.startswith("already sparse") and (run := run_of(model.get_submodule(choice.name))):
+            raise ValueError(
+                f"layer {choice.name!r} is trained by another SparseTraining, at step {run.clock}: call its finish() "
+                "first, with zeros=False to go on from the dense weights, or exclude the layer."
+            )
     _check_weights(model, report, optimizers)
-    head = (timeline.starts[1:] or (0,))[0] if timeline.kinds[0] == "dense" else 0
+    head = timeline.head or 0
     searches = 3 if _missing(report, method) else 2  # the first of which waits for statistics
     if method.decay == "auto" and watch_dense and (total_steps or head) < searches * method.refresh_every > head:
         warnings.warn(
@@ -122,8 +130,7 @@ def check_state(
         raise ValueError(
             f"state has clock {state['clock']!r}: it must be an int of at least 0; the checkpoint is damaged."
         )
-    timeline = replace(timeline, starts=tuple(state["starts"])) if state["moments"] else timeline
-    if state["kept"] != (kept := timeline.kept_at(state["clock"])):
+    if state["kept"] != (kept := saved_timeline(state, method, timeline).kept_at(state["clock"])):
         raise ValueError(
             f"state has masks that keep {state['kept']!r} of four but the schedule says {kept} at step "
             f"{state['clock']}: resume with the same schedule."
@@ -133,7 +140,25 @@ def check_state(
         raise ValueError(f"state has active layer {unknown[0]!r} that the model has not: resume with the same model.")
     for what, saved, here in (
         ("method", state["method"], method.describe()),
-        ("total_steps", state.get("total_steps"), total_steps),
+        ("total_steps", state["total_steps"], total_steps),
     ):
         if saved != here:
             warnings.warn(f"resuming with another {what}: {here} instead of {saved}.", stacklevel=5)
+
+
+def saved_timeline(state: Mapping[str, Any], method: Method, timeline: Timeline) -> Timeline:
+    """Return the timeline that a state was saved with; the one here if that is of another schedule.
+
+    Raises:
+        ValueError: If the state's phases are damaged.
+    """
+    if state["method"]["schedule"] != method.describe()["schedule"]:
+        return timeline
+    starts = state["starts"]
+    whole = isinstance(starts, list | tuple) and all(type(start) is int for start in starts)
+    if not whole or len(starts) != len(timeline.starts) or starts[0] != 0 or sorted(starts) != list(starts):
+        raise ValueError(
+            f"state has starts {starts!r}: they must be {len(timeline.starts)} steps that increase from 0, one for "
+            "every phase of the schedule; the checkpoint is damaged."
+        )
+    return replace(timeline, starts=tuple(starts))

@@ -9,9 +9,11 @@ from abc import ABC
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .linear import multiply
 from .masked_layer import MaskedLayer
+from .transforms import as_leaf
 
 LIBRARY, DENSE_NAME = "transformers.pytorch_utils", "Conv1D"
 MASKED_NAME = "SparseTransposedLinear"
@@ -52,6 +54,8 @@ class MaskedTransposedLinear(MaskedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: ``[..., I]`` to ``[..., O]``."""
+        if isinstance(x, Proxy):
+            return as_leaf(self, x)
         if self.phase == "dense":
             return cast(Tensor, super().forward(x))
         return multiply(self, x)

@@ -13,6 +13,9 @@ CALLS_ITS_BASE = frozenset(
 )
 """peft's methods that add to, or scale, what the base layer computes; others compute with its weight themselves."""
 
+WRAPPED = ("_orig_mod", "_forward_module", "_original_module")
+"""Where ``torch.compile`` and Lightning's Fabric keep what they wrap."""
+
 
 def plain_names(model: nn.Module) -> dict[str, str]:
     """Return the name of every module without what compiling, data parallelism and peft put into it.
@@ -48,7 +51,7 @@ def _inner(module: nn.Module) -> list[str]:
         return ["model"]
     if type(module).__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
         return ["module"]
-    return ["_orig_mod"] if "_orig_mod" in module._modules else []
+    return [name for name in WRAPPED if name in module._modules]
 
 
 def is_tuner(module: nn.Module) -> bool:

@@ -1,11 +1,10 @@
 import os
-import sys
-import types
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
+from vision import make_importable
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -14,9 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     # must be set before anything imports Triton; tests of compiled kernels use processes of their own
     os.environ["TRITON_INTERPRET"] = "1"
-if torch.version.cuda is None:
-    # torchvision's operators may be built for CUDA and not load then; its models need none of them
-    sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
+make_importable()
 
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")

@@ -8,11 +8,13 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from sparsetrain import __version__
 from sparsetrain.environment import Machine, cache_folder, machine_from_torch, read_machine
 from sparsetrain.requirements import DTYPES, PREFERENCE, why_not
+
+from .arguments import Parser
 
 EPILOG = """Without --probe torch is not imported: the answer comes from package versions and nvidia-smi.
 The exit code is 0 when a backend will run, 1 when none will, 2 for a wrong option.
@@ -94,13 +96,8 @@ def examine(shape: tuple[int, int], dtype: str, *, probe: bool = False) -> dict[
     }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"doctor: {message}.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="sparsetrain doctor",
         description="Say what this machine has, which backend will run, and why the others will not.",
         epilog=EPILOG,

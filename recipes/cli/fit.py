@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from sparsetrain.extras import require
 
+from .recipe_cli import RecipeCLI
 from .recipe_files import find_recipe
 
 
@@ -26,12 +27,9 @@ def run_cli(arguments: Sequence[str], **options: Any) -> LightningCLI:
     require("jsonargparse", "recipes", "the command line")
     sys.argv = ["sparsetrain", *with_recipe_paths(arguments)]
     # a parser that raises instead of exiting lets the command line print one sentence
-    parser = (
-        {"exit_on_error": False, "fit": {"exit_on_error": False}}
-        if arguments[:1] == ["fit"]
-        else {"exit_on_error": False}
-    )
-    return LightningCLI(save_config_kwargs={"overwrite": True}, parser_kwargs=parser, **options)
+    settings = {"exit_on_error": False, "allow_abbrev": False}
+    parser = {**settings, "fit": dict(settings)} if arguments[:1] == ["fit"] else settings
+    return RecipeCLI(save_config_kwargs={"overwrite": True}, parser_kwargs=parser, **options)
 
 
 def with_recipe_paths(arguments: Sequence[str]) -> list[str]:

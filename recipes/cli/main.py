@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .arguments import Parser
+from .messages import explain
 from .recipe_files import recipe_files
 
 EXAMPLES = """examples:
@@ -23,12 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     ``doctor`` returns 1 when nothing will run.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments[:1] if arguments[:1] != ["--debug"] else arguments[:2])
-    rest += arguments[2 if options.debug else 1 :]
+    debug = arguments[:1] == ["--debug"]
+    own, rest = arguments[: 1 + debug], arguments[1 + debug :]
     try:
+        parser = _parser()
+        if own[-1:] and own[-1].startswith("-") and own[-1] not in parser.words():
+            parser.error(f"unrecognized arguments: {own[-1]}")
+        options = parser.parse_args(own)
         if options.command == "recipes":
-            return _list_recipes()
+            return _list_recipes(rest)
         if options.command == "doctor":
             from .doctor import doctor
 
@@ -46,40 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if options.debug:
+        if debug:
             raise
-        print(f"sparsetrain: error: {condense(str(error))}", file=sys.stderr)
+        print(f"sparsetrain: error: {explain(str(error))}", file=sys.stderr)
         return 2
 
 
-def condense(message: str) -> str:
-    r"""Reduce the report of a parser, which tries every type an option may have, to its most telling line.
-
-    Example:
-        >>> condense("Parser key x:\n  Errors:\n    - Problem with y:\n        Option z\n    - Expected None")
-        'Parser key x: Problem with y: Option z'
-    """
-    lines = [line for line in message.splitlines() if line.strip()]
-    if len(lines) < 2:
-        return message
-    found = [line.strip() for line in lines[:1] if line.endswith(":")]
-    start = next((index for index, line in enumerate(lines) if line.strip() == "Errors:"), None)
-    if start is None:
-        return " ".join(line.strip() for line in lines)
-    first = lines[start + 1]
-    depth = len(first) - len(first.lstrip())
-    block = [first.strip().removeprefix("- ")]
-    for line in lines[start + 2 :]:
-        if len(line) - len(line.lstrip()) <= depth:
-            break
-        block.append(line)
-    return " ".join([*found, condense("\n".join(block))])
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     from sparsetrain import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sparsetrain",
         description="Train with transposable 2:4 sparsity.",
         epilog=EXAMPLES,
@@ -97,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list_recipes() -> int:
+def _list_recipes(rest: Sequence[str]) -> int:
+    if rest:
+        raise ValueError(f"recipes takes no argument, and {rest[0]!r} is given: leave it away.")
     for name, path in recipe_files().items():
         print(f"{name:32} {path.read_text().splitlines()[0].lstrip('# ')}")
     return 0

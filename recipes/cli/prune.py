@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .arguments import Parser
+from .checkpoint_files import read_checkpoint
 from .recipe_files import find_recipe
 
 EPILOG = """Further options go to LightningCLI: --trainer.max_steps, --data.source, --model.width, ...
@@ -25,12 +27,12 @@ def prune(arguments: Sequence[str]) -> int:
     Args:
         arguments: The command line behind ``sparsetrain prune``.
     """
-    options, rest = _parser().parse_known_args(list(arguments))
+    parser = _parser()
+    options, rest = parser.parse_known_args(list(arguments))
     config = find_recipe(options.config)
-    if options.checkpoint is not None and not Path(options.checkpoint).is_file():
-        raise FileNotFoundError(
-            f"checkpoint {options.checkpoint!r} is no file: pass the path of a Lightning checkpoint."
-        )
+    if options.checkpoint is None and options.pattern is not None:
+        raise ValueError("--pattern goes with --checkpoint: without one, the recipe's own method decides.")
+    weights = None if options.checkpoint is None else read_checkpoint(options.checkpoint, "checkpoint")["state_dict"]
     from sparsetrain.callbacks import SparseTrainingCallback
     from sparsetrain.methods import asp_one_shot
 
@@ -39,7 +41,10 @@ def prune(arguments: Sequence[str]) -> int:
 
     output = Path(options.output)
     overrides = [f"--trainer.default_root_dir={output}", f"--trainer.max_steps={options.steps}"]
-    cli = run_cli(["--config", config, *(overrides if options.steps else overrides[:1]), *rest], run=False)
+    arguments = ["--config", config, *(overrides if options.steps else overrides[:1]), *rest]
+    cli = run_cli(arguments, run=False, words=[word.lstrip("-") for word in parser.words()])
+    if (resumed := cli.config.get("ckpt_path")) is not None:
+        raise ValueError(f"ckpt_path is {resumed!r}, which goes with fit: pass trained weights as --checkpoint.")
     trainer: Any = cli.trainer  # Lightning adds `callbacks` and others at run time
     model, data = cli.model, cli.datamodule
     callbacks = [callback for callback in trainer.callbacks if isinstance(callback, SparseTrainingCallback)]
@@ -48,13 +53,11 @@ def prune(arguments: Sequence[str]) -> int:
     callback = callbacks[0]
     history = History()
     trainer.callbacks.insert(trainer.callbacks.index(callback) + 1, history)
-    if options.checkpoint is not None:
-        _load(model, options.checkpoint)
+    if weights is not None:
+        _load(model, weights, options.checkpoint)
         trainer.validate(model, data, verbose=False)
         callback.method = asp_one_shot(prune_at=0, pattern=options.pattern or callback.method.pattern)
         trainer.num_sanity_val_steps = float("inf")  # validates the pruned model before the first retraining step
-    elif options.pattern is not None:
-        raise ValueError("--pattern goes with --checkpoint: without one, the recipe's own method decides.")
     trainer.fit(model, data)
     trainer.validate(model, data, verbose=False)
     output.mkdir(parents=True, exist_ok=True)
@@ -63,31 +66,32 @@ def prune(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="sparsetrain prune",
         description="Prune once to 2:4, retrain with the mask frozen, report.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", default="gpt_dense_prune_retrain.yaml", help="recipe: a path or a shipped name")
-    parser.add_argument("--checkpoint", help="trained Lightning checkpoint; without it the recipe trains dense first")
+    parser.add_argument(
+        "--checkpoint", help="trained checkpoint, of Lightning or weights alone; none trains dense first"
+    )
     parser.add_argument("--pattern", choices=("transposable", "row_wise"), help="of the masks, with --checkpoint")
     parser.add_argument("--steps", type=int, help="optimizer steps; with --checkpoint, of retraining")
     parser.add_argument("--output", default="runs/prune", help="folder for pruned.ckpt and report.md")
     return parser
 
 
-def _load(model: Any, path: str) -> None:
-    import torch
-
+def _load(model: Any, weights: Any, path: str) -> None:
     from sparsetrain.checkpoint import require_same_weights
 
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"checkpoint {path!r} has no 'state_dict': pass a checkpoint that Lightning wrote.")
-    require_same_weights(model, checkpoint["state_dict"])
-    model.load_state_dict(checkpoint["state_dict"])
+    try:
+        require_same_weights(model, weights)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path!r} {str(error).removeprefix('checkpoint ')}") from None
+    model.load_state_dict(weights)
 
 
 def _report(output: Path, config: str, checkpoint: str | None, callback: Any, history: Any) -> None:
@@ -103,7 +107,7 @@ def _report(output: Path, config: str, checkpoint: str | None, callback: Any, hi
     training = callback.training
     metrics = training.metrics()
     kept, violations = metrics.get("kept_fraction_at_refresh", 1.0), int(metrics["violations"])
-    facts = f"{training.report.summary()} || kept fraction: {kept:.3f} || violations: {violations}"
+    facts = f"{training.report.summary()} || kept fraction: {kept:.3f} || violations: {violations} || {training.ending}"
     console = Console()
     console.print(table)
     console.print(facts, highlight=False)

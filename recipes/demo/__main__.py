@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from sparsetrain.callbacks import SparseTrainingCallback
 from sparsetrain.extras import require
-from sparsetrain.methods import Method, asp_one_shot, fst
+from sparsetrain.methods import Method, asp_one_shot, recommended
 from sparsetrain.schedule import Phase, Schedule
 
 from ..data import TextDataModule
@@ -24,7 +24,7 @@ from .report import Result, print_table, write_plot, write_report
 
 METHODS = {
     "dense": Method(name="dense", schedule=Schedule((Phase("dense"),))),
-    "sparse from scratch": fst(warmup=0.15, decay=2e-3),
+    "sparse from scratch": recommended(),
     "dense → prune → retrain": asp_one_shot(prune_at=0.5),
 }
 
@@ -98,8 +98,12 @@ def _train(name: str, method: Method, data: TextDataModule, options: argparse.Na
         logger.finalize("success")
     _finish_wandb()
     assert callback.training is not None
-    violations, sparse = int(callback.training.metrics()["violations"]), callback.training.phase != "dense"
-    return Result(name, float(final["val/loss"]), seconds, history, violations, sparse)
+    ending = callback.training.ending
+    assert ending is not None
+    print(f"{name}: {ending}", file=sys.stderr)
+    return Result(
+        name, float(final["val/loss"]), seconds, history, int(callback.training.metrics()["violations"]), ending.what
+    )
 
 
 def _loggers(slug: str, output: Path) -> list[Logger]:

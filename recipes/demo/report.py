@@ -36,7 +36,7 @@ class Result:
         seconds: Of training.
         history: Its validations and mask searches.
         violations: Groups of four that do not keep two, in masks in force at the end.
-        sparse: Whether the final weights are 2:4.
+        ends: What the final weights are: ``"2:4"`` or ``"dense"``.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Result:
     seconds: float
     history: History
     violations: int
-    sparse: bool
+    ends: str
 
     def row(self, dense_loss: float) -> tuple[str, ...]:
         """Return the run's cells of the table."""
@@ -58,7 +58,7 @@ class Result:
             f"{metrics['kept_fraction_at_refresh']:.3f}" if refresh else "–",
             f"{metrics['flip_rate']:.4f}" if moves and "flip_rate" in metrics else "–",
             str(self.violations),
-            "2:4" if self.sparse else "dense",
+            self.ends,
             f"{self.seconds:.0f}",
         )
 

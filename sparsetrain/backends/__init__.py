@@ -1,5 +1,6 @@
 """Backends: who computes the products with a layer's masked weight."""
 
+from ..suggestions import did_you_mean
 from .cusparselt.backend import CuSparseLtBackend
 from .cutlass import CutlassBackend
 from .interface import Backend, Operand
@@ -23,7 +24,8 @@ def resolve_backend(name: str) -> str:
         'auto'
     """
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend is {name!r}: it must be one of {['auto', *sorted(BACKENDS)]}.")
+        known = ["auto", *sorted(BACKENDS)]
+        raise ValueError(f"backend is {name!r}: it must be one of {known}{did_you_mean(name, known)}.")
     return name
 
 

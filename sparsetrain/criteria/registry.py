@@ -1,5 +1,6 @@
 """Criteria by name."""
 
+from ..suggestions import did_you_mean
 from .gradients import Fisher, Movement, WeightGradient
 from .inputs import Wanda
 from .interface import Criterion
@@ -23,5 +24,8 @@ def resolve_criterion(criterion: str | Criterion) -> Criterion:
     if isinstance(criterion, Criterion):
         return criterion
     if criterion not in CRITERIA:
-        raise ValueError(f"criterion is {criterion!r}: it must be one of {sorted(CRITERIA)} or a Criterion instance.")
+        raise ValueError(
+            f"criterion is {criterion!r}: it must be one of {sorted(CRITERIA)} or a Criterion instance"
+            f"{did_you_mean(criterion, CRITERIA)}."
+        )
     return CRITERIA[criterion]()

@@ -6,8 +6,10 @@ from dataclasses import fields, replace
 from typing import Any, Literal
 
 from ..criteria import Criterion
+from ..gradient_rules import GradientRule
 from ..masked_decay import DecayTarget
 from ..schedule import Phase, Schedule, dense_prune_retrain, from_scratch, rounds
+from ..suggestions import did_you_mean
 from .method import Method
 
 
@@ -347,11 +349,16 @@ PRESETS: dict[str, Callable[..., Method]] = {
 }
 
 
+DEFAULT_PRESET = "recommended"
+"""Whose values a mapping changes that names no preset and has no schedule."""
+
+
 def resolve_method(method: str | Method | Mapping[str, Any]) -> Method:
     """Return a method from a preset's name, from a mapping, or the method itself.
 
-    A mapping with the key ``preset`` holds that preset's arguments, and any other fields of :class:`Method` to change;
-    one without the key holds the fields of :class:`Method`.
+    A mapping with the key ``preset`` holds that preset's arguments, and any other fields of :class:`Method` to change.
+    One without it holds the fields of :class:`Method` if ``schedule`` is among them; otherwise it changes
+    ``recommended``.
 
     Raises:
         ValueError: If the preset, or a key of the mapping, is unknown.
@@ -369,15 +376,16 @@ def resolve_method(method: str | Method | Mapping[str, Any]) -> Method:
     if not isinstance(method, Mapping):
         raise TypeError(f"method is {method!r}: it must be a preset's name ({_names()}), a Method, or a mapping.")
     arguments = dict(method)
-    field_names = [field.name for field in fields(Method)]
-    if "preset" not in arguments:
-        return Method(**_checked(arguments, "Method", field_names))
-    name = arguments.pop("preset")
-    if name not in PRESETS:
-        raise ValueError(f"method is {name!r}: it must be one of the presets {_names()}, or a Method.")
+    if "preset" not in arguments and "schedule" in arguments:
+        return Method(**_checked(arguments, "Method", []))
+    name = arguments.pop("preset", DEFAULT_PRESET)
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(
+            f"method is {name!r}: it must be one of the presets {_names()}, or a Method{did_you_mean(name, PRESETS)}."
+        )
     preset = PRESETS[name]
     own = list(inspect.signature(preset).parameters)
-    arguments = _checked(arguments, name, [*own, *(field for field in field_names if field not in own)])
+    arguments = _checked(arguments, name, own)
     changes = {key: arguments.pop(key) for key in list(arguments) if key not in own}
     method, default = preset(**arguments), preset()
     for key in changes:
@@ -393,14 +401,39 @@ def _names() -> str:
     return ", ".join(map(repr, sorted(PRESETS)))
 
 
-def _checked(arguments: dict[str, Any], owner: str, allowed: list[str]) -> dict[str, Any]:
+def _checked(arguments: dict[str, Any], owner: str, own: Sequence[str]) -> dict[str, Any]:
+    """Refuse keys that are neither the preset's nor fields of ``Method``; make objects of what configs hold plainly."""
+    known = [field.name for field in fields(Method)]
     for key in arguments:
-        if key not in allowed:
-            raise ValueError(f"method: {owner} has no argument {key!r}; it has {', '.join(allowed)}.")
+        if key not in own and key not in known:
+            raise ValueError(_no_argument(key, owner, own, known))
     schedule = arguments.get("schedule")
     if schedule is not None and not isinstance(schedule, Schedule):
         arguments["schedule"] = _schedule_of(schedule)
+    for key in ("gradient", "frozen_gradient"):
+        if isinstance(rule := arguments.get(key), Mapping):
+            arguments[key] = _rule_of(key, rule)
     return arguments
+
+
+def _no_argument(key: object, owner: str, own: Sequence[str], known: Sequence[str]) -> str:
+    has = ", ".join([*own, "and the fields of Method"] if own else known)
+    if near := did_you_mean(key, [*own, *known]):
+        return f"method: {owner} has no argument {key!r}{near}; it has {has}."
+    arguments = {name: list(inspect.signature(preset).parameters) for name, preset in PRESETS.items()}
+    if owners := [name for name in arguments if key in arguments[name]]:
+        return (
+            f"method: {owner} has no argument {key!r}, which is one of {', '.join(owners)}: leave it away, or give "
+            f"the method as a whole (method={owner}, method={owners[0]}); {owner} has {has}."
+        )
+    near = did_you_mean(key, {argument for every in arguments.values() for argument in every})
+    return f"method: {owner} has no argument {key!r}{near}; it has {has}."
+
+
+def _rule_of(key: str, rule: Mapping[str, Any]) -> GradientRule:
+    if unknown := [name for name in rule if name not in ("kept", "pruned")]:
+        raise ValueError(f"method: {key} has no {unknown[0]!r}; it has kept and pruned.")
+    return GradientRule(**rule)
 
 
 def _schedule_of(schedule: Any) -> Schedule:
@@ -410,5 +443,8 @@ def _schedule_of(schedule: Any) -> Schedule:
     known = [field.name for field in fields(Phase)]
     for phase in phases:
         if isinstance(phase, Mapping) and (unknown := set(phase) - set(known)):
-            raise ValueError(f"schedule: a phase has no {min(unknown)!r}; it has {', '.join(known)}.")
+            wrong = min(unknown, key=str)
+            raise ValueError(
+                f"schedule: a phase has no {wrong!r}; it has {', '.join(known)}{did_you_mean(wrong, known)}."
+            )
     return Schedule(tuple(Phase(**phase) if isinstance(phase, Mapping) else phase for phase in phases))

@@ -38,6 +38,7 @@ class Module(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:ends (dense|2.4). .*the schedule stopped at step")
 @pytest.mark.parametrize("build", [mlp, convnet])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_it_resumes_bit_for_bit_and_fits_again(preset: str, build: Callable[[], nn.Module], tmp_path: Path) -> None:

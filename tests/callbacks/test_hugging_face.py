@@ -296,6 +296,7 @@ def test_a_damaged_state_is_refused_and_leaves_plain_layers(part: str, tmp_path:
     assert type(run.model.get_submodule(UP)) is nn.Linear
 
 
+@pytest.mark.filterwarnings("ignore:ends dense. the schedule stopped at step 1")
 def test_loggers_that_are_not_reached_are_named(tmp_path: Path) -> None:
     run = trainer(tmp_path, HuggingFaceSparseTraining(MOVING), steps=1, save_strategy="no")
     run.args.report_to = ["wandb"]

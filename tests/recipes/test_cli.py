@@ -144,12 +144,14 @@ def test_the_demo_writes_table_report_plot_checkpoints_and_an_offline_wandb_run(
     done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "dense → prune" in done.stdout
-    for name in ("report.md", "curves.png", "dense.ckpt", "fst.ckpt", "asp_one_shot.ckpt", "csv/fst/metrics.csv"):
+    for name in ("report.md", "curves.png", "dense.ckpt", "recommended.ckpt", "asp_one_shot.ckpt",
+                 "csv/recommended/metrics.csv"):  # fmt: skip
         assert (tmp_path / name).stat().st_size > 0
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 3
     rows = [line.split("|") for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| ")][1:]
     assert [row[6].strip() for row in rows] == ["0", "0", "0"]  # violations
-    assert [row[7].strip() for row in rows] == ["dense", "dense", "2:4"]
+    assert [row[7].strip() for row in rows] == ["dense", "2:4", "2:4"]
+    assert "sparse from scratch: ends 2:4: 50.0 % zeros in 2 layers" in done.stderr
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

@@ -222,6 +222,18 @@ EXPECTED: dict[str, Expected] = {
         linear=names("model.layers.0.self_attn.{q,k,v,o}_proj"), heads={"lm_head"},
         experts=names("model.layers.0.mlp.experts.{gate_up,down}_proj"),
     ),
+    "gpt2": Expected(
+        transformer("GPT2LMHeadModel", "GPT2Config", **GPT2), mlp=names("transformer.h.0.mlp.c_{fc,proj}"),
+        linear=names("transformer.h.0.attn.c_{attn,proj}"), heads={"lm_head"},
+    ),
+    "gpt2-without-a-head": Expected(
+        transformer("GPT2Model", "GPT2Config", **GPT2), mlp=names("h.0.mlp.c_{fc,proj}"),
+        linear=names("h.0.attn.c_{attn,proj}"),
+    ),
+    "gpt2-classifier": Expected(
+        transformer("GPT2ForSequenceClassification", "GPT2Config", **GPT2), heads={"score"},
+        mlp=names("transformer.h.0.mlp.c_{fc,proj}"), linear=names("transformer.h.0.attn.c_{attn,proj}"),
+    ),
     "t5": Expected(
         transformer("T5ForConditionalGeneration", "T5Config", **T5), mlp=T5_MLP, linear=T5_ATTENTION, heads={"lm_head"},
     ),

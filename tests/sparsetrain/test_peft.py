@@ -344,3 +344,28 @@ def test_the_callback_trains_adapters_over_a_frozen_base_and_ends_sparse_after_m
         weight = module.model.get_submodule(name).weight
         assert type(module.model.get_submodule(name)) is nn.Linear
         assert is_transposable(weight != 0)
+
+
+def test_adapters_over_transposed_linear_layers_are_merged_under_the_masks() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    base = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+    model = lora(base, target_modules=["c_fc", "mlp.c_proj"], fan_in_fan_out=True)
+    names = [f"base_model.model.transformer.h.0.mlp.{name}.base_layer" for name in ("c_fc", "c_proj")]
+    optimizer = adamw(model)
+    training = SparseTraining(model, optimizer, PRUNE_AT_ONCE, 2, "mlp", verbose=False)
+    assert [choice.name for choice in training.report.sparse] == names
+    before = weights(model, names)
+    masks = [model.get_submodule(name).mask for name in names]
+    trained(model, optimizer, 2)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model, names).items())
+    merged = model.merge_and_unload()
+    training.finish()
+    for name, mask in zip(("c_fc", "c_proj"), masks, strict=True):
+        layer = getattr(merged.transformer.h[0].mlp, name)
+        assert type(layer) is Conv1D
+        assert torch.equal(layer.weight != 0, mask)
+        assert is_transposable((layer.weight != 0).T)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule
 from torch import nn
 
@@ -90,17 +91,19 @@ def test_of_several_readings_the_nearest_is_taken() -> None:
     assert sparse(model, "a.b|a.*b") == ["a.b", "axb"]
 
 
-@pytest.mark.parametrize("wrap", ["compile", "lightning", "twice"])
+@pytest.mark.parametrize("wrap", ["compile", "fabric", "lightning", "twice"])
 def test_names_hold_inside_wrappers(wrap: str) -> None:
     class Module(LightningModule):
         def __init__(self, model: nn.Module) -> None:
             super().__init__()
             self.net = model
 
-    model = (
-        torch.compile(Model()) if wrap == "compile" else Module(torch.compile(Model()) if wrap == "twice" else Model())
-    )
-    prefix = {"compile": "_orig_mod.", "lightning": "net.", "twice": "net._orig_mod."}[wrap]
+    model, prefix = {
+        "compile": lambda: (torch.compile(Model()), "_orig_mod."),
+        "fabric": lambda: (Fabric(accelerator="cpu", devices=1).setup_module(Model()), "_forward_module."),
+        "lightning": lambda: (Module(Model()), "net."),
+        "twice": lambda: (Module(torch.compile(Model())), "net._orig_mod."),
+    }[wrap]()
     for entry in ("encoder.layers.1", "layers.1.*", r"(net\.)?encoder\.layers\.1\..*"):
         assert sparse(model, entry) == [prefix + name for name in layers(1)]
     assert sparse(model, "mlp") == [prefix + name for name in layers(*range(12), of=["mlp.0", "mlp.2"])]
