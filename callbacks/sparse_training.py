@@ -37,8 +37,8 @@ class SparseTrainingCallback(Callback):
     resuming bit for bit needs; with ``save_weights_only=True`` they hold the dense masters instead.
 
     Args:
-        method: A preset's name, a ``Method``, or a mapping: ``preset`` with its arguments, or the fields of ``Method`` with
-            a ``schedule``; without either, it changes ``recommended``. A command line changes single values of it.
+        method: A preset's name, a ``Method``, or a mapping: ``preset`` with its arguments, or the fields of ``Method``
+            with a ``schedule``; without either, it changes ``recommended``. A command line changes single values of it.
         targets: Which layers become sparse: ``"all-linear"``, ``"all-conv"``, ``"mlp"``, names of layers or submodules,
             globs or regular expressions, as in :func:`sparsetrain.select_layers`.
         exclude: Which do not.
