@@ -128,8 +128,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "asp_one_shot": {"prune_at": 4},
     "recommended": {"warmup": 2, "refresh_every": 2, "decay": 0.02, "freeze": 4},
     "fst": {"refresh_every": 3, "dense_tail": 2, "warmup": 2, "decay": 0.02, "mvue": True},
-    "sr_ste": {"decay": 0.05, "criterion": "wanda"},
-    "sr_ste, SGD": {"decay": 0.05, "pattern": "transposable", "criterion": "movement"},
+    "sr_ste": {"decay": 0.05, "criterion": "wanda", "warmup": 2},
+    "sr_ste, SGD": {"decay": 0.05, "pattern": "transposable", "criterion": "movement", "warmup": 2},
     "s_ste": {"pattern": "transposable"},
     "s_ste, row-wise": {},
     "slope": {"refresh_every": 2, "adapter_start": 5, "adapter_rank": 2},
@@ -293,7 +293,7 @@ def test_sparse_products_read_the_logical_matrix(monkeypatch: pytest.MonkeyPatch
 
 def test_compiled_whole_it_neither_breaks_nor_recompiles_at_a_search() -> None:
     model = transposed(mlp())
-    optimizer, training = start("sr_ste", model)
+    optimizer, training = start("s_ste, row-wise", model)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(model, fullgraph=True, backend="eager")
