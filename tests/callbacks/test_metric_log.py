@@ -144,6 +144,7 @@ def dense_weights(folder: Path, steps: int) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in module.named_parameters()}
 
 
+@pytest.mark.filterwarnings("ignore:ends 2.4")  # the first run stops before the second round
 def test_what_layers_lost_stays_known_when_others_are_pruned_later_and_after_resuming(tmp_path: Path) -> None:
     method = {"preset": "iterative", "count": 2, "start": 2, "every": 2}
 

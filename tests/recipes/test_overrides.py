@@ -24,12 +24,12 @@ CALLBACK = "sparsetrain.callbacks.SparseTrainingCallback"
 QUIET = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.enable_checkpointing=false"]
 SHIPPED = {
     "gpt_dense_prune_retrain.yaml": (asp_one_shot, {"prune_at": 0.5, "pattern": "transposable", "restart_lr": False}),
-    "gpt_from_scratch.yaml": (fst, {"warmup": 0.15, "dense_tail": 1 / 6, "refresh_every": 40, "decay": 0.002}),
+    "gpt_from_scratch.yaml": (recommended, {"warmup": 0.15, "dense_tail": 0.0, "refresh_every": 40, "decay": 0.002}),
     "image_dense_prune_retrain.yaml": (
         asp_one_shot,
         {"prune_at": 0.5, "pattern": "transposable", "restart_lr": False},
     ),
-    "image_from_scratch.yaml": (fst, {"warmup": 0.15, "dense_tail": 1 / 6, "refresh_every": 40, "decay": 0.002}),
+    "image_from_scratch.yaml": (recommended, {"warmup": 0.15, "dense_tail": 0.0, "refresh_every": 40, "decay": 0.002}),
 }
 
 
@@ -84,7 +84,7 @@ def test_an_override_changes_one_value_of_a_shipped_preset(name: str, tmp_path: 
         overrides |= {"prune_at": [0.25, 3], "clear_moments": [False]}
     if name.startswith("image"):  # the same methods again
         overrides = {"pattern": ["row_wise"]}
-    elif preset is fst:
+    elif preset is recommended:
         overrides |= {"warmup": [0.5, 4], "dense_tail": [0], "decay": [1e-4]}
     for key, choices in overrides.items():
         for value in choices:
