@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .criteria import Criterion, Magnitude
+from .criteria.interface import scores_of
 from .criteria.scope import dense_layers, dense_tiles
 from .distributed import require_equal_codes
 from .kernels.mask_search.operator import search_tiles_
@@ -137,13 +138,11 @@ class MaskState:
 
     def costliest_layers(self, clock: int, budget: float) -> list[str]:
         """Return the layers that masks would cost most by the criterion's scores, within a budget of weights."""
-        scores = {
-            name: self.criterion.scores(layer.matrix, layer=name, clock=clock) for name, layer in self.layers.items()
-        }
+        scores = {name: self._scores(name, layer, clock, 0.0) for name, layer in self.layers.items()}
         return dense_layers(scores, self.codes, budget)
 
     def _scores(self, name: str, layer: MaskedLayer, clock: int, bonus: float) -> Tensor:
-        scores = self.criterion.scores(layer.matrix, layer=name, clock=clock)
+        scores = scores_of(self.criterion, layer.matrix, layer=name, clock=clock)
         if not bonus:
             return scores
         mean = torch.where(scores.isfinite(), scores, 0).abs().mean()

@@ -11,6 +11,7 @@ from .backends.interface import WeightProduct
 from .conversion import to_dense_, to_sparse_
 from .convolution import is_pointwise
 from .criteria import Criterion, resolve_criterion
+from .criteria.interface import scores_of
 from .gradient_rules import GradientRule, resolve_gradient_rule
 from .masked_layer import MaskedLayer, PhaseKind
 from .matrices import matrix_of
@@ -82,7 +83,8 @@ def sparsify_(
     if phase != "dense":
         for name, layer in chosen.items():
             assert isinstance(layer.weight, Tensor)
-            codes[name] = search.search(criterion.scores(matrix_of(layer.weight.detach()), layer=name, clock=0), 2)
+            scores = scores_of(criterion, matrix_of(layer.weight.detach()), layer=name, clock=0)
+            codes[name] = search.search(scores, 2)
     done: list[MaskedLayer] = []
     try:
         for name, layer in chosen.items():

@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..plain_tensors import require_floating
+
 
 class Criterion:
     """What ranks the entries of a weight when masks are searched.
@@ -69,3 +71,24 @@ class Criterion:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
+
+
+def scores_of(criterion: Criterion, weight: Tensor, *, layer: str, clock: int) -> Tensor:
+    """Return what a criterion scores a weight, once it is known to be scores.
+
+    Raises:
+        TypeError: If it is no dense floating-point tensor.
+        ValueError: If it has not the weight's shape.
+
+    Example:
+        >>> import torch
+        >>> from .plain import Magnitude
+        >>> scores_of(Magnitude(), torch.tensor([[-2.0, 1.0]]), layer="fc", clock=0).tolist()
+        [[2.0, 1.0]]
+    """
+    scores = criterion.scores(weight, layer=layer, clock=clock)
+    name = f"what criterion {criterion.name!r} returns as scores of layer {layer!r}"
+    require_floating(name, scores)
+    if scores.shape != weight.shape:
+        raise ValueError(f"{name} has shape {tuple(scores.shape)}: it must have the weight's, {tuple(weight.shape)}.")
+    return scores
