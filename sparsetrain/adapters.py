@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .checks import each
 from .masked_layer import MaskedLayer
 from .matrices import written_as_matrices
+from .state_schema import by_layer, require_state, tensor
 
 
 class Adapters:
@@ -92,6 +94,17 @@ class Adapters:
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the values."""
         return {name: [part.detach().cpu().clone() for part in pair] for name, pair in self.parts.items()}
+
+    def check_state_dict(self, state: Any) -> None:
+        """Raise ``ValueError`` if a state is damaged or of other adapters; changes nothing."""
+        if state is None:
+            raise ValueError(
+                "state has no adapters but the method's adapter_rank is not 0: resume with the same method."
+            )
+        rules = {
+            name: each([tensor(None, part.shape, finite=True) for part in pair]) for name, pair in self.parts.items()
+        }
+        require_state("adapters", state, by_layer(rules, needed=None))
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

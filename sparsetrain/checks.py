@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,8 +49,8 @@ def shown(value: Any) -> str:
     """Return a value in a few words.
 
     Example:
-        >>> shown([1, 2]), shown("x" * 99) == "'" + "x" * 62 + "…"
-        ('a list of 2', True)
+        >>> shown([1, 2]), shown([[1], [2]]), shown("x" * 99) == "'" + "x" * 62 + "…"
+        ('[1, 2]', 'a list of 2', True)
     """
     if isinstance(value, type):
         return f"the class {value.__name__}"
@@ -59,15 +59,30 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__} of {value.dtype}{shape}"
     if isinstance(value, int) and value.bit_length() > 200:
         return f"an int of {value.bit_length()} bits"
-    if isinstance(value, Mapping | list | tuple | set) and value:
+    if isinstance(value, Mapping | list | tuple | set) and not _is_short(value):
         return f"a {type(value).__name__} of {len(value)}"
     text = " ".join(repr(value).split())
     return text if len(text) <= 64 else f"{text[:63]}…"
 
 
+def _is_short(value: Any) -> bool:
+    return (
+        len(value) <= 8
+        and all(isinstance(entry, int | float | str | None) for entry in value)
+        and not (isinstance(value, Mapping) and value)
+    )
+
+
 FLAG = Rule("True or False", lambda value: isinstance(value, bool))
 
 TEXT = Rule("a string", lambda value: isinstance(value, str))
+
+
+DICT = Rule("a dict", lambda value: isinstance(value, Mapping))
+
+EMPTY = Rule("empty", lambda value: isinstance(value, Mapping) and not value)
+
+NONE = Rule("None", lambda value: value is None)
 
 
 def whole(least: int = 0, most: int | None = None, of: str = "") -> Rule:
@@ -191,15 +206,15 @@ def optional(rule: Rule) -> Rule:
     return replace(either(NONE, rule), allowed=f"{rule.allowed}, or None")
 
 
-NONE = Rule("None", lambda value: value is None)
-
-
-def sequence(rule: Rule, length: int | None = None, unique: bool = False, allowed: str = "") -> Rule:
+def sequence(
+    rule: Rule, length: int | None = None, least: int = 0, unique: bool = False, allowed: str = ""
+) -> Rule:  # fmt: skip
     """Allow a list or tuple whose entries follow a rule.
 
     Args:
         rule: Of every entry.
         length: How many there must be; None for any number.
+        least: How many there must be at least.
         unique: No two are equal.
         allowed: In words; made from the rest if it is empty.
 
@@ -218,18 +233,38 @@ def sequence(rule: Rule, length: int | None = None, unique: bool = False, allowe
     count = "" if length is None else f"{length} "
     return Rule(
         allowed or f"a list of {count}{'entries' if rule.inside else f'entries, each {rule.allowed}'}",
-        lambda value: isinstance(value, list | tuple) and (length is None or len(value) == length),
+        lambda value: isinstance(value, list | tuple) and length in (None, len(value)) and len(value) >= least,
         inside,
     )
 
 
-def mapping(rules: Mapping[str, Rule], needed: Collection[str] | None = None, of: str = "") -> Rule:
+def each(rules: Sequence[Rule]) -> Rule:
+    """Allow a list or tuple with one entry for each rule.
+
+    Example:
+        >>> each([TEXT, FLAG]).complaint("pair", ["a", "b"])
+        "pair[1] is 'b': it must be True or False"
+    """
+
+    def inside(name: str, value: Any) -> Iterator[str]:
+        for index, (rule, entry) in enumerate(zip(rules, value, strict=True)):
+            if complaint := rule.complaint(f"{name}[{index}]", entry):
+                yield complaint
+
+    count = len(rules)
+    return Rule(f"a list of {count}", lambda value: isinstance(value, list | tuple) and len(value) == count, inside)
+
+
+def mapping(
+    rules: Mapping[str, Rule], needed: Collection[str] | None = None, of: str = "", others: bool = False
+) -> Rule:  # fmt: skip
     """Allow a mapping whose values follow the rules of their keys.
 
     Args:
-        rules: Key to rule; other keys are not allowed.
+        rules: Key to rule.
         needed: Keys that must be there; None for all.
         of: What the keys are, for the words.
+        others: Other keys are allowed.
 
     Example:
         >>> rule = mapping({"value": NOT_NEGATIVE})
@@ -245,7 +280,8 @@ def mapping(rules: Mapping[str, Rule], needed: Collection[str] | None = None, of
                 yield f"{name} has no {key!r}"
         for key, entry in value.items():
             if key not in rules:
-                yield f"{name} has {shown(key)}, which is no {of or 'key'} of it"
+                if not others:
+                    yield f"{name} has {shown(key)}, which is no {of or 'key'} of it"
             elif complaint := rules[key].complaint(f"{name}[{key!r}]", entry):
                 yield complaint
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from .checks import number, optional, sequence
+from .state_schema import require_state
+
 INIT_GROUP = "_init_group"
 """Where Adam collects what it updates in a group; a frozen update takes place there, so that hooks see one step."""
 
@@ -72,8 +75,10 @@ class FrozenMoments:
             for optimizer in self._optimizers
         ]
 
-    def check_state_dict(self, state: Sequence[Sequence[float]] | None) -> None:
-        """Raise ``ValueError`` if a state is of other optimizers; changes nothing."""
+    def check_state_dict(self, state: Any) -> None:
+        """Raise ``ValueError`` if a state is damaged or of other optimizers; changes nothing."""
+        share = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+        require_state("frozen_moments", state, optional(sequence(sequence(share))))
         here = [len(_parameters(optimizer)) for optimizer in self._optimizers]
         if state is not None and here and [len(entries) for entries in state] != here:
             raise ValueError(

@@ -36,7 +36,9 @@ from .second_moments import SecondMoments
 from .selection import SelectionReport, select_layers, sparse_layers, weight_count
 from .soft_scales import SoftScales
 from .sparsify import sparsify_
-from .training_checks import STATE_VERSION, check_setup, check_state
+from .state_checks import check_state
+from .state_schema import Part
+from .training_checks import STATE_VERSION, check_setup
 from .wrapped_names import warn_of_unmerged
 from .wrappers import plain_model, plain_optimizer
 
@@ -344,9 +346,17 @@ class SparseTraining:
         Raises:
             ValueError: If the state is damaged or of another model; nothing is changed then.
         """
-        check_state(state, self.masks, self.method, self.total_steps, self.timeline)
-        self._distillation.check_state(state["distillation"], bool(state["active"]))
-        self._frozen_moments.check_state_dict(state["frozen_moments"])
+        if self.finished:
+            raise ValueError("training is finished: pass the state to a new SparseTraining(..., state=...).")
+        parts: dict[str, Part | None] = {
+            "lr_restart": self._lr_restart, "adapters": self._adapters, "moments": self._moments, "decay": self._decay,
+            "frozen_moments": self._frozen_moments, "distillation": self._distillation,
+            "soft_scales": self._soft_scales,
+        }  # fmt: skip
+        optimizers = len(self._optimizers)
+        check_state(state, self.masks, parts, self.method, self.total_steps, self.timeline, optimizers)
+        if state["active"]:
+            self._distillation.require_teacher(state["distillation"])
         self._distillation.load_state_dict(state["distillation"])
         self.masks.load_state_dict(state)
         for layer in self.masks.layers.values():
@@ -354,9 +364,9 @@ class SparseTraining:
         self.clock = state["clock"]
         self._last_refresh = state["last_refresh"]
         self._hooks.stepped = set(state["stepped"])
-        if self._lr_restart and state["lr_restart"]:
+        if self._lr_restart:
             self._lr_restart.load_state_dict(state["lr_restart"])
-        if self._moments is not None and state["moments"]:
+        if self._moments is not None and state["moments"] is not None:
             self.timeline = replace(self.timeline, starts=tuple(state["starts"]))
             self._moments.load_state_dict(state["moments"], next(iter(self._weights.values())).device)
         self._frozen_moments.load_state_dict(state["frozen_moments"])
@@ -365,7 +375,7 @@ class SparseTraining:
         self._active = set(state["active"])
         self._report_budget()
         self._decay.load_state_dict(state["decay"])
-        self._soft_scales.load_state_dict(state["soft_scales"])
+        self._soft_scales.load_state_dict(state["soft_scales"] if self.method.forward == "soft" else {})
         self._set_phase(*self.timeline.at(self.clock))
         self._switch_adapters()
         self._number_draws()

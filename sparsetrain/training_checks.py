@@ -1,9 +1,6 @@
-"""What a run is refused for, before anything is changed: its set-up, and a state to go on from."""
+"""What a run is refused for when it is set up, before anything is changed."""
 
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +8,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .frozen_moments import require_freezable
-from .mask_state import MaskState
 from .methods.method import Method
 from .optimizer_hooks import owned_parameters
 from .schedule import Timeline
@@ -19,12 +15,7 @@ from .second_moments import require_second_moments
 from .selection import SelectionReport
 
 STATE_VERSION = 3
-
-STATE_KEYS = frozenset(
-    {"version", "clock", "method", "stepped", "last_refresh", "lr_restart", "active", "starts", "moments", "adapters",
-     "decay", "distillation", "frozen_moments", "soft_scales", "pattern", "exists", "kept", "dense", "codes", "shapes",
-     "backward_codes", "flips", "virtual_flips", "sums_at_refresh", "ages", "criterion"}
-)  # fmt: skip
+"""Of what :meth:`sparsetrain.SparseTraining.state_dict` returns."""
 
 
 def check_setup(
@@ -87,35 +78,3 @@ def _check_weights(
                 f"layer {choice.name!r} has a trainable weight that no optimizer owns: "
                 "pass every optimizer, or exclude the layer."
             )
-
-
-def check_state(
-    state: Mapping[str, Any], masks: MaskState, method: Method, total_steps: int | None, timeline: Timeline
-) -> None:  # fmt: skip
-    """Raise ``ValueError`` if a state is damaged or of another model, and warn if it is of another method."""
-    if state.get("version", STATE_VERSION) != STATE_VERSION:
-        raise ValueError(
-            f"state has version {state.get('version')!r} but this sparsetrain reads {STATE_VERSION}: "
-            "use the version that wrote it."
-        )
-    if missing := STATE_KEYS - set(state):
-        raise ValueError(f"state has no {sorted(missing)[0]!r}: it must be what SparseTraining.state_dict() returned.")
-    if not isinstance(state["clock"], int) or state["clock"] < 0:
-        raise ValueError(
-            f"state has clock {state['clock']!r}: it must be an int of at least 0; the checkpoint is damaged."
-        )
-    timeline = replace(timeline, starts=tuple(state["starts"])) if state["moments"] else timeline
-    if state["kept"] != (kept := timeline.kept_at(state["clock"])):
-        raise ValueError(
-            f"state has masks that keep {state['kept']!r} of four but the schedule says {kept} at step "
-            f"{state['clock']}: resume with the same schedule."
-        )
-    masks.check_state_dict(state)
-    if unknown := sorted({*state["active"], *state["soft_scales"], *(state["dense"] or ())} - set(masks.layers)):
-        raise ValueError(f"state has active layer {unknown[0]!r} that the model has not: resume with the same model.")
-    for what, saved, here in (
-        ("method", state["method"], method.describe()),
-        ("total_steps", state.get("total_steps"), total_steps),
-    ):
-        if saved != here:
-            warnings.warn(f"resuming with another {what}: {here} instead of {saved}.", stacklevel=5)

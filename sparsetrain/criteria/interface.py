@@ -1,10 +1,14 @@
 """``Criterion``: the one interface of everything that ranks the entries of a weight."""
 
+import copy
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..checks import DICT
 from ..plain_tensors import require_floating
+from ..state_schema import refuse, require_state
 
 
 class Criterion:
@@ -68,6 +72,22 @@ class Criterion:
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics as plain numbers and tensors."""
         return {}
+
+    def check_state_dict(self, state: Any, sizes: Mapping[str, tuple[int, int, int]]) -> None:
+        """Raise ``ValueError`` if a state cannot be loaded; changes nothing.
+
+        A copy of the criterion tries to load it, unless a subclass knows better.
+
+        Args:
+            state: What :meth:`state_dict` returned, or what has become of it.
+            sizes: Layer name to rows O and columns of the weight that is scored, and the layer's input features I.
+        """
+        require_state("criterion", state, DICT)
+        try:
+            copy.deepcopy(self).load_state_dict(dict(state))
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            refuse(f"state['criterion'] cannot be loaded by criterion {self.name!r} ({reason})")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import DICT, TEXT, mapping
+from ..state_schema import by_layer, require_state, tensor
 from .interface import Criterion
 
 
@@ -57,6 +59,20 @@ class StatisticCriterion(Criterion):
             "running": {layer: value.cpu().clone() for layer, value in self._running.items()},
             "noted": {layer: value.cpu().clone() for layer, value in self._noted.items()},
         }
+
+    def check_state_dict(self, state: Any, sizes: Mapping[str, tuple[int, int, int]]) -> None:
+        """Raise ``ValueError`` if the statistics are damaged or of other layers; changes nothing."""
+        require_state("criterion", state, DICT)
+        if state.get("criterion") != self.name:
+            return
+        rules = {layer: tensor(torch.float32, self._statistic_shape(*size)) for layer, size in sizes.items()}
+        rule = mapping({"criterion": TEXT, "running": by_layer(rules), "noted": by_layer(rules)})
+        require_state("criterion", state, rule)
+
+    def _statistic_shape(self, rows: int, columns: int, features: int) -> tuple[int, ...]:
+        if "input" not in self.needs:
+            return rows, columns
+        return tuple(self.summarize_input(torch.zeros(1, features)).shape)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned; the state of another criterion leaves none.
