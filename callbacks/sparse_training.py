@@ -8,7 +8,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from sparsetrain.checkpoint import CHECKPOINT_KEY, pruned_values, require_same_weights, restore_pruned_
+from sparsetrain.checkpoint import CHECKPOINT_KEY, PRUNED_KEY, pruned_values, require_same_weights, restore_pruned_
 from sparsetrain.methods import Method, resolve_method
 from sparsetrain.sparse_weights import sparse_state_dict
 from sparsetrain.training import SparseTraining
@@ -16,7 +16,6 @@ from sparsetrain.training import SparseTraining
 from .distilled_step import DistilledStep
 
 SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
-PRUNED_WEIGHTS = "pruned_weights"
 
 
 class SparseTrainingCallback(Callback):
@@ -218,7 +217,7 @@ class SparseTrainingCallback(Callback):
         elif self.training is not None and not self.training.finished:
             masters = checkpoint["state_dict"]
             checkpoint[CHECKPOINT_KEY] = state = self._state(masters)
-            if state[PRUNED_WEIGHTS]:
+            if state[PRUNED_KEY]:
                 merge = self.method.adapter_merge
                 checkpoint["state_dict"] = sparse_state_dict(pl_module, masters, merge_adapters=merge)
 
@@ -239,7 +238,7 @@ class SparseTrainingCallback(Callback):
     def _state(self, masters: Mapping[str, Any]) -> dict[str, Any]:
         assert self.training is not None
         pruned = pruned_values(masters, self.training.masks.layers, self.method.adapter_merge)
-        return {**self.training.state_dict(), PRUNED_WEIGHTS: {name: values.cpu() for name, values in pruned.items()}}
+        return {**self.training.state_dict(), PRUNED_KEY: {name: values.cpu() for name, values in pruned.items()}}
 
     def _release_guard(self) -> None:
         if self._guard is not None:
@@ -253,7 +252,7 @@ class SparseTrainingCallback(Callback):
 
     def _restore_pruned(self) -> None:
         if self._loaded is not None and self.training is not None:
-            restore_pruned_(self.training.masks.layers, self._loaded["codes"], self._loaded.get(PRUNED_WEIGHTS, {}))
+            restore_pruned_(self.training.masks.layers, self._loaded["codes"], self._loaded.get(PRUNED_KEY, {}))
         self._loaded = None
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .adapters import require_late_start
 from .frozen_moments import require_freezable
 from .methods.method import Method
 from .optimizer_hooks import owned_parameters
@@ -38,6 +39,8 @@ def check_setup(
         raise ValueError(f"total_steps is None but {name} is a fraction: pass total_steps, or give it in steps.")
     if method.dense_budget and method.dense_unit == "layers":
         _check_budget(report, method.dense_budget)
+    if method.adapter_rank:
+        require_late_start(optimizers)
     if timeline.earliest:
         require_second_moments(optimizers)
     if method.freeze_second_moments:
