@@ -46,7 +46,12 @@ def check_state(
             f"state has version {shown(version)} but this sparsetrain reads {STATE_VERSION}: use the version that "
             "wrote it."
         )
-    rules = {"version": whole(), "clock": whole(0, LAST_STEP), "total_steps": optional(whole(1, LAST_STEP)), "method": PLAIN}
+    rules = {
+        "version": whole(),
+        "clock": whole(0, LAST_STEP),
+        "total_steps": optional(whole(1, LAST_STEP)),
+        "method": PLAIN,
+    }
     require_keys(state, (*rules, "stepped", "last_refresh", "active", "starts", *parts))
     for key, rule in rules.items():
         require_state(key, state[key], rule)

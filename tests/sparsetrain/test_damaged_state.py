@@ -1,19 +1,18 @@
 """Damaged states: every one is refused with a sentence before anything is changed, or loads to a valid state."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from mutations import mutations, sampled
+from mutations import sampled
 from support import mlp, train
 from torch import Tensor, nn
 
 import sparsetrain as st
-from sparsetrain.methods import fst, iterative, s_ste
+from sparsetrain.methods import fst
 
 SAMPLE = 300
 """Mutations of each state; all of them are some thirty thousand."""
