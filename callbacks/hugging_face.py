@@ -12,6 +12,7 @@ from sparsetrain.carried_state import CarriedState, load_apart, take_carried
 from sparsetrain.checkpoint import PRUNED_KEY, pruned_values, restore_pruned_, weight_key
 from sparsetrain.extras import require
 from sparsetrain.methods import Method, resolve_method
+from sparsetrain.options import check_options
 from sparsetrain.sparse_weights import evaluated_in_state_dicts
 from sparsetrain.training import SparseTraining
 from sparsetrain.wrappers import plain_optimizer
@@ -83,6 +84,11 @@ class HuggingFaceSparseTraining(TrainerCallback):
         logits_from: str = "",
         teacher: nn.Module | None = None,
     ) -> None:
+        check_options(
+            targets=targets, exclude=exclude, backend=backend, total_steps=total_steps, logits_from=logits_from,
+            teacher=teacher, deterministic=deterministic, keep_transposed=keep_transposed, watch_dense=watch_dense,
+            track_age=track_age, per_layer_metrics=per_layer_metrics, print_table=print_table,
+        )  # fmt: skip
         self.method = resolve_method(method)
         self.targets = targets
         self.exclude = exclude

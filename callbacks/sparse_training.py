@@ -8,8 +8,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from sparsetrain.checkpoint import CHECKPOINT_KEY, PRUNED_KEY, pruned_values, require_same_weights, restore_pruned_
+from sparsetrain.checkpoint import (
+    CHECKPOINT_KEY,
+    PRUNED_KEY,
+    pruned_values,
+    require_pruned,
+    require_same_weights,
+    restore_pruned_,
+)
 from sparsetrain.methods import Method, resolve_method
+from sparsetrain.options import check_options
 from sparsetrain.sparse_weights import sparse_state_dict
 from sparsetrain.training import SparseTraining
 
@@ -95,6 +103,11 @@ class SparseTrainingCallback(Callback):
         logits_from: str = "",
         teacher: nn.Module | None = None,
     ) -> None:
+        check_options(
+            targets=targets, exclude=exclude, backend=backend, total_steps=total_steps, logits_from=logits_from,
+            teacher=teacher, deterministic=deterministic, keep_transposed=keep_transposed, watch_dense=watch_dense,
+            track_age=track_age, per_layer_metrics=per_layer_metrics, print_table=print_table,
+        )  # fmt: skip
         self.method = resolve_method(method)
         self.targets = targets
         self.exclude = exclude
@@ -227,6 +240,7 @@ class SparseTrainingCallback(Callback):
             self._final = None  # the weights are the checkpoint's now, not those of the last fit
             return
         self._loaded = checkpoint.get(CHECKPOINT_KEY)
+        require_pruned(self._loaded, checkpoint["state_dict"])
         if self._loaded is None:
             rank_zero_warn(
                 f"checkpoint has no {CHECKPOINT_KEY!r} state, so sparse training starts at step 0 of its schedule."

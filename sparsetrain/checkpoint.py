@@ -6,14 +6,14 @@ rest; :func:`restore_pruned_` puts it back, bit for bit.
 """
 
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .checks import DICT, Rule, mapping, sequence, shown, whole
+from .checks import DICT, TEXT, Rule, mapping, sequence, shown, whole
 from .kernels.tile_codes.reference import unpack_codes
 from .masked_layer import MaskedLayer
 from .matrices import weight_of
@@ -114,6 +114,24 @@ def check_pruned(
         _require(f"pruned values of layer {name!r}", values, tensor(None, None))
         if int(_places(codes[name], values, layer.weight).sum()) != values.numel() or values.dim() != 1:
             raise ValueError(f"checkpoint's pruned values of {name!r} do not fit its mask: the checkpoint is damaged.")
+
+
+def require_pruned(state: Any, weights: Collection[str]) -> None:
+    """Raise ``ValueError`` if a checkpoint lacks pruned values of weights that it holds without them.
+
+    Args:
+        state: What the checkpoint holds under ``"sparsetrain"``; None if it holds nothing.
+        weights: Names of the weights in it.
+
+    Example:
+        >>> require_pruned({"active": ["fc"], "pruned_weights": {}}, ["head.weight"])
+    """
+    if state is None:
+        return
+    _require(f"{CHECKPOINT_KEY!r}", state, mapping({"active": sequence(TEXT), PRUNED_KEY: DICT}, others=True))
+    for name in state["active"]:
+        if weight_key(name) in weights and name not in state[PRUNED_KEY]:
+            refuse(f"checkpoint's pruned values have no {name!r}, whose weight it holds")
 
 
 def _require(name: str, value: Any, rule: Rule) -> None:

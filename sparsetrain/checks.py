@@ -1,10 +1,11 @@
 """What values are allowed, as rules: of arguments when they are given, and of a saved state before it is loaded."""
 
-import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from .suggestions import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def _is_short(value: Any) -> bool:
 
 FLAG = Rule("True or False", lambda value: isinstance(value, bool))
 
+INT = Rule("an int", lambda value: isinstance(value, int) and not isinstance(value, bool))
+
 TEXT = Rule("a string", lambda value: isinstance(value, str))
 
 
@@ -100,10 +103,15 @@ def whole(least: int = 0, most: int | None = None, of: str = "") -> Rule:
     limits = f"of at least {least}" if most is None else f"from {least} to {most}"
 
     def fits(value: Any) -> bool:
-        number = isinstance(value, int) and not isinstance(value, bool)
-        return number and least <= value and (most is None or value <= most)
+        return INT.accepts(value) and least <= value and (most is None or value <= most)
 
     return Rule(f"an int {limits}{of and f' ({of})'}", fits)
+
+
+TOTAL_STEPS = Rule(
+    "a positive int (optimizer steps), or None for schedules in steps",
+    lambda value: value is None or whole(1).accepts(value),
+)
 
 
 def number(allowed: str, fits: Callable[[float], bool] = lambda value: True) -> Rule:
@@ -143,25 +151,14 @@ def one_of(words: Iterable[str], others: str = "") -> Rule:
 
     Example:
         >>> one_of(["red", "green"]).complaint("colour", "gren")
-        "colour is 'gren': it must be one of ['red', 'green']; the nearest is 'green'"
+        "colour is 'gren': it must be one of ['red', 'green'] (did you mean 'green'?)"
     """
     allowed = list(words)
     return Rule(
         f"one of {allowed}{others}",
         lambda value: isinstance(value, str) and value in allowed,
-        hint=lambda value: nearest(value, allowed),
+        hint=lambda value: did_you_mean(value, allowed),
     )
-
-
-def nearest(word: Any, words: Iterable[str]) -> str:
-    """Return ``"; the nearest is …"``, or nothing if no word is near.
-
-    Example:
-        >>> nearest("warmpu", ["warmup", "decay"])
-        "; the nearest is 'warmup'"
-    """
-    found = difflib.get_close_matches(word, list(words), n=1) if isinstance(word, str) else []
-    return f"; the nearest is {found[0]!r}" if found else ""
 
 
 def instance(kind: type | tuple[type, ...], allowed: str) -> Rule:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import one_of, require
 from .kernels.tile_codes.reference import count_bits, pack_codes, transpose_codes, unpack_codes
 from .masks import nm_mask, transposable_codes
 
@@ -101,6 +102,5 @@ def resolve_pattern(name: str) -> Pattern:
         >>> resolve_pattern("transposable").sparse_products
         2
     """
-    if name not in PATTERNS:
-        raise ValueError(f"pattern is {name!r}: it must be one of {sorted(PATTERNS)}.")
+    require("pattern", name, one_of(sorted(PATTERNS)))
     return PATTERNS[name]

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS, resolve_backend
 from .backends.interface import WeightProduct
+from .checks import FLAG, one_of, require
 from .conversion import to_dense_, to_sparse_
 from .convolution import is_pointwise
 from .criteria import Criterion, resolve_criterion
@@ -16,6 +18,7 @@ from .gradient_rules import GradientRule, resolve_gradient_rule
 from .masked_layer import MaskedLayer, PhaseKind
 from .matrices import matrix_of
 from .operands import Execution
+from .options import MODULE
 from .patterns import resolve_pattern
 from .products import HALF_DTYPES
 from .selection import SelectionReport, select_layers, sparse_layers
@@ -72,6 +75,11 @@ def sparsify_(
         >>> model[0].mask.float().mean().item()
         0.5
     """
+    for name, value in (("deterministic", deterministic), ("keep_transposed", keep_transposed), ("verbose", verbose)):
+        require(name, value, FLAG)
+    require("model", model, MODULE)
+    require("phase", phase, one_of(get_args(PhaseKind)))
+    require("weight_product", weight_product, one_of(get_args(WeightProduct)))
     execution = Execution(resolve_backend(backend), deterministic, keep_transposed, weight_product=weight_product)
     rule, criterion, search = resolve_gradient_rule(gradient), resolve_criterion(criterion), resolve_pattern(pattern)
     execution = replace(execution, transposable=search.along_columns)

@@ -31,6 +31,7 @@ from .methods.method import Method
 from .methods.presets import resolve_method
 from .operands import renew_
 from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
+from .options import check_options, check_owners
 from .patterns import resolve_pattern
 from .second_moments import SecondMoments
 from .selection import SelectionReport, select_layers, sparse_layers, weight_count
@@ -110,6 +111,12 @@ class SparseTraining:
         state: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
+        check_owners(model, optimizer, lr_schedulers)
+        check_options(
+            targets=targets, exclude=exclude, backend=backend, total_steps=total_steps, logits_from=logits_from,
+            teacher=teacher, deterministic=deterministic, keep_transposed=keep_transposed, watch_dense=watch_dense,
+            track_age=track_age, verbose=verbose,
+        )  # fmt: skip
         self.model = model = plain_model(model)
         self.method = resolve_method(method)
         self.total_steps = total_steps

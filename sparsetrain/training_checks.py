@@ -1,5 +1,6 @@
 """What a run is refused for when it is set up, before anything is changed."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from .methods.method import Method
 from .optimizer_hooks import owned_parameters
 from .schedule import Timeline
 from .second_moments import require_second_moments
-from .selection import SelectionReport
+from .selection_report import SelectionReport, first_few
 
 STATE_VERSION = 3
 """Of what :meth:`sparsetrain.SparseTraining.state_dict` returns."""
@@ -29,6 +30,7 @@ def check_setup(
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError("model is wrapped in FSDP: masks need whole weights on every rank, so use DDP or one device.")
     _check_weights(model, report, method, optimizers)
+    _warn_of_frozen(report, method, timeline)
     head = (timeline.starts[1:] or (0,))[0] if timeline.kinds[0] == "dense" else 0
     if method.decay == "auto" and not (watch_dense and head >= 2 * method.refresh_every):
         raise ValueError(
@@ -52,6 +54,19 @@ def check_setup(
         require_freezable(optimizers)
     if method.restart_lr and not lr_schedulers:
         raise ValueError("method has restart_lr=True but lr_schedulers is empty: pass the learning-rate schedulers.")
+
+
+def _warn_of_frozen(report: SelectionReport, method: Method, timeline: Timeline) -> None:
+    """Warn of weights that get zeros and are not trained, unless masks only come and go."""
+    gets_zeros = timeline.kinds[-1] != "dense" or (method.frozen_in_place and "frozen" in timeline.kinds)
+    # a base layer under peft's adapters is frozen on purpose
+    names = first_few([repr(choice.name) for choice in report.frozen if not choice.name.endswith("base_layer")])
+    if names and gets_zeros:
+        warnings.warn(
+            f"weights of sparse layers have requires_grad=False: {names}; what masks prune there becomes zero and "
+            "cannot recover, so exclude these layers unless that is wanted.",
+            stacklevel=4,
+        )
 
 
 def _check_budget(report: SelectionReport, budget: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import DICT, TEXT, mapping
+from ..checks import DICT, TEXT, mapping, number, require
 from ..state_schema import by_layer, require_state, tensor
 from .interface import Criterion
 
@@ -110,8 +110,7 @@ class MovingAverage(StatisticCriterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"beta is {self.beta!r}: it must be at least 0 and below 1.")
+        require("beta", self.beta, number("at least 0 and below 1", lambda value: 0 <= value < 1))
 
     def count_(self, running: Tensor, noted: Tensor) -> None:
         """Replace the average by ``β·average + (1-β)·noted``."""

@@ -69,7 +69,7 @@ def _changes(value: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:
         yield "with a stranger", lambda v: {**v, "stranger": 1}
         yield "with a key that is no string", lambda v: {**v, 7: 1}
         if len(value) > 1:
-            yield "with values moved on", lambda v: dict(zip(v, [*list(v.values())[1:], next(iter(v.values()))]))
+            yield "with values moved on", lambda v: dict(zip([*v][1:] + [*v][:1], v.values(), strict=True))
     elif isinstance(value, list | tuple):
         if value:
             yield "truncated", lambda v: v[:-1]

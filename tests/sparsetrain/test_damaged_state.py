@@ -68,8 +68,11 @@ class Run:
         }  # fmt: skip
 
     def snapshot(self) -> Any:
-        groups = [[dict(sorted({**group, "params": list(map(id, group["params"]))}.items())) for group in one.param_groups]
-                  for one in self.optimizers]  # fmt: skip
+        groups = [
+            dict(sorted({**group, "params": list(map(id, group["params"]))}.items()))
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+        ]
         return self.training.state_dict(), self.weights(), self.layers(), copy.deepcopy(groups)
 
     def go_on(self) -> None:
@@ -155,8 +158,8 @@ def try_all(run: Run, damages: list[tuple[str, Callable[[], Any]]]) -> tuple[int
             training.load_state_dict(damaged)
         except ValueError as error:
             message = str(error)
-            assert "\n" not in message and message.endswith(".") and len(message) < 500, (what, message)
-            assert "state" in message or "checkpoint" in message, (what, message)
+            assert re.fullmatch("[^\n]*(state|checkpoint)[^\n]*[.]", message), (what, message)
+            assert len(message) < 500, (what, message)
             assert same(run.snapshot(), before), what
             refused += 1
             continue
