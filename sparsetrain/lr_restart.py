@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .checks import FINITE, each, mapping, optional, sequence
+from .checks import NOT_NEGATIVE, each, mapping, optional, sequence
 from .state_schema import like, require_state
 
 
@@ -51,7 +51,7 @@ class LRRestart:
 
     def check_state_dict(self, state: Any) -> None:
         """Raise ``ValueError`` if a state is damaged or of other optimizers and schedulers; changes nothing."""
-        rates = [sequence(FINITE, length=len(rates)) for rates in self._rates]
+        rates = [sequence(NOT_NEGATIVE, length=len(rates)) for rates in self._rates]
         rule = mapping({"rates": each(rates), "states": like(self._states)})
         require_state("lr_restart", state, optional(rule))
 

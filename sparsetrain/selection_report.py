@@ -89,7 +89,7 @@ class SelectionReport:
         return tuple(choice for choice in self.sparse if choice.is_frozen)
 
     def summary(self) -> str:
-        """Return one line: counts of layers and weights, frozen layers, and those that were asked for and stay dense."""
+        """Return one line: counts, and the names of layers that are not trained or were asked for and stay dense."""
         sparse, total = (sum(choice.count for choice in group) for group in (self.sparse, self.choices))
         line = (
             f"sparse layers: {len(self.sparse)} of {len(self.choices)} || "

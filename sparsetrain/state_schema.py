@@ -5,6 +5,7 @@ loaded.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from math import isfinite
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -137,7 +138,7 @@ def like(template: Any) -> Rule:
     if isinstance(template, list | tuple):
         return each([like(entry) for entry in template])
     if isinstance(template, float):
-        return Rule("a number", lambda value: _is_small(value) or (isinstance(value, float) and value == value))
+        return Rule("a float", lambda value: isinstance(value, float) and isfinite(value) >= isfinite(template))
     if isinstance(template, int) and not isinstance(template, bool):
         return Rule(f"an int, as in {template}", _is_small)
     return Rule(f"a {type(template).__name__}", lambda value: type(value) is type(template))

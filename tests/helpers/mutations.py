@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,9 +44,12 @@ def mutations(state: Any) -> list[tuple[str, Callable[[], Any]]]:
 
 
 def sampled(state: Any, count: int, seed: int) -> list[tuple[str, Callable[[], Any]]]:
-    """Return some of the mutations, the same every time."""
-    every = mutations(state)
-    return random.Random(seed).sample(every, min(count, len(every)))
+    """Return so many of the mutations under every key, or all if there are fewer, the same every time."""
+    by_key: dict[str, list[tuple[str, Callable[[], Any]]]] = {}
+    for mutation in mutations(state):
+        by_key.setdefault(re.split("[/ ]", mutation[0])[0], []).append(mutation)
+    draw = random.Random(seed)
+    return [mutation for every in by_key.values() for mutation in draw.sample(every, min(count, len(every)))]
 
 
 def _with(state: Any, path: Path, value: Any) -> Any:

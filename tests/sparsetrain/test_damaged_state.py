@@ -1,6 +1,7 @@
 """Damaged states: every one is refused with a sentence before anything is changed, or loads to a valid state."""
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 import sparsetrain as st
 from sparsetrain.methods import fst
 
-SAMPLE = 300
-"""Mutations of each state; all of them are some thirty thousand."""
+SAMPLE = 6
+"""Mutations under each key of a state; all of them are some fifty thousand."""
 
 TOTAL = 20
 
@@ -183,5 +184,4 @@ def try_all(run: Run, damages: list[tuple[str, Callable[[], Any]]]) -> tuple[int
 def test_a_damaged_state_is_refused_before_anything_is_changed_or_loads_to_a_valid_one(name: str) -> None:
     run = running(name)
     refused, valid = try_all(run, sampled(run.training.state_dict(), SAMPLE, seed=len(name)))
-    assert refused > SAMPLE / 2
-    assert valid > 0
+    assert refused > valid > 0
