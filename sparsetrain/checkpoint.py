@@ -181,7 +181,7 @@ def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     _require(f"{CHECKPOINT_KEY!r}", state, mapping({"codes": DICT, "shapes": DICT}, others=True))
     codes, shapes = state["codes"], state["shapes"]
     for name in codes:
-        _require(f"shape of layer {name!r}", shapes.get(name), sequence(whole(1, 2**40), least=2))
+        _require(f"shape of layer {name!r}", shapes.get(name), sequence(whole(1), least=2))
         size = shapes[name][0] // 4, math.prod(shapes[name][1:]) // 4
         _require(f"codes of layer {name!r}", codes[name], tensor(torch.int16, size))
     return {name: weight_of(unpack_codes(codes[name]), shapes[name]) for name in codes}

@@ -88,12 +88,16 @@ EMPTY = Rule("empty", lambda value: isinstance(value, Mapping) and not value)
 NONE = Rule("None", lambda value: value is None)
 
 
+LARGEST = 2**62
+"""Of ints without another limit, so that they fit into counters of 64 bits."""
+
+
 def whole(least: int = 0, most: int | None = None, of: str = "") -> Rule:
     """Allow an int in a range; True and False are none.
 
     Args:
         least: The smallest.
-        most: The largest.
+        most: The largest; None for 2^62, which goes without saying.
         of: What is counted, for the words.
 
     Example:
@@ -103,7 +107,7 @@ def whole(least: int = 0, most: int | None = None, of: str = "") -> Rule:
     limits = f"of at least {least}" if most is None else f"from {least} to {most}"
 
     def fits(value: Any) -> bool:
-        return INT.accepts(value) and least <= value and (most is None or value <= most)
+        return INT.accepts(value) and least <= value <= (LARGEST if most is None else most)
 
     return Rule(f"an int {limits}{of and f' ({of})'}", fits)
 

@@ -301,9 +301,7 @@ class MaskState:
                 )
                 + "; resume with the same model and targets."
             )
-        require_state(
-            "shapes", state["shapes"], by_layer(dict.fromkeys(self.layers, sequence(whole(0, 2**40))), needed=None)
-        )
+        require_state("shapes", state["shapes"], by_layer(dict.fromkeys(self.layers, sequence(whole())), needed=None))
         for name, layer in self.layers.items():
             if (saved_shape := list(state["shapes"][name])) != (here_shape := list(layer.weight.shape)):
                 raise ValueError(

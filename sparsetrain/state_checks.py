@@ -14,9 +14,6 @@ from .schedule import Timeline
 from .state_schema import PLAIN, Part, names_of, refuse, require_keys, require_state
 from .training_checks import STATE_VERSION
 
-LAST_STEP = 2**62
-"""So that a clock fits into the counters of random draws."""
-
 UNUSED = optional(either(DICT, sequence(Rule("anything", lambda value: True))))
 """What another method's part may have left."""
 
@@ -48,8 +45,8 @@ def check_state(
         )
     rules = {
         "version": whole(),
-        "clock": whole(0, LAST_STEP),
-        "total_steps": optional(whole(1, LAST_STEP)),
+        "clock": whole(),
+        "total_steps": optional(whole(1)),
         "method": PLAIN,
     }
     require_keys(state, (*rules, "stepped", "last_refresh", "active", "starts", *parts))

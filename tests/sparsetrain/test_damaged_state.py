@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from mutations import sampled
+from mutations import mutations, sampled
 from support import mlp, train
 from torch import Tensor, nn
 
 import sparsetrain as st
 from sparsetrain.methods import fst
 
-SAMPLE = 6
+SAMPLE = 4
 """Mutations under each key of a state; all of them are some fifty thousand."""
 
 TOTAL = 20
@@ -185,3 +185,130 @@ def test_a_damaged_state_is_refused_before_anything_is_changed_or_loads_to_a_val
     run = running(name)
     refused, valid = try_all(run, sampled(run.training.state_dict(), SAMPLE, seed=len(name)))
     assert refused > valid > 0
+
+
+def damaged(state: dict[str, Any], *path: Any, value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(state)
+    holder = changed
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = value
+    return changed
+
+
+SENTENCES: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
+    ("fst", lambda s: None, "state is None: it must be what SparseTraining.state_dict() returned."),
+    ("fst", lambda s: [s], "state is a list of 1: it must be what SparseTraining.state_dict() returned."),
+    ("fst", lambda s: damaged(s, "clock", value="9"), "state['clock'] is '9': it must be an int of at least 0; the "),
+    ("fst", lambda s: damaged(s, "codes", "0", value=None), "['0'] is None: it must be a torch.int16 tensor (8, 4); "),
+    ("fst", lambda s: damaged(s, "codes", value={"0": s["codes"]["2"], "2": s["codes"]["0"]}), "(8, 4); the"),
+    ("fst", lambda s: damaged(s, "ages", "2", value=s["ages"]["2"][:4]), "it must be a torch.uint8 tensor (16, 32);"),
+    ("fst", lambda s: damaged(s, "active", value=["0"]), "state['active'] has 1 layers but the sparse phase at step 9"),
+    ("fst", lambda s: damaged(s, "decay", "value", value=float("nan")), "state['decay']['value'] is nan: it "),
+    ("fst", lambda s: damaged(s, "flips", value={"0": 3}), "state['flips'] has no '2'; the checkpoint is damaged."),
+    ("wanda", lambda s: damaged(s, "criterion", "criterion", value="wand"), "is of 'wand' but the method's is "),
+    ("wanda", lambda s: damaged(s, "criterion", "running", "0", value=torch.zeros(8)), "it must be a torch.float32"),
+    ("slope", lambda s: damaged(s, "adapters", "0", value=s["adapters"]["0"][:1]), "it must be a list of 2;"),
+    ("slope", lambda s: damaged(s, "backward_codes", "0", value=s["codes"]["0"]), "do not keep two of four along out_"),
+    ("s_ste", lambda s: damaged(s, "soft_scales", value={}), "state['soft_scales'] has no '0'; the checkpoint is dama"),
+    ("step", lambda s: damaged(s, "frozen_moments", value=None), "state['frozen_moments'] is None but the method"),
+    ("step", lambda s: damaged(s, "starts", value=[0, 2]), "the schedule has no phase that can start there; the check"),
+    ("iterative", lambda s: damaged(s, "dense", value=["0", "2"]), "state['dense'] holds every layer; the"),
+    ("asp_one_shot", lambda s: damaged(s, "lr_restart", "rates", value=[[]]), "it must be a list of 1"),
+    ("a user's criterion", lambda s: damaged(s, "criterion", "last", "0", value="x"), "by criterion 'recent' ("),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "sentence"), SENTENCES)
+def test_the_key_the_value_and_what_is_allowed_are_named(
+    name: str, change: Callable[[dict[str, Any]], Any], sentence: str
+) -> None:
+    run = running(name)
+    before = run.snapshot()
+    state = change(run.training.state_dict())
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        run.training.load_state_dict(state)
+    assert same(run.snapshot(), before)
+
+
+@pytest.mark.parametrize("name", ["fst", "slope", "step"])
+def test_a_constructor_that_refuses_a_state_leaves_model_and_optimizer_alone(name: str) -> None:
+    state = running(name).training.state_dict()
+    method, _, options = RUNS[name]
+    model = mlp()
+    optimizers = adamw(model)
+    weights, groups = copy.deepcopy(model.state_dict()), [list(map(id, optimizers[0].param_groups[0]["params"]))]
+    for path in (("clock",), ("codes", "2"), ("decay", "value"), ("active",)):
+        with pytest.raises(ValueError, match=f"^state.*{path[0]}"):
+            st.SparseTraining(model, optimizers, method, TOTAL, state=damaged(state, *path, value=None), **options)
+        assert [type(layer) for layer in model] == [nn.Linear, nn.Tanh, nn.Linear]
+        assert same(dict(model.state_dict()), dict(weights))
+        assert [list(map(id, optimizers[0].param_groups[0]["params"]))] == groups
+        assert not optimizers[0].state
+        assert not optimizers[0]._optimizer_step_pre_hooks
+        assert not optimizers[0]._optimizer_load_state_dict_pre_hooks
+
+
+def test_keys_of_the_caller_stand_beside_the_state() -> None:
+    run = running("fst")
+    run.training.load_state_dict({**run.training.state_dict(), "trainer": object()})
+
+
+def test_a_finished_run_takes_no_state() -> None:
+    run = running("fst")
+    state = run.training.state_dict()
+    run.training.finish()
+    with pytest.raises(ValueError, match=r"^training is finished: pass the state to a new SparseTraining"):
+        run.training.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:resuming with another method:UserWarning")
+def test_a_hard_method_takes_no_soft_scales_from_a_soft_one() -> None:
+    state = running("s_ste").training.state_dict()
+    model = mlp()
+    method = {"preset": "sr_ste", "warmup": 2}
+    training = st.SparseTraining(model, adamw(model), method, TOTAL, state=state, verbose=False)
+    assert training.phase == "sparse"
+    for layer in training.masks.layers.values():
+        assert layer.soft_scale is None
+
+
+@pytest.mark.parametrize("name", ["fst", "s_ste", "slope"])
+def test_damaged_pruned_values_are_refused_with_the_state_that_they_belong_to(name: str) -> None:
+    run = running(name)
+    layers = run.training.masks.layers
+    pruned = st.detach_pruned(dict(run.model.state_dict()), layers)
+    assert pruned
+    before = run.snapshot()
+    state, refused = {**run.training.state_dict(), "pruned_weights": pruned}, []
+    for what, make in sampled(pruned, 40, seed=0):
+        changed = {**state, "pruned_weights": make()}
+        try:
+            run.training.load_state_dict(changed)
+        except ValueError as error:
+            refused.append(str(error))
+            assert same(run.snapshot(), before), what
+        else:
+            st.restore_pruned_(layers, state["codes"], changed["pruned_weights"])  # what the callbacks do then
+            run.model.load_state_dict(before[1])
+        with pytest.raises(ValueError, match="checkpoint"):
+            st.restore_pruned_(layers, {"0": make()}, pruned)
+        assert same(run.snapshot(), before), what
+    assert all(re.fullmatch(r"(state|checkpoint)[^\n]*\.", message) for message in refused), refused
+    assert len(refused) > 50
+
+
+def test_masks_are_read_from_sound_checkpoints_alone() -> None:
+    state = running("fst").training.state_dict()
+    part = {"codes": state["codes"], "shapes": state["shapes"]}
+    masks = st.read_masks({"sparsetrain": part})
+    refused = []
+    for what, make in mutations({"sparsetrain": part}):
+        try:
+            found = st.read_masks(make())
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            assert all(found[name].shape == masks[name].shape for name in found if name in masks), what
+    assert all(re.fullmatch(r"checkpoint[^\n]*\.", message) for message in refused), refused
+    assert len(refused) > 200
