@@ -32,6 +32,7 @@ from .methods.method import Method
 from .methods.presets import resolve_method
 from .operands import renew_
 from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
+from .options import check_options, check_owners
 from .patterns import resolve_pattern
 from .running import claim
 from .schedule import UNKNOWN_LENGTH
@@ -39,7 +40,9 @@ from .second_moments import SecondMoments
 from .selection import SelectionReport, select_layers, sparse_layers, weight_count
 from .soft_scales import SoftScales
 from .sparsify import sparsify_
-from .training_checks import STATE_VERSION, check_setup, check_state, check_statistics, saved_timeline
+from .state_checks import check_state, saved_timeline
+from .state_schema import Part
+from .training_checks import STATE_VERSION, check_setup, check_statistics
 from .verification import VerificationReport, verify
 from .wrapped_names import warn_of_unmerged
 from .wrappers import plain_model, plain_optimizer
@@ -117,6 +120,12 @@ class SparseTraining:
         state: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
+        check_owners(model, optimizer, lr_schedulers)
+        check_options(
+            targets=targets, exclude=exclude, backend=backend, total_steps=total_steps, logits_from=logits_from,
+            teacher=teacher, deterministic=deterministic, keep_transposed=keep_transposed, watch_dense=watch_dense,
+            track_age=track_age, verbose=verbose,
+        )  # fmt: skip
         self.model = model = plain_model(model)
         self.method = resolve_method(method)
         self.total_steps = total_steps
@@ -409,10 +418,17 @@ class SparseTraining:
         Raises:
             ValueError: If the state is damaged or of another model; nothing is changed then.
         """
+        if self.finished:
+            raise ValueError("training is finished: pass the state to a new SparseTraining(..., state=...).")
+        parts: dict[str, Part | None] = {
+            "lr_restart": self._lr_restart, "adapters": self._adapters, "moments": self._moments, "decay": self._decay,
+            "frozen_moments": self._frozen_moments, "distillation": self._distillation,
+            "soft_scales": self._soft_scales,
+        }  # fmt: skip
         total_steps = self.total_steps
-        check_state(state, self.masks, self.method, total_steps, self.timeline)
-        self._distillation.check_state(state["distillation"], bool(state["active"]))
-        self._frozen_moments.check_state_dict(state["frozen_moments"])
+        check_state(state, self.masks, parts, self.method, total_steps, self.timeline, len(self._optimizers))
+        if state["active"]:
+            self._distillation.require_teacher(state["distillation"])
         self._distillation.load_state_dict(state["distillation"])
         self.masks.load_state_dict(state)
         for layer in self.masks.layers.values():
@@ -420,10 +436,10 @@ class SparseTraining:
         self.clock = state["clock"]
         self._last_refresh = state["last_refresh"]
         self._hooks.stepped = set(state["stepped"])
-        if self._lr_restart and state["lr_restart"]:
+        if self._lr_restart:
             self._lr_restart.load_state_dict(state["lr_restart"])
         self.timeline = saved_timeline(state, self.method, self.timeline)
-        if self._moments is not None and state["moments"]:
+        if self._moments is not None and state["moments"] is not None:
             self._moments.load_state_dict(state["moments"], next(iter(self._weights.values())).device)
         self._frozen_moments.load_state_dict(state["frozen_moments"])
         if self._adapters is not None:
@@ -431,7 +447,7 @@ class SparseTraining:
         self._active = set(state["active"])
         self._report_budget()
         self._decay.load_state_dict(state["decay"])
-        self._soft_scales.load_state_dict(state["soft_scales"])
+        self._soft_scales.load_state_dict(state["soft_scales"] if self.method.forward == "soft" else {})
         self._set_phase()
         self._switch_adapters()
         self._number_draws()
@@ -455,6 +471,7 @@ class SparseTraining:
         self._observer.before_step(gradients, scale)
         if self._adapters is not None:
             self._adapters.average_gradients(optimizer)
+            self._adapters.start_momentum(optimizer)
         if self._moments is not None and self.phase == "dense":
             self._moments.forget()
             self._moments.observe(
