@@ -10,6 +10,7 @@ from ..checks import FLAG, require
 from ..criteria import Criterion
 from ..masked_decay import DecayTarget
 from ..schedule import Phase, Schedule, dense_prune_retrain, from_scratch, require_length, rounds
+from ..suggestions import did_you_mean
 from .method import Method
 
 
@@ -380,8 +381,10 @@ def resolve_method(method: str | Method | Mapping[str, Any]) -> Method:
     if "preset" not in arguments:
         return Method(**_checked(arguments, "Method", field_names))
     name = arguments.pop("preset")
-    if name not in PRESETS:
-        raise ValueError(f"method is {name!r}: it must be one of the presets {_names()}, or a Method.")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(
+            f"method is {name!r}: it must be one of the presets {_names()}, or a Method{did_you_mean(name, PRESETS)}."
+        )
     preset = PRESETS[name]
     own = list(inspect.signature(preset).parameters)
     arguments = _checked(arguments, name, [*own, *(field for field in field_names if field not in own)])
