@@ -60,8 +60,12 @@ def scaled(kept: float, pruned: float) -> GradientRule:
 GRADIENT_RULES = {"ste": GradientRule(1.0, 1.0), "masked": GradientRule(1.0, 0.0)}
 
 
-def resolve_gradient_rule(rule: str | GradientRule) -> GradientRule:
+def resolve_gradient_rule(rule: str | GradientRule, name: str = "gradient") -> GradientRule:
     """Return a rule from its name (``"ste"``, ``"masked"``), or the rule itself.
+
+    Args:
+        rule: The one or the other.
+        name: Of the argument, for the message.
 
     Raises:
         ValueError: If no rule has that name.
@@ -72,5 +76,5 @@ def resolve_gradient_rule(rule: str | GradientRule) -> GradientRule:
     """
     if isinstance(rule, GradientRule):
         return rule
-    require("gradient", rule, one_of(GRADIENT_RULES, " or scaled(kept, pruned)"))
+    require(name, rule, one_of(GRADIENT_RULES, " or scaled(kept, pruned)"))
     return GRADIENT_RULES[rule]

@@ -110,7 +110,7 @@ class Method:
         resolve_pattern(self.pattern)
         resolve_criterion(self.criterion)
         resolve_gradient_rule(self.gradient)
-        resolve_gradient_rule(self.frozen_gradient)
+        resolve_gradient_rule(self.frozen_gradient, "frozen_gradient")
         require_length("decay_ramp", self.decay_ramp)
         require_length("adapter_start", self.adapter_start)
         for name, rule in RULES.items():

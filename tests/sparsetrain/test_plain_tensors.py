@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,11 +90,11 @@ class Foreign(st.Criterion):
 
     name = "foreign"
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
 
     def scores(self, weight: Tensor, *, layer: str, clock: int) -> Tensor:
-        return self.value
+        return self.make()
 
 
 @pytest.mark.parametrize("function", [*SCORES, *OTHERS])
@@ -113,11 +114,11 @@ def test_scores_of_a_users_criterion_are_refused_by_its_name_and_the_layers(stra
     model = mlp(8, 4)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(TypeError, match=says):
-        st.sparsify_(model, criterion=Foreign(make()), verbose=False)
+        st.sparsify_(model, criterion=Foreign(make), verbose=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for method in (
-        st.Method(criterion=Foreign(make()), dense_budget=0.3, dense_unit="tiles"),
-        st.Method(criterion=Foreign(make()), hysteresis=0.1, pattern="row_wise"),
+        st.Method(criterion=Foreign(make), dense_budget=0.3, dense_unit="tiles"),
+        st.Method(criterion=Foreign(make), hysteresis=0.1, pattern="row_wise"),
     ):
         with pytest.raises(TypeError, match=says):
             st.SparseTraining(model, optimizer, method, 6, verbose=False)
@@ -131,7 +132,7 @@ def test_scores_have_the_weights_shape() -> None:
         with pytest.raises(
             ValueError, match=rf"of layer '0' has shape {re.escape(str(shape))}.*the weight's, \(4, 8\)"
         ):
-            st.sparsify_(mlp(8, 4), criterion=Foreign(torch.zeros(shape)), verbose=False)
+            st.sparsify_(mlp(8, 4), criterion=Foreign(partial(torch.zeros, shape)), verbose=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

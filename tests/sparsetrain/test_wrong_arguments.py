@@ -160,3 +160,13 @@ def test_refusals_leave_the_model_as_it_was() -> None:
             run(model=model, optimizer=optimizer, **{name: WRONG[name][0]})
         assert [type(layer) for layer in model] == [nn.Linear, nn.Tanh, nn.Linear]
         assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_the_twin_for_hugging_face_checks_the_same_arguments() -> None:
+    pytest.importorskip("transformers")
+    from sparsetrain.callbacks import HuggingFaceSparseTraining
+
+    for name in inspect.signature(HuggingFaceSparseTraining).parameters:
+        for value in WRONG[name]:
+            with pytest.raises((TypeError, ValueError), match=name):
+                HuggingFaceSparseTraining(**{name: value})
