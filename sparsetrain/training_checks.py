@@ -25,8 +25,11 @@ STATE_VERSION = 4
 def check_setup(
     model: nn.Module, report: SelectionReport, method: Method, timeline: Timeline, optimizers: Sequence[Optimizer],
     lr_schedulers: Sequence[LRScheduler], total_steps: int | None, watch_dense: bool,
+    backend: str,
 ) -> None:  # fmt: skip
     """Raise ``ValueError`` if a run cannot be set up in this way."""
+    if method.mixes_tiles and backend not in ("auto", "masked"):
+        raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
     if not optimizers:
         raise ValueError("optimizer is an empty list: pass the optimizer that owns the model's weights.")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
