@@ -1,6 +1,6 @@
 """``sparsify_`` makes a model's layers sparse in place; ``export_dense_`` gives the plain layers back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import get_args
 
@@ -105,9 +105,7 @@ def sparsify_(
                 done[-1].set_codes_(search.search(scores, 2))
         settle_fused_encoders_(model)
     except BaseException:
-        for sparse in done:
-            to_dense_(sparse, zeros=False)
-        settle_fused_encoders_(model)
+        give_back_(model, done, zeros=False)
         raise
     if verbose:
         print(report.summary())
@@ -158,7 +156,12 @@ def export_dense_(model: nn.Module, *, zeros: bool = True) -> list[str]:
         (['0'], 'Linear', 32)
     """
     layers = list(sparse_layers(model))
-    for _, layer in layers:
+    give_back_(model, [layer for _, layer in layers], zeros)
+    return [name for name, _ in layers]
+
+
+def give_back_(model: nn.Module, layers: Iterable[MaskedLayer], zeros: bool) -> None:
+    """Turn masked layers of a model back into their dense classes, and let it take the paths that masks forbid."""
+    for layer in layers:
         to_dense_(layer, zeros)
     settle_fused_encoders_(model)
-    return [name for name, _ in layers]

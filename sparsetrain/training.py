@@ -10,13 +10,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .adapters import Adapters
-from .conversion import to_dense_, write_zeros_
+from .conversion import write_zeros_
 from .criteria import resolve_criterion
 from .criteria.observer import Observer
 from .distillation import Distillation
 from .ending import Ending, Progress, ending
 from .frozen_moments import FrozenMoments
-from .fused_encoders import settle_fused_encoders_
 from .gradient_rules import resolve_gradient_rule
 from .kernels.masked_update.operator import apply_masks_
 from .layer_group import number_draws_, repack_, write_masks_
@@ -37,7 +36,7 @@ from .schedule import UNKNOWN_LENGTH
 from .second_moments import SecondMoments
 from .selection import SelectionReport, select_layers, sparse_layers, weight_count
 from .soft_scales import SoftScales
-from .sparsify import sparsify_
+from .sparsify import give_back_, sparsify_
 from .state_checks import check_state, saved_timeline
 from .state_schema import Part
 from .training_checks import STATE_VERSION, check_setup, check_statistics
@@ -155,9 +154,7 @@ class SparseTraining:
                 self.load_state_dict(state)
         except BaseException:
             self._removals.close()
-            for layer in own.values():
-                to_dense_(layer, zeros=False)
-            settle_fused_encoders_(model)
+            give_back_(model, own.values(), zeros=False)
             raise
         claim(own.values(), self)
         if verbose:
@@ -578,9 +575,7 @@ class SparseTraining:
         if self._adapters is not None and merge:
             self._adapters.merge_()
         self._removals.close()
-        for layer in self.masks.layers.values():
-            to_dense_(layer, zeros and not merge)
-        settle_fused_encoders_(self.model)
+        give_back_(self.model, self.masks.layers.values(), zeros and not merge)
         return merge
 
     def _set_phase(self) -> None:
