@@ -81,7 +81,7 @@ class MaskState:
 
     @property
     def is_observed(self) -> bool:
-        """Whether the criterion has what it ranks by, of any layer."""
+        """Whether the criterion has what it ranks by, of any layer: before, watched masks would be others'."""
         return len(self.criterion.missing(self.layers)) < len(self.layers)
 
     @property

@@ -80,6 +80,15 @@ class Masters:
         self.weights.update({name: new for name, (_, new) in replaced.items()})
         return replaced
 
+    def gradients(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Return the gradients that there are of an optimizer's layers, by layer name."""
+        owned = self.owned[id(optimizer)]
+        return {
+            name: weight.grad.detach()
+            for name, weight in self.weights.items()
+            if id(weight) in owned and weight.grad is not None
+        }
+
     def _found_at(self, path: Sequence[str]) -> Any:
         module: Any = self._model
         for part in path:

@@ -300,11 +300,6 @@ class SparseTraining:
         self._refresh()
         self._repack()
 
-    @property
-    def _watches(self) -> bool:
-        """Whether to search masks in a dense phase: not before there is anything to rank by."""
-        return self._watch_dense and self.masks.is_observed
-
     def _refresh(self, names: set[str] | None = None) -> None:
         counted = self.phase == "sparse" and bool(self.masks.flips)
         self.masks.refresh(self.clock, virtual=self.phase == "dense", names=names)
@@ -328,7 +323,8 @@ class SparseTraining:
         self._final = self.metrics(per_layer=True), self.state_dict()
         masked, transposed = {*self._active}, {name for name, layer in self.masks.layers.items() if layer.transposed}
         merged = self._restore(zeros)
-        weights = {name: matrix_of(weight.detach(), name in transposed) for name, weight in self._weights.items()}
+        layers = self.masks.layers.items()
+        weights = {name: matrix_of(layer.weight.detach(), name in transposed) for name, layer in layers}
         progress = Progress(self.method, self.timeline, self.clock, self.total_steps)
         self.ending = ending(weights, masked, progress, zeros, merged)
         if self._verbose:
@@ -454,12 +450,7 @@ class SparseTraining:
         for name, (old, new) in self._masters.follow(optimizer).items():
             self._observer.follow(name)
             self._frozen_moments.follow(old, new)
-        owned = self._owned[id(optimizer)]
-        gradients = {
-            name: weight.grad.detach()
-            for name, weight in self._weights.items()
-            if id(weight) in owned and weight.grad is not None
-        }
+        gradients = self._masters.gradients(optimizer)
         if gradients:
             self._distillation.before_step()
         self._observer.before_step(gradients, scale)
@@ -476,7 +467,7 @@ class SparseTraining:
         if self.phase == "dense":
             return
         masks_gradient = resolve_gradient_rule(self.method.frozen_gradient).pruned == 0
-        for every in by_device(self._weights, owned):
+        for every in by_device(self._weights, self._owned[id(optimizer)]):
             names = [name for name in every if name in gradients and name in self._active]
             layers = [self.masks.layers[name] for name in names]
             if self.phase == "sparse":
@@ -509,7 +500,7 @@ class SparseTraining:
             self._apply_masks()
             if due:
                 self.masks.refresh_backward()
-        elif due and (self.phase == "sparse" or self._watches):
+        elif due and (self.phase == "sparse" or (self._watch_dense and self.masks.is_observed)):
             self._refresh()
         self._switch_adapters()
         self._repack()
@@ -541,7 +532,7 @@ class SparseTraining:
         if kept != self.masks.kept:
             self._soft_scales.forget()
         self.phase, self.masks.kept = kind, kept  # what a search finds, and counts flips as
-        if searched and (kind != "dense" or self._watches):
+        if searched and (kind != "dense" or (self._watch_dense and self.masks.is_observed)):
             self._refresh(searched if held else None)
         self._active = set() if kind == "dense" else self._choose_active(held, self.timeline.share_at(self.clock))
         if kind == "frozen" and self.method.frozen_in_place:

@@ -192,3 +192,12 @@ def test_a_layer_that_was_replaced_is_refused_and_one_that_was_wrapped_is_not() 
     ):
         train(model, optimizer, 1, start=6)
     assert training.clock == 6
+
+
+def test_what_is_said_at_the_end_is_of_the_weights_that_are_there() -> None:
+    model, optimizer, training = start()
+    train(model, optimizer, STEPS)
+    model[0].weight = nn.Parameter(torch.ones(32, 16))
+    training.finish()
+    assert (model[0].weight == 0).float().mean() == 0.5
+    assert "50.0 % zeros in 2 layers" in str(training.ending)
