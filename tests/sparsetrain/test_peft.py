@@ -20,6 +20,8 @@ PREFIX = "base_model.model.model.layers.0.mlp."
 MLP = [f"{PREFIX}{name}" for name in ("gate_proj", "up_proj.base_layer", "down_proj.base_layer")]
 PRUNE_AT_ONCE = {"preset": "asp_one_shot", "prune_at": 0}
 
+FROZEN_BASE = pytest.mark.filterwarnings("ignore:weights of sparse layers have requires_grad=False:UserWarning")
+
 
 def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -165,13 +167,15 @@ def test_methods_whose_base_layers_are_pruned_compute_with_the_mask(method: str)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", WITH_ITS_WEIGHT)
 def test_methods_that_read_their_base_layers_weight_stay_dense_with_the_reason(method: str) -> None:
-@pytest.mark.filterwarnings("ignore:weights of sparse layers have requires_grad=False:UserWarning")
     wrapped = peft.get_peft_model(nn.Sequential(*small(), nn.Linear(16, 16)), WITH_ITS_WEIGHT[method])
     report = select_layers(wrapped)
     assert [choice.name for choice in report.sparse] == ["base_model.model.3"]
     reasons = {choice.name: choice.reason for choice in report.dense}
     expected = f"peft's {method} computes with its weight itself: merge the adapter first"
     assert reasons["base_model.model.0.base_layer"] == reasons["base_model.model.2.base_layer"] == expected
+
+
+@FROZEN_BASE
 def test_lora_over_a_sparse_base_leaves_the_base_bit_for_bit_and_merging_keeps_the_masks() -> None:
     base = sparse_base()
     model = lora(base)
@@ -196,7 +200,6 @@ def test_lora_over_a_sparse_base_leaves_the_base_bit_for_bit_and_merging_keeps_t
 
 
 def test_merging_while_masks_are_frozen_keeps_them_and_unmerging_gives_the_weights_back() -> None:
-@pytest.mark.filterwarnings("ignore:weights of sparse layers have requires_grad=False:UserWarning")
     model = lora(llama())
     for name in MLP:
         model.get_submodule(name).weight.requires_grad_(True)
@@ -223,6 +226,9 @@ def test_merging_while_masks_are_frozen_keeps_them_and_unmerging_gives_the_weigh
     for name, mask in masks.items():
         weight = model.get_base_model().get_submodule(name.removeprefix("base_model.model.").replace(".base_layer", ""))
         assert torch.equal(weight.weight != 0, mask)
+
+
+@FROZEN_BASE
 def test_finishing_before_merging_warns_and_masks_can_be_applied_afterwards() -> None:
     model = lora(llama())
     optimizer = adamw(model)
@@ -325,9 +331,11 @@ class LoraModule(LightningModule):
     def on_train_end(self) -> None:
         self.model.merge_adapter()  # before the callback's on_fit_end gives plain layers back
 
-@pytest.mark.filterwarnings("ignore:weights of sparse layers have requires_grad=False:UserWarning")
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return adamw(self)
+
+
+@FROZEN_BASE
 def test_the_callback_trains_adapters_over_a_frozen_base_and_ends_sparse_after_merging() -> None:
     module = LoraModule()
     callback = SparseTrainingCallback(PRUNE_AT_ONCE, targets="mlp")
