@@ -146,22 +146,23 @@ FINITE = number("a finite number")
 NOT_NEGATIVE = number("a finite number of at least 0", lambda value: value >= 0)
 
 
-def one_of(words: Iterable[str], others: str = "") -> Rule:
+def one_of(words: Iterable[str], others: str = "", allowed: str = "") -> Rule:
     """Allow some words; a complaint names the nearest.
 
     Args:
         words: In the order in which they are shown.
         others: What else is allowed, for the words.
+        allowed: All of it in words; made from the rest if it is empty.
 
     Example:
         >>> one_of(["red", "green"]).complaint("colour", "gren")
         "colour is 'gren': it must be one of ['red', 'green'] (did you mean 'green'?)"
     """
-    allowed = list(words)
+    known = list(words)
     return Rule(
-        f"one of {allowed}{others}",
-        lambda value: isinstance(value, str) and value in allowed,
-        hint=lambda value: did_you_mean(value, allowed),
+        allowed or f"one of {known}{others}",
+        lambda value: isinstance(value, str) and value in known,
+        hint=lambda value: did_you_mean(value, known),
     )
 
 

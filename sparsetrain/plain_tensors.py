@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.sparse import SparseSemiStructuredTensor
 
 
 def why_not_plain(value: Any) -> tuple[str, str] | None:
@@ -20,7 +19,7 @@ def why_not_plain(value: Any) -> tuple[str, str] | None:
         return "a DTensor", "gather it with .full_tensor()"
     if value.is_nested:
         return "a nested tensor", "pass its parts one by one"
-    if isinstance(value, SparseSemiStructuredTensor):
+    if "SparseSemiStructured" in type(value).__name__:
         return f"a {type(value).__name__}", "make it dense with .to_dense()"
     if value.layout != torch.strided:
         return f"a tensor of layout {value.layout}", "make it dense with .to_dense()"

@@ -55,7 +55,7 @@ class Phase:
                 "phase with a length, which is the latest end."
             )
         require("share", self.share, number("more than 0 and at most 1", lambda value: 0 < value <= 1))
-        require("kept", self.kept, whole(2, 3, of="kept of every four entries"))
+        require("kept", self.kept, replace(whole(2, 3), allowed="2 or 3 (of every four entries, what masks keep)"))
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def rounds(
     """
     require_length("start", start)
     require_length("every", every)
-    require("by", by, one_of(["layers", "density"]))
+    require("by", by, one_of(["layers", "density"], allowed="'layers' or 'density'"))
     if by == "density" and count not in (None, 2):
         raise ValueError(f"count is {count!r}: by density there are 2 rounds, 3:4 and 2:4, so leave count away.")
     count = 3 if count is None else count

@@ -130,7 +130,6 @@ def _check_agreement(
         "lr_restart": method.restart_lr,
         "moments": bool(timeline.earliest),
         "frozen_moments": masked and method.freeze_second_moments,
-        "distillation": bool(method.distillation),
     }
     for key, wanted in needed.items():
         if wanted and state[key] is None:
