@@ -2,15 +2,17 @@
 
 import logging
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Self
 
 from torch import nn
 
 from sparsetrain.carried_state import CarriedState, load_apart, take_carried
-from sparsetrain.checkpoint import pruned_values, restore_pruned_, weight_key
+from sparsetrain.checkpoint import PRUNED_KEY, pruned_values, restore_pruned_, weight_key
 from sparsetrain.extras import require
 from sparsetrain.methods import Method, resolve_method
+from sparsetrain.options import check_options
 from sparsetrain.running import take_over
 from sparsetrain.sparse_weights import evaluated_in_state_dicts
 from sparsetrain.training import SparseTraining
@@ -20,8 +22,6 @@ require("transformers", "hf", "HuggingFaceSparseTraining")
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 from transformers.trainer_callback import DefaultFlowCallback  # noqa: E402
-
-PRUNED_WEIGHTS = "pruned_weights"
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,11 @@ class HuggingFaceSparseTraining(TrainerCallback):
         logits_from: str = "",
         teacher: nn.Module | None = None,
     ) -> None:
+        check_options(
+            targets=targets, exclude=exclude, backend=backend, total_steps=total_steps, logits_from=logits_from,
+            teacher=teacher, deterministic=deterministic, keep_transposed=keep_transposed, watch_dense=watch_dense,
+            track_age=track_age, per_layer_metrics=per_layer_metrics, print_table=print_table,
+        )  # fmt: skip
         self.method = resolve_method(method)
         self.targets = targets
         self.exclude = exclude
@@ -129,9 +134,9 @@ class HuggingFaceSparseTraining(TrainerCallback):
         _refuse_sharding(args)
         model, optimizer = kwargs["model"], plain_optimizer(kwargs["optimizer"])
         carried = take_carried(optimizer)
-        if carried is not None and PRUNED_WEIGHTS not in carried:
+        if carried is not None and not (isinstance(carried, Mapping) and PRUNED_KEY in carried):
             raise ValueError(
-                f"the checkpoint's optimizer.pt has a state of sparse training without {PRUNED_WEIGHTS!r}: it is "
+                f"the checkpoint's optimizer.pt has a state of sparse training without {PRUNED_KEY!r}: it is "
                 "damaged, so resume from another checkpoint."
             )
         if self.training is not None:  # an earlier run may have been interrupted
@@ -162,7 +167,7 @@ class HuggingFaceSparseTraining(TrainerCallback):
         adapters = [part for pair in self.training.adapters().values() for part in pair]
         if carried is not None:
             try:
-                restore_pruned_(layers, carried["codes"], carried[PRUNED_WEIGHTS])
+                restore_pruned_(layers, carried["codes"], carried[PRUNED_KEY])
                 load_apart(optimizer, carried, adapters)
             except BaseException:
                 self.training.finish(zeros=False)
@@ -259,7 +264,7 @@ class HuggingFaceSparseTraining(TrainerCallback):
         layers = self.training.masks.layers
         masters = {weight_key(name): layer.weight.detach() for name, layer in layers.items()}
         pruned = pruned_values(masters, layers, self.method.adapter_merge)
-        return {**self.training.state_dict(), PRUNED_WEIGHTS: {name: values.cpu() for name, values in pruned.items()}}
+        return {**self.training.state_dict(), PRUNED_KEY: {name: values.cpu() for name, values in pruned.items()}}
 
     def _note_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         self._weights_loaded = True

@@ -121,6 +121,8 @@ class RunLength:
         Raises:
             ValueError: If the state is damaged.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"checkpoint's run_length is {state!r}: it must be a dict; the checkpoint is damaged.")
         origin, seen = state.get("origin"), state.get("seen")
         whole = origin is None or (isinstance(origin, list) and len(origin) == 3)
         if not whole or not all(type(number) is int for number in [*(origin or ()), seen or 0]):

@@ -8,8 +8,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from sparsetrain.checkpoint import CHECKPOINT_KEY, pruned_values, require_same_weights, restore_pruned_
+from sparsetrain.checkpoint import (
+    CHECKPOINT_KEY,
+    PRUNED_KEY,
+    pruned_values,
+    require_pruned,
+    require_same_weights,
+    restore_pruned_,
+)
 from sparsetrain.methods import Method, resolve_method
+from sparsetrain.options import check_options
 from sparsetrain.running import take_over
 from sparsetrain.schedule import UNKNOWN_LENGTH
 from sparsetrain.sparse_weights import sparse_state_dict
@@ -22,7 +30,6 @@ from .run_length import Position, RunLength
 from .validation_check import ValidationCheck
 
 SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
-PRUNED_WEIGHTS = "pruned_weights"
 RUN_LENGTH = "run_length"
 
 register_method()
@@ -111,6 +118,11 @@ class SparseTrainingCallback(Callback):
         logits_from: str = "",
         teacher: nn.Module | None = None,
     ) -> None:
+        check_options(
+            targets=targets, exclude=exclude, backend=backend, total_steps=total_steps, logits_from=logits_from,
+            teacher=teacher, deterministic=deterministic, keep_transposed=keep_transposed, watch_dense=watch_dense,
+            track_age=track_age, per_layer_metrics=per_layer_metrics, print_table=print_table,
+        )  # fmt: skip
         self.method = resolve_method(method)
         self.targets = targets
         self.exclude = exclude
@@ -263,7 +275,7 @@ class SparseTrainingCallback(Callback):
         elif self.training is not None and not self.training.finished:
             masters = checkpoint["state_dict"]
             checkpoint[CHECKPOINT_KEY] = state = self._state(masters)
-            if state[PRUNED_WEIGHTS]:
+            if state[PRUNED_KEY]:
                 merge = self.method.adapter_merge
                 checkpoint["state_dict"] = sparse_state_dict(pl_module, masters, merge_adapters=merge)
 
@@ -274,6 +286,7 @@ class SparseTrainingCallback(Callback):
             return
         self._loaded = checkpoint.get(CHECKPOINT_KEY)
         self._position = Position.in_checkpoint(checkpoint)
+        require_pruned(self._loaded, checkpoint["state_dict"])
         if self._loaded is None:
             rank_zero_warn(
                 f"checkpoint has no {CHECKPOINT_KEY!r} state, so sparse training starts at step 0 of its schedule."
@@ -287,7 +300,7 @@ class SparseTrainingCallback(Callback):
         pruned = pruned_values(masters, self.training.masks.layers, self.method.adapter_merge)
         return {
             **self.training.state_dict(),
-            PRUNED_WEIGHTS: {name: values.cpu() for name, values in pruned.items()},
+            PRUNED_KEY: {name: values.cpu() for name, values in pruned.items()},
             RUN_LENGTH: None if self._length is None else self._length.state_dict(),
         }
 
@@ -323,7 +336,7 @@ class SparseTrainingCallback(Callback):
 
     def _restore_pruned(self) -> None:
         if self._loaded is not None and self.training is not None:
-            restore_pruned_(self.training.masks.layers, self._loaded["codes"], self._loaded.get(PRUNED_WEIGHTS, {}))
+            restore_pruned_(self.training.masks.layers, self._loaded["codes"], self._loaded.get(PRUNED_KEY, {}))
         self._loaded = None
 
 

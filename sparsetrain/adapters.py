@@ -1,5 +1,6 @@
 """Low-rank adapters beside frozen sparse weights, trained in the last steps: ``Y = X·(W⊙M)ᵀ + X·Dᵀ·Uᵀ``."""
 
+import itertools
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .checks import each
 from .masked_layer import MaskedLayer
+from .state_schema import by_layer, require_state, tensor
 
 
 class Adapters:
@@ -48,6 +51,8 @@ class Adapters:
             group = self._group_of(layer.weight)
             if group is not None:
                 group["params"].extend(made)
+        self._own = {id(part) for pair in self.parts.values() for part in pair}
+        self._handles = [entry.register_load_state_dict_pre_hook(self._make_room) for entry in self._optimizers]
 
     def switch(self, on: bool) -> None:
         """Put adapters into the layers' forward, or take them out."""
@@ -70,6 +75,16 @@ class Adapters:
             for part in pair:
                 part.grad = None
 
+    def start_momentum(self, optimizer: Optimizer) -> None:
+        """Give adapters that begin now momentum of zeros, where a fused SGD wants it of all parameters or of none."""
+        for group in optimizer.param_groups:
+            if not (group.get("fused") and group.get("momentum")):
+                continue
+            states = {entry: optimizer.state.get(entry, {}) for entry in group["params"] if entry.grad is not None}
+            if any(state.get("momentum_buffer") is not None for state in states.values()):
+                for part in (entry for entry in states if id(entry) in self._own and not states[entry]):
+                    optimizer.state[part]["momentum_buffer"] = torch.zeros_like(part)
+
     @torch.no_grad()
     def merge_(self) -> None:
         """Write what products see, masked weights with their adapters, into the weights, which are dense then."""
@@ -80,16 +95,28 @@ class Adapters:
     def remove(self) -> None:
         """Take the adapters out of layers and optimizers."""
         self.switch(False)
-        own = {id(part) for pair in self.parts.values() for part in pair}
+        for handle in self._handles:
+            handle.remove()
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["params"][:] = [entry for entry in group["params"] if id(entry) not in own]
-            for parameter in [entry for entry in optimizer.state if id(entry) in own]:
+                group["params"][:] = [entry for entry in group["params"] if id(entry) not in self._own]
+            for parameter in [entry for entry in optimizer.state if id(entry) in self._own]:
                 del optimizer.state[parameter]
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the values."""
         return {name: [part.detach().cpu().clone() for part in pair] for name, pair in self.parts.items()}
+
+    def check_state_dict(self, state: Any) -> None:
+        """Raise ``ValueError`` if a state is damaged or of other adapters; changes nothing."""
+        if state is None:
+            raise ValueError(
+                "state has no adapters but the method's adapter_rank is not 0: resume with the same method."
+            )
+        rules = {
+            name: each([tensor(None, part.shape, finite=True) for part in pair]) for name, pair in self.parts.items()
+        }
+        require_state("adapters", state, by_layer(rules, needed=None))
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -98,9 +125,38 @@ class Adapters:
             for part, saved in zip(pair, state[name], strict=True):
                 part.copy_(saved)
 
+    def _make_room(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+        """Have a state that an optimizer saved without adapters load, as that of a dense run."""
+        groups = state["param_groups"]
+        added = [sum(id(entry) in self._own for entry in group["params"]) for group in optimizer.param_groups]
+        expected = [len(group["params"]) - count for group, count in zip(optimizer.param_groups, added, strict=True)]
+        if [len(group["params"]) for group in groups] != expected:
+            return None
+        free = itertools.count(max((number for group in groups for number in group["params"]), default=-1) + 1)
+        wider = [
+            {**group, "params": [*group["params"], *itertools.islice(free, count)]}
+            for group, count in zip(groups, added, strict=True)
+        ]
+        return {**state, "param_groups": wider}
+
     def _group_of(self, weight: Tensor) -> dict[str, Any] | None:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 if any(parameter is weight for parameter in group["params"]):
                     return group
         return None
+
+
+def require_late_start(optimizers: Sequence[Optimizer]) -> None:
+    """Raise ``ValueError`` unless parameters that begin in mid-run are updated as from the start.
+
+    Example:
+        >>> require_late_start([torch.optim.SGD([nn.Parameter(torch.zeros(1))], momentum=0.9, fused=True)])
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if group.get("fused") and group.get("momentum") and group.get("dampening"):
+                raise ValueError(
+                    f"optimizer is {type(optimizer).__name__} with fused=True and dampening={group['dampening']} but "
+                    "adapters begin in mid-run, without momentum: set fused=False, dampening=0 or adapter_rank=0."
+                )

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .checkpoint import CHECKPOINT_KEY
+from .checks import DICT, optional, sequence
+from .state_schema import refuse
 
 APART = "apart"
 
@@ -38,15 +40,11 @@ class CarriedState:
     ) -> None:  # fmt: skip
         self._state = state
         self._apart = {id(parameter) for parameter in apart}
-        self._handles = [
-            optimizer.register_state_dict_post_hook(self._carry),
-            optimizer.register_load_state_dict_pre_hook(self._make_room),
-        ]
+        self._handle = optimizer.register_state_dict_post_hook(self._carry)
 
     def remove(self) -> None:
         """Have the optimizer save its own state alone."""
-        for handle in self._handles:
-            handle.remove()
+        self._handle.remove()
 
     def _carry(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         groups, states, apart, count = [], {}, [], 0
@@ -64,17 +62,6 @@ class CarriedState:
             groups.append({**packed, "params": numbers})
         groups[0][CHECKPOINT_KEY] = {**self._state(), APART: apart}
         return {**saved, "state": states, "param_groups": groups}
-
-    def _make_room(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
-        """Number the parameters apart, which what is loaded has not: the optimizer of an interrupted run may have."""
-        if CHECKPOINT_KEY not in saved["param_groups"][0]:
-            return None
-        groups, fresh = [], itertools.count(-1, -1)
-        for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=False):
-            known = iter(packed["params"])
-            numbers = [next(fresh if id(parameter) in self._apart else known, None) for parameter in group["params"]]
-            groups.append({**packed, "params": [number for number in [*numbers, *known] if number is not None]})
-        return {**saved, "param_groups": groups}
 
 
 def take_carried(optimizer: Optimizer) -> dict[str, Any] | None:
@@ -97,6 +84,9 @@ def load_apart(optimizer: Optimizer, carried: Mapping[str, Any], apart: Sequence
         carried: What :func:`take_carried` returned.
         apart: As for :class:`CarriedState`, in any order.
 
+    Raises:
+        ValueError: If what was carried is damaged or of other parameters; nothing is changed then.
+
     Example:
         >>> import torch
         >>> first, second = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
@@ -105,9 +95,12 @@ def load_apart(optimizer: Optimizer, carried: Mapping[str, Any], apart: Sequence
         >>> optimizer.state[second]["momentum_buffer"].item()
         1.0
     """
+    states = sequence(optional(DICT), length=len(apart))
+    if complaint := states.complaint(f"state[{APART!r}]", carried.get(APART)):
+        refuse(complaint)
     saved, own = optimizer.state_dict(), {id(parameter) for parameter in apart}
     parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
     numbers = [number for number, parameter in enumerate(parameters) if id(parameter) in own]
-    states = {number: state for number, state in zip(numbers, carried[APART], strict=True) if state}
-    if states:
-        optimizer.load_state_dict({**saved, "state": {**saved["state"], **states}})
+    known = {number: state for number, state in zip(numbers, carried[APART], strict=True) if state}
+    if known:
+        optimizer.load_state_dict({**saved, "state": {**saved["state"], **known}})

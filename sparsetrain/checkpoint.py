@@ -5,19 +5,25 @@ what the products see into a state dict, so that whoever loads it has the model 
 rest; :func:`restore_pruned_` puts it back, bit for bit.
 """
 
-from collections.abc import Mapping, MutableMapping
+import math
+from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .checks import DICT, TEXT, Rule, mapping, sequence, shown, whole
 from .kernels.tile_codes.reference import unpack_codes
 from .masked_layer import MaskedLayer
 from .matrices import weight_of
+from .state_schema import refuse, tensor
 
 CHECKPOINT_KEY = "sparsetrain"
 """Where a Lightning checkpoint holds the state of sparse training."""
+
+PRUNED_KEY = "pruned_weights"
+"""Where that state holds what :func:`detach_pruned` returned."""
 
 
 @torch.no_grad()
@@ -77,22 +83,64 @@ def restore_pruned_(
     Raises:
         ValueError: If the values do not fit the layers; nothing is changed then.
     """
-    masks = {}
+    check_pruned(layers, codes, pruned)
+    for name, values in pruned.items():
+        layer, weight = layers[name], layers[name].weight
+        weight[_places(codes[name], values, layer).to(weight.device)] = values.to(weight.device, weight.dtype)
+
+
+def check_pruned(layers: Mapping[str, MaskedLayer], codes: Any, pruned: Any) -> None:
+    """Raise ``ValueError`` unless pruned values can be put back; changes nothing.
+
+    Args:
+        layers: As for :func:`restore_pruned_`.
+        codes: Likewise.
+        pruned: Likewise.
+
+    Example:
+        >>> check_pruned({}, {}, {})
+    """
+    _require("codes", codes, DICT)
+    _require("pruned values", pruned, DICT)
     for name, values in pruned.items():
         if name not in layers or name not in codes:
             raise ValueError(
-                f"checkpoint holds pruned values of {name!r}, which is no sparse layer here: use the same targets."
+                f"checkpoint holds pruned values of {shown(name)}, which is no sparse layer here: use the same targets."
             )
-        weight = layers[name].weight
-        out = ~unpack_codes(codes[name])
-        if values.numel() == weight.numel():
-            out = torch.ones_like(out)
-        if out.numel() != weight.numel() or int(out.sum()) != values.numel():
+        layer = layers[name]
+        _require(f"codes of layer {name!r}", codes[name], tensor(torch.int16, layer.mask_codes.shape))
+        _require(f"pruned values of layer {name!r}", values, tensor(None, None))
+        if int(_places(codes[name], values, layer).sum()) != values.numel() or values.dim() != 1:
             raise ValueError(f"checkpoint's pruned values of {name!r} do not fit its mask: the checkpoint is damaged.")
-        masks[name] = layers[name].as_weight(out)
-    for name, values in pruned.items():
-        weight = layers[name].weight
-        weight[masks[name].to(weight.device)] = values.to(weight.device, weight.dtype)
+
+
+def require_pruned(state: Any, weights: Collection[str]) -> None:
+    """Raise ``ValueError`` if a checkpoint lacks pruned values of weights that it holds without them.
+
+    Args:
+        state: What the checkpoint holds under ``"sparsetrain"``; None if it holds nothing.
+        weights: Names of the weights in it.
+
+    Example:
+        >>> require_pruned({"active": ["fc"], "pruned_weights": {}}, ["head.weight"])
+    """
+    if state is None:
+        return
+    _require(f"{CHECKPOINT_KEY!r}", state, mapping({"active": sequence(TEXT), PRUNED_KEY: DICT}, others=True))
+    for name in state["active"]:
+        if weight_key(name) in weights and name not in state[PRUNED_KEY]:
+            refuse(f"checkpoint's pruned values have no {name!r}, whose weight it holds")
+
+
+def _require(name: str, value: Any, rule: Rule) -> None:
+    if complaint := rule.complaint(f"checkpoint's {name}", value):
+        refuse(complaint)
+
+
+def _places(codes: Tensor, values: Tensor, layer: MaskedLayer) -> Tensor:
+    """Return where values belong, bool, shaped like the weight: where the mask prunes, or everywhere."""
+    out = ~unpack_codes(codes)
+    return layer.as_weight(torch.ones_like(out) if values.numel() == layer.weight.numel() else out)
 
 
 def weight_key(name: str) -> str:
@@ -115,7 +163,7 @@ def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         Layer name to bool mask, shaped like the layer's weight.
 
     Raises:
-        ValueError: If the checkpoint holds no state of sparse training.
+        ValueError: If the checkpoint holds no state of sparse training, or a damaged one.
 
     Example:
         >>> codes = {"fc": torch.full((1, 1), 0x3C3C, dtype=torch.int16)}
@@ -123,16 +171,23 @@ def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         >>> read_masks({"sparsetrain": state})["fc"].sum().item()
         8
     """
-    if CHECKPOINT_KEY not in checkpoint:
+    if not isinstance(checkpoint, Mapping) or CHECKPOINT_KEY not in checkpoint:
         raise ValueError(
             f"checkpoint has no key {CHECKPOINT_KEY!r}: it must come from a run with SparseTrainingCallback "
             "that saved more than weights."
         )
     state = checkpoint[CHECKPOINT_KEY]
-    return {
-        name: weight_of(unpack_codes(codes), state["shapes"][name], name in state["transposed"])
-        for name, codes in state["codes"].items()
-    }
+    _require(
+        f"{CHECKPOINT_KEY!r}",
+        state,
+        mapping({"codes": DICT, "shapes": DICT, "transposed": sequence(TEXT)}, others=True),
+    )
+    codes, shapes, transposed = state["codes"], state["shapes"], state["transposed"]
+    for name in codes:
+        _require(f"shape of layer {name!r}", shapes.get(name), sequence(whole(1), least=2))
+        size = shapes[name][0] // 4, math.prod(shapes[name][1:]) // 4
+        _require(f"codes of layer {name!r}", codes[name], tensor(torch.int16, size))
+    return {name: weight_of(unpack_codes(codes[name]), shapes[name], name in transposed) for name in codes}
 
 
 def require_same_weights(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .checks import DICT, FLAG, Rule, mapping, optional
 from .sparsify import export_dense_
+from .state_schema import like, require_state
 from .wrappers import plain_model
 
 Forward = tuple[tuple[Any, ...], dict[str, Any], Tensor | None, str, tuple[str, torch.dtype, bool]]
@@ -148,40 +150,36 @@ class Distillation:
         own = None if self.given or self.teacher is None else _host_copies(self.teacher.state_dict())
         return {"given": self.given, "teacher": own, "term": self.term}
 
-    def check_state(self, state: Mapping[str, Any] | None, masked: bool) -> None:
-        """Raise ``ValueError`` if there is no going on from what :meth:`state_dict` returned.
-
-        Args:
-            state: What it returned.
-            masked: Whether masks were in force then, so that there must have been a teacher.
-        """
+    def check_state_dict(self, state: Any) -> None:
+        """Raise ``ValueError`` if a state is damaged or of another student; changes nothing."""
+        term = Rule("a number, or None", lambda value: value is None or isinstance(value, float))
+        rule = mapping({"given": FLAG, "teacher": optional(DICT), "term": term})
+        require_state("distillation", state, optional(rule))
         if not self.share or self.given:
             return
-        if state is not None and not (isinstance(state, Mapping) and {"given", "teacher", "term"} <= set(state)):
-            raise ValueError(
-                "state has a damaged 'distillation': it must be what SparseTraining.state_dict() returned."
-            )
         if state is not None and state["given"]:
             raise ValueError("state is of a run with a teacher of your own: pass the same one as teacher.")
         saved = None if state is None else state["teacher"]
         if saved is None:
-            if masked:
-                raise ValueError(
-                    f"state has no teacher but the method's distillation is {self.share}: pass one as teacher, or set "
-                    "distillation=0."
-                )
             return
         here = self._student.state_dict()
         for name in [*here, *saved]:
-            shapes = [tuple(part[name].shape) if _is_tensor(part, name) else name in part for part in (saved, here)]
-            if shapes[0] != shapes[1]:
+            if name not in here or name not in saved or like(here[name]).complaint(name, saved[name]):
                 raise ValueError(
                     f"state has a teacher whose {name!r} differs from that of {self._who}: resume with the same model "
                     "and logits_from."
                 )
 
+    def require_teacher(self, state: Mapping[str, Any] | None) -> None:
+        """Raise ``ValueError`` if a state of a masked phase, which was checked, leaves the run without a teacher."""
+        if self.share and not self.given and (state is None or state["teacher"] is None):
+            raise ValueError(
+                f"state has no teacher but the method's distillation is {self.share}: pass one as teacher, or set "
+                "distillation=0."
+            )
+
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Take back what :meth:`state_dict` returned and :meth:`check_state` let pass."""
+        """Take back what :meth:`state_dict` returned and :meth:`check_state_dict` let pass."""
         if not self.share or state is None:
             return
         self.after_step()
@@ -311,10 +309,6 @@ def _holds(output: Any, loss: Tensor) -> bool:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _is_tensor(part: Any, name: str) -> bool:
-    return isinstance(part, Mapping) and isinstance(part.get(name), Tensor)
 
 
 def _host_copies(tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from .checks import DICT, mapping, number, optional, sequence
+from .state_schema import require_state, tensor
+
 INIT_GROUP = "_init_group"
 """Where Adam collects what it updates in a group; a frozen update takes place there, so that hooks see one step."""
+
+CORRECTION = number("a number above 0 and at most 1", lambda value: 0 < value <= 1)
+"""What ``1 - β₂ᵀ`` can be."""
 
 UNABLE = ("amsgrad", "fused", "differentiable")
 """Options of Adam that a frozen update has not."""
@@ -97,24 +103,20 @@ class FrozenMoments:
             return None
         return [[_saved(self._frozen.get(entry)) for entry in _parameters(one)] for one in self._optimizers]
 
-    def check_state_dict(self, state: Sequence[Sequence[Mapping[str, Any] | None]] | None) -> None:
+    def check_state_dict(self, state: Any) -> None:
         """Raise ``ValueError`` if a state is damaged or of other optimizers; changes nothing."""
         if state is None or not self._optimizers:
             return
         here = [len(_parameters(optimizer)) for optimizer in self._optimizers]
-        listed = isinstance(state, list) and all(isinstance(entries, list) for entries in state)
-        if not listed or [len(entries) for entries in state] != here:
-            found = [len(entries) for entries in state] if listed else repr(state)
+        require_state("frozen_moments", state, sequence(sequence(optional(DICT))))
+        if (found := [len(entries) for entries in state]) != here:
             raise ValueError(
                 f"state has frozen moments of {found} parameters but the optimizers have {here}: resume with the same "
                 "optimizers."
             )
         for parameter, entry in self._pairs(state):
-            if entry is not None and not _is_sound(entry, _nowhere(parameter).shape):
-                raise ValueError(
-                    f"state has damaged frozen moments of a parameter {tuple(parameter.shape)}: they must be None, or "
-                    "a correction above 0 and at most 1 with a bool tensor of that shape or None."
-                )
+            going = optional(tensor(torch.bool, _nowhere(parameter).shape))
+            require_state("frozen_moments", entry, optional(mapping({"correction": CORRECTION, "going": going})))
 
     def load_state_dict(self, state: Sequence[Sequence[Mapping[str, Any] | None]] | None) -> None:
         """Take back what :meth:`state_dict` returned; the moments themselves are in the optimizers' states."""
@@ -271,12 +273,3 @@ def _saved(frozen: Frozen | None) -> dict[str, Any] | None:
         return None
     going = frozen.going.cpu().clone() if frozen.going.any() else None
     return {"correction": frozen.correction, "going": going}
-
-
-def _is_sound(entry: object, shape: torch.Size) -> bool:
-    if not isinstance(entry, Mapping) or set(entry) != {"correction", "going"}:
-        return False
-    correction, going = entry["correction"], entry["going"]
-    if type(correction) is not float or not 0 < correction <= 1:
-        return False
-    return going is None or (isinstance(going, Tensor) and going.dtype == torch.bool and going.shape == shape)

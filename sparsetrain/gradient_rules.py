@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .checks import FINITE, one_of, require
 from .kernels.tile_codes.reference import unpack_codes
 from .matrices import weight_of
 
@@ -16,6 +17,9 @@ class GradientRule:
         kept: Factor on kept entries.
         pruned: Factor on pruned entries: 1 is the straight-through estimator, 0 masks the gradient.
 
+    Raises:
+        ValueError: If a factor is no finite number.
+
     Example:
         >>> GradientRule(kept=1.0, pruned=0.5)
         GradientRule(kept=1.0, pruned=0.5)
@@ -27,6 +31,8 @@ class GradientRule:
     name: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        require("kept", self.kept, FINITE)
+        require("pruned", self.pruned, FINITE)
         # compiled graphs are specialized on strings, but not on numbers that change from phase to phase
         names = {(1.0, 1.0): "ste", (1.0, 0.0): "masked"}
         object.__setattr__(self, "name", names.get((self.kept, self.pruned), "scaled"))
@@ -48,14 +54,18 @@ def scaled(kept: float, pruned: float) -> GradientRule:
         >>> scaled(1.0, 0.25).pruned
         0.25
     """
-    return GradientRule(float(kept), float(pruned))
+    return GradientRule(kept, pruned)
 
 
 GRADIENT_RULES = {"ste": GradientRule(1.0, 1.0), "masked": GradientRule(1.0, 0.0)}
 
 
-def resolve_gradient_rule(rule: str | GradientRule) -> GradientRule:
+def resolve_gradient_rule(rule: str | GradientRule, name: str = "gradient") -> GradientRule:
     """Return a rule from its name (``"ste"``, ``"masked"``), or the rule itself.
+
+    Args:
+        rule: The one or the other.
+        name: Of the argument, for the message.
 
     Raises:
         ValueError: If no rule has that name.
@@ -66,6 +76,5 @@ def resolve_gradient_rule(rule: str | GradientRule) -> GradientRule:
     """
     if isinstance(rule, GradientRule):
         return rule
-    if rule not in GRADIENT_RULES:
-        raise ValueError(f"gradient is {rule!r}: it must be 'ste', 'masked' or scaled(kept, pruned).")
+    require(name, rule, one_of(GRADIENT_RULES, " or scaled(kept, pruned)"))
     return GRADIENT_RULES[rule]

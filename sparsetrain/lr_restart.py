@@ -1,11 +1,14 @@
 """Restart of the learning-rate schedule for a retrain phase."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from .checks import NOT_NEGATIVE, each, mapping, optional, sequence
+from .state_schema import like, require_state
 
 
 class LRRestart:
@@ -46,6 +49,14 @@ class LRRestart:
         """Return what is remembered."""
         return {"rates": copy.deepcopy(self._rates), "states": copy.deepcopy(self._states)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+    def check_state_dict(self, state: Any) -> None:
+        """Raise ``ValueError`` if a state is damaged or of other optimizers and schedulers; changes nothing."""
+        rates = [sequence(NOT_NEGATIVE, length=len(rates)) for rates in self._rates]
+        rule = mapping({"rates": each(rates), "states": like(self._states)})
+        require_state("lr_restart", state, optional(rule))
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Take back what :meth:`state_dict` returned; None leaves what is remembered."""
+        if state is None:
+            return
         self._rates, self._states = copy.deepcopy(state["rates"]), copy.deepcopy(state["states"])

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import DICT, EMPTY, FLAG, NOT_NEGATIVE, TEXT, either, optional, sequence, shown, whole
 from .criteria import Criterion, Magnitude
+from .criteria.interface import scores_of
 from .criteria.scope import dense_layers, dense_tiles
 from .distributed import require_equal_codes
 from .kernels.mask_search.operator import search_tiles_
@@ -16,9 +18,16 @@ from .kernels.statistics.operator import tile_statistics
 from .kernels.tile_codes.reference import unpack_codes
 from .masked_layer import MaskedLayer
 from .patterns import TRANSPOSABLE, Pattern
+from .state_schema import by_layer, names_of, refuse, require_keys, require_state, tensor
 from .tiles import KEEP_ALL
 
 MAX_AGE = 255
+
+STATE_KEYS = (
+    "pattern", "exists", "kept", "dense", "codes", "shapes", "flips", "virtual_flips", "sums_at_refresh", "ages",
+    "criterion", "backward_codes", "transposed",
+)  # fmt: skip
+"""What :meth:`MaskState.state_dict` returns."""
 
 
 class MaskState:
@@ -158,9 +167,7 @@ class MaskState:
 
     def costliest_layers(self, clock: int, budget: float) -> list[str]:
         """Return the layers that masks would cost most by the criterion's scores, within a budget of weights."""
-        scores = {
-            name: self.criterion.scores(layer.matrix, layer=name, clock=clock) for name, layer in self.layers.items()
-        }
+        scores = {name: self._scores(name, layer, clock, 0.0) for name, layer in self.layers.items()}
         return dense_layers(scores, self.codes, budget)
 
     def least_costly_layers(self, held: Collection[str], share: float) -> set[str]:
@@ -172,7 +179,7 @@ class MaskState:
         return set(sorted(fractions, key=lambda name: (name not in held, -fractions[name]))[:count])
 
     def _scores(self, name: str, layer: MaskedLayer, clock: int, bonus: float) -> Tensor:
-        scores = self.criterion.scores(layer.matrix, layer=name, clock=clock)
+        scores = scores_of(self.criterion, layer.matrix, layer=name, clock=clock)
         if not bonus:
             return scores
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # a small bonus is lost in 16 bits
@@ -268,6 +275,39 @@ class MaskState:
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a state is damaged or of another model; changes nothing."""
+        require_keys(state, STATE_KEYS)
+        for key, rule in (("pattern", TEXT), ("codes", DICT), ("exists", FLAG), ("kept", whole(2, 3))):
+            require_state(key, state[key], rule)
+        require_state("transposed", state["transposed"], sequence(TEXT))
+        self._check_origin(state)
+        layers, exists = self.layers, state["exists"]
+        require_state("dense", state["dense"], optional(names_of(layers)))
+        maskable = [name for name in layers if name not in (state["dense"] or ())]
+        if not maskable:
+            refuse("state['dense'] holds every layer")
+        codes = {name: tensor(torch.int16, layer.mask_codes.shape) for name, layer in layers.items()}
+        again = codes if exists and self.pattern.search_backward is not None else {}
+        flips = {name: whole(0, layers[name].weight.numel()) for name in maskable}
+        ages = {name: tensor(torch.uint8, layer.weight.shape) for name, layer in layers.items()}
+        sums = sequence(NOT_NEGATIVE, length=5)
+        for key, rule in {
+            "codes": by_layer(codes, needed=None),
+            "backward_codes": by_layer(again, needed=[name for name in again if name in maskable]),
+            "flips": either(EMPTY, by_layer(flips, needed=None)),
+            "virtual_flips": either(EMPTY, by_layer(flips, needed=None)),
+            "sums_at_refresh": either(EMPTY, by_layer(dict.fromkeys(maskable, sums), needed=None)),
+            "ages": either(EMPTY, by_layer(ages, needed=None)),
+        }.items():
+            require_state(key, state[key], rule)
+        for name in layers:
+            self._check_codes(name, state, masked=exists and name in maskable)
+        sizes = {
+            name: (4 * layer.mask_codes.shape[0], 4 * layer.mask_codes.shape[1], layer.input_features)
+            for name, layer in layers.items()
+        }
+        self.criterion.check_state_dict(state["criterion"], sizes)
+
+    def _check_origin(self, state: Mapping[str, Any]) -> None:
         if state["pattern"] != self.pattern.name:
             raise ValueError(
                 f"state has pattern {state['pattern']!r} but the method has {self.pattern.name!r}: "
@@ -275,21 +315,22 @@ class MaskState:
             )
         saved, here = set(state["codes"]), set(self.layers)
         if saved != here:
-            missing, extra = sorted(here - saved), sorted(saved - here)
+            missing, extra = (sorted(map(shown, names)) for names in (here - saved, saved - here))
             raise ValueError(
                 "state is of another model or selection: "
                 + "; ".join(
                     text
                     for text in (
-                        f"it has no layer {', '.join(map(repr, missing[:3]))}" if missing else "",
-                        f"the model has no sparse layer {', '.join(map(repr, extra[:3]))}" if extra else "",
+                        f"it has no layer {', '.join(missing[:3])}" if missing else "",
+                        f"the model has no sparse layer {', '.join(extra[:3])}" if extra else "",
                     )
                     if text
                 )
                 + "; resume with the same model and targets."
             )
-        for name, codes in state["codes"].items():
-            if (saved_shape := state["shapes"].get(name)) != (here_shape := list(self.layers[name].weight.shape)):
+        require_state("shapes", state["shapes"], by_layer(dict.fromkeys(self.layers, sequence(whole())), needed=None))
+        for name, layer in self.layers.items():
+            if (saved_shape := list(state["shapes"][name])) != (here_shape := list(layer.weight.shape)):
                 raise ValueError(
                     f"state's layer {name!r} has a weight {saved_shape} but the model's is {here_shape}: resume with "
                     "the same model."
@@ -300,32 +341,22 @@ class MaskState:
                     f"state's layer {name!r} has a weight stored {order} but the model's is not: resume with the same "
                     "model."
                 )
-            expected = tuple(self.layers[name].mask_codes.shape)
-            if not isinstance(codes, Tensor) or codes.dtype != torch.int16 or tuple(codes.shape) != expected:
-                found = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
-                raise ValueError(
-                    f"state's codes of layer {name!r} are {found} but must be torch.int16 {expected}: "
-                    "resume with the same model."
-                )
-            masked = state["exists"] and name not in (state["dense"] or ())
-            if masked and self._count_violations([codes], state["kept"]):
-                raise ValueError(
-                    f"state's codes of layer {name!r} are no {self.pattern.name} masks: the checkpoint is damaged, or "
-                    "its method allows others; resume with the same method."
-                )
-        for name, codes in state["backward_codes"].items():
-            fits = name in here and codes.dtype == torch.int16 and codes.shape == self.layers[name].mask_codes.shape
-            if not fits or int(self.pattern.count_backward_violations(codes)):
-                raise ValueError(
-                    f"state's backward codes of layer {name!r} do not keep two of four along out_features: the "
-                    "checkpoint is damaged or of another version."
-                )
-        for name, age in self.ages.items():
-            if name in state["ages"] and state["ages"][name].shape != age.shape:
-                raise ValueError(
-                    f"state's ages of layer {name!r} are {tuple(state['ages'][name].shape)} but must be "
-                    f"{tuple(age.shape)}: the checkpoint is damaged."
-                )
+
+    def _check_codes(self, name: str, state: Mapping[str, Any], masked: bool) -> None:
+        codes = state["codes"][name]
+        if masked and self._count_violations([codes], state["kept"]):
+            raise ValueError(
+                f"state's codes of layer {name!r} are no {self.pattern.name} masks: the checkpoint is damaged, or "
+                "its method allows others; resume with the same method."
+            )
+        if not masked and bool((codes != KEEP_ALL).any()):
+            refuse(f"state's codes of layer {name!r} prune, but it has no mask yet or stays dense")
+        again = state["backward_codes"].get(name)
+        if again is not None and int(self.pattern.count_backward_violations(again)):
+            raise ValueError(
+                f"state's backward codes of layer {name!r} do not keep two of four along out_features: the "
+                "checkpoint is damaged or of another version."
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
@@ -341,8 +372,10 @@ class MaskState:
             name: torch.tensor(sums, dtype=torch.float64) for name, sums in state["sums_at_refresh"].items()
         }
         for name, age in self.ages.items():
-            if name in state["ages"]:
-                age.copy_(state["ages"][name])
+            age.copy_(state["ages"].get(name, torch.zeros(())))
         self.criterion.load_state_dict(state["criterion"])
-        for name, codes in state["backward_codes"].items():
-            self.layers[name].set_backward_codes_(codes)
+        for name, layer in self.layers.items():
+            if name in state["backward_codes"]:
+                layer.set_backward_codes_(state["backward_codes"][name])
+            else:
+                layer.backward_codes = None

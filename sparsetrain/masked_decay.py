@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from .checks import NOT_NEGATIVE, mapping
 from .kernels.masked_update.operator import add_masked_decays_
 from .masked_layer import MaskedLayer, written_as_matrices
+from .state_schema import require_state
 
 DecayTarget = Literal["gradient", "weight", "by_optimizer"]
 """gradient: ``g += λ·(1-M)⊙W``; weight: ``W -= lr·λ·(1-M)⊙W``; by_optimizer: on weights with SGD, else on gradients."""
@@ -93,6 +95,10 @@ class MaskedDecay:
     def state_dict(self) -> dict[str, Any]:
         """Return λ."""
         return {"value": self.value}
+
+    def check_state_dict(self, state: Any) -> None:
+        """Raise ``ValueError`` if a state is damaged; changes nothing."""
+        require_state("decay", state, mapping({"value": NOT_NEGATIVE}))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned; a constant λ stays that of the method."""

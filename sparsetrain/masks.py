@@ -1,5 +1,7 @@
 """Masks from scores: transposable n:4 (exact) and row-wise N:M, and the predicates that check them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,8 @@ from .kernels.mask_search.operator import search_tiles, search_tiles_with_mask
 from .kernels.mask_search.permutations import search_permutations
 from .kernels.mask_search.reference import search_row_wise
 from .kernels.tile_codes.reference import unpack_codes
-from .tiles import _require_dtype, require_tiles
+from .plain_tensors import require_dtype, require_floating
+from .tiles import require_tiles
 
 
 def transposable_codes(scores: Tensor, n: int = 2) -> Tensor:
@@ -21,7 +24,7 @@ def transposable_codes(scores: Tensor, n: int = 2) -> Tensor:
         int16 ``[..., O/4, I/4]``.
 
     Raises:
-        TypeError: If the scores are not floating point.
+        TypeError: If the scores are no dense floating-point tensor.
         ValueError: If O or I is not a multiple of 4, or n is not allowed.
 
     Example:
@@ -52,7 +55,7 @@ def transposable_mask(scores: Tensor, n: int = 2) -> Tensor:
         bool, same shape.
 
     Raises:
-        TypeError: If the scores are not floating point.
+        TypeError: If the scores are no dense floating-point tensor.
         ValueError: If O or I is not a multiple of 4, or n is not allowed.
 
     Example:
@@ -86,7 +89,7 @@ def nm_mask(scores: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tensor:
         bool, same shape.
 
     Raises:
-        TypeError: If the scores are not floating point.
+        TypeError: If the scores are no dense floating-point tensor.
         ValueError: If n, m, ``dim`` or the size along ``dim`` does not fit.
 
     Example:
@@ -94,7 +97,7 @@ def nm_mask(scores: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tensor:
         >>> nm_mask(torch.tensor([[4.0, 1.0, 3.0, 2.0]])).tolist()
         [[True, False, True, False]]
     """
-    _require_floating(scores)
+    require_floating("scores", scores)
     _require_nm("scores", scores, n, m, dim)
     moved = scores.movedim(dim, -1)
     return search_row_wise(moved, n, m).movedim(-1, dim).contiguous()
@@ -108,7 +111,7 @@ def is_transposable(mask: Tensor, n: int = 2) -> bool:
         n: 1, 2 or 3.
 
     Raises:
-        TypeError: If the mask is not bool.
+        TypeError: If the mask is no dense bool tensor.
         ValueError: If O or I is not a multiple of 4, or n is not allowed.
 
     Example:
@@ -116,7 +119,7 @@ def is_transposable(mask: Tensor, n: int = 2) -> bool:
         >>> is_transposable(torch.ones(4, 4, dtype=torch.bool))
         False
     """
-    _require_dtype("mask", mask, torch.bool)
+    require_dtype("mask", mask, torch.bool)
     require_tiles("mask", mask.shape)
     _require_kept(n)
     return _exactly(mask, n, 4, -1) and _exactly(mask, n, 4, -2)
@@ -132,7 +135,7 @@ def is_nm(mask: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> bool:
         dim: The dimension the groups lie along.
 
     Raises:
-        TypeError: If the mask is not bool.
+        TypeError: If the mask is no dense bool tensor.
         ValueError: If n, m, ``dim`` or the size along ``dim`` does not fit.
 
     Example:
@@ -140,13 +143,13 @@ def is_nm(mask: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> bool:
         >>> is_nm(torch.tensor([True, False, False, True]))
         True
     """
-    _require_dtype("mask", mask, torch.bool)
+    require_dtype("mask", mask, torch.bool)
     _require_nm("mask", mask, n, m, dim)
     return _exactly(mask, n, m, dim)
 
 
 def _as_matrix(scores: Tensor) -> Tensor:
-    _require_floating(scores)
+    require_floating("scores", scores)
     require_tiles("scores", scores.shape)
     return scores.detach().reshape(scores.shape[:-1].numel(), scores.shape[-1])  # explicit: there may be no columns
 
@@ -157,23 +160,20 @@ def _exactly(mask: Tensor, n: int, m: int, dim: int) -> bool:
 
 
 def _require_kept(n: int) -> None:
-    if n not in (1, 2, 3):
+    if not _is_whole(n) or n not in (1, 2, 3):
         raise ValueError(f"n is {n!r}: of four, a transposable mask keeps 1, 2 or 3.")
 
 
-def _require_floating(scores: Tensor) -> None:
-    if not scores.is_floating_point():
-        raise TypeError(
-            f"scores has dtype {scores.dtype}: scores must be floating point, so convert them with .float()."
-        )
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require_nm(name: str, tensor: Tensor, n: int, m: int, dim: int) -> None:
-    if m < 1 or not 0 <= n <= m:
-        raise ValueError(f"n:m is {n}:{m}: m must be at least 1 and n between 0 and m.")
-    if not -tensor.dim() <= dim < tensor.dim():
+    if not (_is_whole(n) and _is_whole(m)) or m < 1 or not 0 <= n <= m:
+        raise ValueError(f"n:m is {n!r}:{m!r}: m must be an int of at least 1 and n one between 0 and m.")
+    if not _is_whole(dim) or not -tensor.dim() <= dim < tensor.dim():
         raise ValueError(
-            f"dim is {dim} but {name} has shape {tuple(tensor.shape)}: dim must name one of its dimensions."
+            f"dim is {dim!r} but {name} has shape {tuple(tensor.shape)}: dim must name one of its dimensions."
         )
     if tensor.shape[dim] % m:
         raise ValueError(

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from .plain_tensors import require_floating, require_plain
+
 
 @dataclass(frozen=True)
 class PruneMetrics:
@@ -81,6 +83,7 @@ def prune_metrics(weight: Tensor, mask: Tensor) -> PruneMetrics:
         mask: bool, same shape.
 
     Raises:
+        TypeError: If the weight is no dense floating-point tensor, or the mask no dense tensor.
         ValueError: If the shapes differ or the mask is not bool.
 
     Example:
@@ -88,6 +91,8 @@ def prune_metrics(weight: Tensor, mask: Tensor) -> PruneMetrics:
         >>> metrics.kept_fraction, metrics.approximation_error, metrics.pruned_count
         (0.75, 0.5, 1)
     """
+    require_floating("weight", weight)
+    require_plain("mask", mask)
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ValueError(
             f"mask is {mask.dtype} {tuple(mask.shape)} but weight is {tuple(weight.shape)}: "

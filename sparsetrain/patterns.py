@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import one_of, require
 from .kernels.tile_codes.reference import count_bits, pack_codes, transpose_codes, unpack_codes
 from .masks import nm_mask, transposable_codes
-from .suggestions import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,5 @@ def resolve_pattern(name: str) -> Pattern:
         >>> resolve_pattern("transposable").sparse_products
         2
     """
-    if name not in PATTERNS:
-        raise ValueError(f"pattern is {name!r}: it must be one of {sorted(PATTERNS)}{did_you_mean(name, PATTERNS)}.")
+    require("pattern", name, one_of(sorted(PATTERNS)))
     return PATTERNS[name]

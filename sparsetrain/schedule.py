@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from .checks import TOTAL_STEPS, instance, number, one_of, require, sequence, whole
 from .masked_layer import PhaseKind
 
 ROUNDING = 1e-9
@@ -45,8 +46,7 @@ class Phase:
     kept: int = 2
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(PhaseKind):
-            raise ValueError(f"phase kind is {self.kind!r}: it must be one of {list(get_args(PhaseKind))}.")
+        require("phase kind", self.kind, one_of(get_args(PhaseKind)))
         require_length("length", self.length, optional=True)
         require_length("earliest", self.earliest, optional=True)
         if self.earliest is not None and (self.kind != "dense" or self.length is None):
@@ -54,10 +54,8 @@ class Phase:
                 f"earliest is {self.earliest!r} in a {self.kind} phase of length {self.length!r}: it needs a dense "
                 "phase with a length, which is the latest end."
             )
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share is {self.share!r}: it must be more than 0 and at most 1.")
-        if self.kept not in (2, 3):
-            raise ValueError(f"kept is {self.kept!r}: masks keep 2 or 3 of every four entries.")
+        require("share", self.share, number("more than 0 and at most 1", lambda value: 0 < value <= 1))
+        require("kept", self.kept, replace(whole(2, 3), allowed="2 or 3 (of every four entries, what masks keep)"))
 
 
 @dataclass(frozen=True)
@@ -137,6 +135,7 @@ class Schedule:
     phases: tuple[Phase, ...]
 
     def __post_init__(self) -> None:
+        require("phases", self.phases, sequence(instance(Phase, "a Phase")))
         object.__setattr__(self, "phases", tuple(self.phases))
         if not self.phases:
             raise ValueError("schedule has no phases: give it at least one Phase.")
@@ -174,10 +173,7 @@ class Schedule:
         Raises:
             ValueError: If the length is needed but unknown, or the phases do not fit into it.
         """
-        if total_steps is not None and (not isinstance(total_steps, int) or total_steps < 1):
-            raise ValueError(
-                f"total_steps is {total_steps!r}: it must be a positive int, or None for schedules in steps."
-            )
+        require("total_steps", total_steps, TOTAL_STEPS)
         if total_steps is None and self.needs_total:
             raise ValueError(
                 "total_steps is None but the schedule has fractions: pass total_steps, or give phases in steps."
@@ -297,13 +293,11 @@ def rounds(
     """
     require_length("start", start)
     require_length("every", every)
-    if by not in ("layers", "density"):
-        raise ValueError(f"by is {by!r}: it must be 'layers' or 'density'.")
+    require("by", by, one_of(["layers", "density"], allowed="'layers' or 'density'"))
     if by == "density" and count not in (None, 2):
         raise ValueError(f"count is {count!r}: by density there are 2 rounds, 3:4 and 2:4, so leave count away.")
     count = 3 if count is None else count
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"count is {count!r}: it must be an int of at least 1 (rounds).")
+    require("count", count, whole(1, of="rounds"))
     phases = [Phase("dense", start)] if start else []
     if by == "density":
         phases += [Phase("frozen", every, kept=3)]

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .checks import NOT_NEGATIVE, mapping, optional, sequence, whole
+from .state_schema import require_state
+
 ASK_EVERY = 10
 """Steps between two questions to the device."""
 
@@ -87,8 +90,16 @@ class SecondMoments:
             "epsilon": self._epsilon,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Take back what :meth:`state_dict` returned."""
+    def check_state_dict(self, state: Any) -> None:
+        """Raise ``ValueError`` if a state is damaged; changes nothing."""
+        changes = sequence(NOT_NEGATIVE, allowed="a list of at least one number", least=1)
+        rule = mapping({"changes": optional(changes), "count": whole(), "epsilon": NOT_NEGATIVE})
+        require_state("moments", state, optional(rule))
+
+    def load_state_dict(self, state: Mapping[str, Any] | None, device: torch.device) -> None:
+        """Take back what :meth:`state_dict` returned; None leaves what was seen."""
+        if state is None:
+            return
         changes = state["changes"]
         self._changes = None if changes is None else torch.tensor(changes, dtype=torch.float64, device=device)
         self._count, self._epsilon = int(state["count"]), float(state["epsilon"])

@@ -8,9 +8,11 @@ from dataclasses import replace
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .checks import require
 from .heads import output_heads
 from .layer_classes import LAYERS, Candidate, base_class, why_subclass
 from .masked_layer import MaskedLayer
+from .options import MODULE
 from .running import run_of
 from .selection_report import LayerChoice as LayerChoice
 from .selection_report import SelectionReport as SelectionReport
@@ -54,6 +56,7 @@ def select_layers(
         >>> [choice.name for choice in select_layers(model, targets=["2"]).sparse]
         ['2']
     """
+    require("model", model, MODULE)
     wanted = as_list("targets", targets)
     unwanted = as_list("exclude", exclude)
     surroundings = Surroundings(model)
@@ -84,7 +87,8 @@ def select_layers(
             if role and by_group and name not in surroundings.peft_reasons:
                 reason = f"{role}, {reason}" if reason else f"{role} (name it in targets to make it sparse)"
         is_named = reason != "excluded" and any(found.kind == "name" for found in hits)
-        choices.append(LayerChoice(name, surroundings.shape(name), reason, is_named=is_named))
+        is_frozen = name in surroundings.layers and not surroundings.layers[name].weight.requires_grad
+        choices.append(LayerChoice(name, surroundings.shape(name), reason, is_named=is_named, is_frozen=is_frozen))
     report = SelectionReport(_with_fruitless(choices, matches), pattern)
     if not report.sparse:
         reasons = "; ".join(

@@ -1,7 +1,7 @@
 """``SelectionReport``: every layer of a model, sparse or dense with the reason."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -11,6 +11,16 @@ from .masked_layer import MaskedLayer
 
 SHOWN = 3
 """Layers that the summary names before it counts the rest."""
+
+
+def first_few(words: Sequence[str]) -> str:
+    """Return the first words and how many more there are.
+
+    Example:
+        >>> first_few(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    return ", ".join(words[:SHOWN]) + (f" and {len(words) - SHOWN} more" if len(words) > SHOWN else "")
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class LayerChoice:
         reason: Why it stays dense; empty for a sparse layer.
         products: Who computes a sparse layer's products; empty if that is not known yet.
         is_named: Whether the targets ask for this layer rather than for a group of them.
+        is_frozen: Whether its weight has ``requires_grad=False``, so that what is pruned in it cannot recover.
     """
 
     name: str
@@ -30,6 +41,7 @@ class LayerChoice:
     reason: str = ""
     products: str = ""
     is_named: bool = False
+    is_frozen: bool = False
 
     @property
     def is_sparse(self) -> bool:
@@ -71,20 +83,23 @@ class SelectionReport:
         """The layers that stay dense."""
         return tuple(choice for choice in self.choices if not choice.is_sparse)
 
+    @property
+    def frozen(self) -> tuple[LayerChoice, ...]:
+        """The layers that become sparse and have weights that are not trained."""
+        return tuple(choice for choice in self.sparse if choice.is_frozen)
+
     def summary(self) -> str:
-        """Return one line that counts layers and weights, and names the layers that were asked for and stay dense."""
+        """Return one line: counts, and the names of layers that are not trained or were asked for and stay dense."""
         sparse, total = (sum(choice.count for choice in group) for group in (self.sparse, self.choices))
         line = (
             f"sparse layers: {len(self.sparse)} of {len(self.choices)} || "
             f"sparse weights: {sparse:,} of {total:,} ({100 * sparse / max(total, 1):.1f} %) || "
             f"pattern: {self.pattern.replace('_', '-')} 2:4"
         )
-        denied = [choice for choice in self.dense if choice.is_named]
-        if denied:
-            shown = ", ".join(f"{choice.name!r} ({choice.reason})" for choice in denied[:SHOWN])
-            rest = f" and {len(denied) - SHOWN} more" if len(denied) > SHOWN else ""
-            line += f" || stays dense: {shown}{rest}"
-        return line
+        if self.frozen:
+            line += f" || requires_grad=False: {first_few([repr(choice.name) for choice in self.frozen])}"
+        denied = [f"{choice.name!r} ({choice.reason})" for choice in self.dense if choice.is_named]
+        return f"{line} || stays dense: {first_few(denied)}" if denied else line
 
     def with_products(self, layers: Mapping[str, MaskedLayer]) -> "SelectionReport":
         """Return the report with who computes the products of these layers, as decided by now."""
@@ -104,7 +119,8 @@ class SelectionReport:
         table = Table("layer", "shape", "weights", title=self.summary())
         for choice in self.choices:
             shape = " × ".join(map(str, choice.shape))
-            sparse = f"sparse: {choice.products}" if choice.products else "sparse"
+            sparse = "sparse, not trained" if choice.is_frozen else "sparse"
+            sparse = f"{sparse}: {choice.products}" if choice.products else sparse
             table.add_row(choice.name, shape, sparse if choice.is_sparse else f"dense: {choice.reason}")
         (console or Console()).print(table)
 

@@ -1,11 +1,14 @@
 """``SoftScales``: β of every layer whose products see a soft-thresholded weight."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 
+from .checks import FINITE
 from .masked_layer import MaskedLayer
 from .soft_threshold import soft_scale
+from .state_schema import by_layer, require_state
 
 
 class SoftScales:
@@ -51,6 +54,10 @@ class SoftScales:
     def state_dict(self) -> dict[str, float]:
         """Return every β that there is."""
         return {name: float(layer.soft_scale) for name, layer in self._layers.items() if layer.soft_scale is not None}
+
+    def check_state_dict(self, state: Any) -> None:
+        """Raise ``ValueError`` if a state is damaged or of other layers; changes nothing."""
+        require_state("soft_scales", state, by_layer(dict.fromkeys(self._layers, FINITE)))
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Take back what :meth:`state_dict` returned."""

@@ -1,20 +1,24 @@
 """``sparsify_`` makes a model's layers sparse in place; ``export_dense_`` gives the plain layers back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS, resolve_backend
 from .backends.interface import WeightProduct
+from .checks import FLAG, one_of, require
 from .conversion import to_dense_, to_sparse_
 from .convolution import is_pointwise
 from .criteria import Criterion, resolve_criterion
+from .criteria.interface import scores_of
 from .fused_encoders import settle_fused_encoders_
 from .gradient_rules import GradientRule, resolve_gradient_rule
 from .masked_layer import MaskedLayer, PhaseKind
 from .operands import Execution
+from .options import MODULE
 from .patterns import resolve_pattern
 from .products import HALF_DTYPES
 from .selection import SelectionReport, select_layers, sparse_layers
@@ -74,6 +78,11 @@ def sparsify_(
         >>> model[0].mask.float().mean().item()
         0.5
     """
+    for name, value in (("deterministic", deterministic), ("keep_transposed", keep_transposed), ("verbose", verbose)):
+        require(name, value, FLAG)
+    require("model", model, MODULE)
+    require("phase", phase, one_of(get_args(PhaseKind)))
+    require("weight_product", weight_product, one_of(get_args(WeightProduct)))
     execution = Execution(resolve_backend(backend), deterministic, keep_transposed, weight_product=weight_product)
     rule, criterion, search = resolve_gradient_rule(gradient), resolve_criterion(criterion), resolve_pattern(pattern)
     execution = replace(execution, transposable=search.along_columns)
@@ -92,13 +101,11 @@ def sparsify_(
             done.append(to_sparse_(layer, phase, executions[name]))
             done[-1].gradient = rule
             if phase != "dense":
-                scores = criterion.scores(done[-1].matrix.detach(), layer=name, clock=0)
+                scores = scores_of(criterion, done[-1].matrix.detach(), layer=name, clock=0)
                 done[-1].set_codes_(search.search(scores, 2))
         settle_fused_encoders_(model)
     except BaseException:
-        for sparse in done:
-            to_dense_(sparse, zeros=False)
-        settle_fused_encoders_(model)
+        give_back_(model, done, zeros=False)
         raise
     if verbose:
         print(report.summary())
@@ -149,7 +156,12 @@ def export_dense_(model: nn.Module, *, zeros: bool = True) -> list[str]:
         (['0'], 'Linear', 32)
     """
     layers = list(sparse_layers(model))
-    for _, layer in layers:
+    give_back_(model, [layer for _, layer in layers], zeros)
+    return [name for name, _ in layers]
+
+
+def give_back_(model: nn.Module, layers: Iterable[MaskedLayer], zeros: bool) -> None:
+    """Turn masked layers of a model back into their dense classes, and let it take the paths that masks forbid."""
+    for layer in layers:
         to_dense_(layer, zeros)
     settle_fused_encoders_(model)
-    return [name for name, _ in layers]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .kernels.tile_codes.reference import count_bits, pack_codes, transpose_codes, unpack_codes
+from .plain_tensors import require_dtype
 
 KEEP_ALL = -1
 """The code of a tile that keeps all 16 entries."""
@@ -26,7 +27,7 @@ def encode_tiles(mask: Tensor) -> Tensor:
         >>> encode_tiles(torch.ones(4, 8, dtype=torch.bool)).tolist()
         [[-1, -1]]
     """
-    _require_dtype("mask", mask, torch.bool)
+    require_dtype("mask", mask, torch.bool)
     require_tiles("mask", mask.shape)
     return pack_codes(mask)
 
@@ -86,7 +87,7 @@ def count_flips(old_codes: Tensor, new_codes: Tensor) -> Tensor:
 
     Raises:
         TypeError: If either is not int16.
-        ValueError: If the shapes differ.
+        ValueError: If the shapes or devices differ.
 
     Example:
         >>> count_flips(torch.tensor([[3]], dtype=torch.int16), torch.tensor([[5]], dtype=torch.int16)).item()
@@ -94,6 +95,8 @@ def count_flips(old_codes: Tensor, new_codes: Tensor) -> Tensor:
     """
     _require_codes("old_codes", old_codes)
     _require_codes("new_codes", new_codes)
+    if old_codes.device != new_codes.device:
+        raise ValueError(f"new_codes is on {new_codes.device} but old_codes on {old_codes.device}: move one of them.")
     if old_codes.shape != new_codes.shape:
         raise ValueError(
             f"new_codes has shape {tuple(new_codes.shape)} but old_codes has {tuple(old_codes.shape)}: "
@@ -111,12 +114,7 @@ def require_tiles(name: str, shape: torch.Size | tuple[int, ...]) -> None:
         )
 
 
-def _require_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}: it must be {dtype}, so convert it with .to({dtype}).")
-
-
 def _require_codes(name: str, codes: Tensor) -> None:
-    _require_dtype(name, codes, torch.int16)
+    require_dtype(name, codes, torch.int16)
     if codes.dim() < 2:
         raise ValueError(f"{name} has shape {tuple(codes.shape)}: tile codes are [..., O/4, I/4], so pass a matrix.")

@@ -1,7 +1,6 @@
 """``SparseTraining``: the engine that runs a method's schedule on a model, from the optimizer's own steps."""
 
 import copy
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,16 +10,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .adapters import Adapters
-from .conversion import to_dense_, write_zeros_
+from .conversion import write_zeros_
 from .criteria import resolve_criterion
 from .criteria.observer import Observer
 from .distillation import Distillation
 from .ending import Ending, Progress, ending
-from .estimated_gradient import renumber_
 from .frozen_moments import FrozenMoments
-from .fused_encoders import settle_fused_encoders_
 from .gradient_rules import resolve_gradient_rule
 from .kernels.masked_update.operator import apply_masks_
+from .layer_group import number_draws_, repack_, write_masks_
 from .lr_restart import LRRestart
 from .mask_metrics import mask_metrics
 from .mask_state import MaskState
@@ -30,16 +28,18 @@ from .masters import Masters
 from .matrices import by_device, matrix_of
 from .methods.method import Method
 from .methods.presets import resolve_method
-from .operands import renew_
 from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
+from .options import check_options, check_owners
 from .patterns import resolve_pattern
 from .running import claim
 from .schedule import UNKNOWN_LENGTH
 from .second_moments import SecondMoments
 from .selection import SelectionReport, select_layers, sparse_layers, weight_count
 from .soft_scales import SoftScales
-from .sparsify import sparsify_
-from .training_checks import STATE_VERSION, check_setup, check_state, check_statistics, saved_timeline
+from .sparsify import give_back_, sparsify_
+from .state_checks import check_state, saved_timeline
+from .state_schema import Part
+from .training_checks import STATE_VERSION, check_setup, check_statistics
 from .verification import VerificationReport, verify
 from .wrapped_names import warn_of_unmerged
 from .wrappers import plain_model, plain_optimizer
@@ -117,17 +117,23 @@ class SparseTraining:
         state: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
-        self.model = model = plain_model(model)
+        check_owners(model, optimizer, lr_schedulers)
         self.method = resolve_method(method)
+        check_options(
+            targets=targets, exclude=exclude, backend=backend, total_steps=total_steps, logits_from=logits_from,
+            teacher=teacher, deterministic=deterministic, keep_transposed=keep_transposed, watch_dense=watch_dense,
+            track_age=track_age, verbose=verbose,
+        )  # fmt: skip
+        self.model = model = plain_model(model)
         self.total_steps = total_steps
         self.timeline = self.method.schedule.resolve(total_steps)
         self.ending: Ending | None = None
         self._verbose, self._watch_dense = verbose, watch_dense
         optimizers = list(map(plain_optimizer, [optimizer] if isinstance(optimizer, Optimizer) else optimizer))
-        if self.method.mixes_tiles and backend not in ("auto", "masked"):
-            raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
         report = select_layers(model, targets, exclude, self.method.pattern)
-        check_setup(model, report, self.method, self.timeline, optimizers, lr_schedulers, total_steps, watch_dense)
+        check_setup(
+            model, report, self.method, self.timeline, optimizers, lr_schedulers, total_steps, watch_dense, backend
+        )
         if state is None:
             check_statistics(report, self.method)
         share, temperature = self.method.distillation, self.method.distillation_temperature
@@ -148,9 +154,7 @@ class SparseTraining:
                 self.load_state_dict(state)
         except BaseException:
             self._removals.close()
-            for layer in own.values():
-                to_dense_(layer, zeros=False)
-            settle_fused_encoders_(model)
+            give_back_(model, own.values(), zeros=False)
             raise
         claim(own.values(), self)
         if verbose:
@@ -192,7 +196,7 @@ class SparseTraining:
         if method.adapter_rank:
             self._adapters = Adapters(self.masks.layers, self._optimizers, method.adapter_rank)
             self._removals.callback(self._adapters.remove)
-        self._number_draws()
+        number_draws_(self.masks.layers, self.clock)
         self._hooks = StepHooks(self._optimizers, self._adjust_gradients, self._written, self._advance)
         self._removals.callback(self._hooks.remove)
 
@@ -238,12 +242,11 @@ class SparseTraining:
         """
         if self._final is not None:
             return {key: value for key, value in self._final[0].items() if per_layer or not key.startswith("layer/")}
-        active = [layer for layer in self.masks.layers.values() if layer.is_masked]
         values: dict[str, float | None] = {
             "clock": self.clock,
             "decay": self._decay.value if self.method.decay else None,
             "distillation": self._distillation.term,
-            "sparse_layers": len(active),
+            "sparse_layers": sum(layer.is_masked for layer in self.masks.layers.values()),
             "sparse_flops_share": self.sparse_flops_share,
             "violations": self.masks.violations(),
             "refresh_ms": self.masks.refresh_ms,
@@ -405,10 +408,17 @@ class SparseTraining:
         Raises:
             ValueError: If the state is damaged or of another model; nothing is changed then.
         """
+        if self.finished:
+            raise ValueError("training is finished: pass the state to a new SparseTraining(..., state=...).")
+        parts: dict[str, Part | None] = {
+            "lr_restart": self._lr_restart, "adapters": self._adapters, "moments": self._moments, "decay": self._decay,
+            "frozen_moments": self._frozen_moments, "distillation": self._distillation,
+            "soft_scales": self._soft_scales,
+        }  # fmt: skip
         total_steps = self.total_steps
-        check_state(state, self.masks, self.method, total_steps, self.timeline)
-        self._distillation.check_state(state["distillation"], bool(state["active"]))
-        self._frozen_moments.check_state_dict(state["frozen_moments"])
+        check_state(state, self.masks, parts, self.method, total_steps, self.timeline, len(self._optimizers))
+        if state["active"]:
+            self._distillation.require_teacher(state["distillation"])
         self._distillation.load_state_dict(state["distillation"])
         self.masks.load_state_dict(state)
         for layer in self.masks.layers.values():
@@ -416,10 +426,10 @@ class SparseTraining:
         self.clock = state["clock"]
         self._last_refresh = state["last_refresh"]
         self._hooks.stepped = set(state["stepped"])
-        if self._lr_restart and state["lr_restart"]:
+        if self._lr_restart:
             self._lr_restart.load_state_dict(state["lr_restart"])
         self.timeline = saved_timeline(state, self.method, self.timeline)
-        if self._moments is not None and state["moments"]:
+        if self._moments is not None and state["moments"] is not None:
             self._moments.load_state_dict(state["moments"], next(iter(self._weights.values())).device)
         self._frozen_moments.load_state_dict(state["frozen_moments"])
         if self._adapters is not None:
@@ -427,10 +437,10 @@ class SparseTraining:
         self._active = set(state["active"])
         self._report_budget()
         self._decay.load_state_dict(state["decay"])
-        self._soft_scales.load_state_dict(state["soft_scales"])
+        self._soft_scales.load_state_dict(state["soft_scales"] if self.method.forward == "soft" else {})
         self._set_phase()
         self._switch_adapters()
-        self._number_draws()
+        number_draws_(self.masks.layers, self.clock)
         self._repack()
         if state["total_steps"] != total_steps:
             self.retime(None if total_steps is None else max(total_steps, self.clock))
@@ -446,6 +456,7 @@ class SparseTraining:
         self._observer.before_step(gradients, scale)
         if self._adapters is not None:
             self._adapters.average_gradients(optimizer)
+            self._adapters.start_momentum(optimizer)
         if self._moments is not None and self.phase == "dense":
             self._moments.forget()
             self._moments.observe(
@@ -493,7 +504,7 @@ class SparseTraining:
             self._refresh()
         self._switch_adapters()
         self._repack()
-        self._number_draws()
+        number_draws_(self.masks.layers, self.clock)
 
     def _switch_adapters(self) -> None:
         if self._adapters is not None:
@@ -506,22 +517,6 @@ class SparseTraining:
     def adapters(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the low-rank adapters: layer name to down ``[r, I]`` and up ``[O, r]``; empty if there are none."""
         return {} if self._adapters is None else dict(self._adapters.parts)
-
-    def _number_draws(self) -> None:
-        """Have every layer's random estimates depend on the clock, so that there is nothing to save of them."""
-        for number, layer in enumerate(self.masks.layers.values()):
-            if layer.draws is not None:
-                renumber_(layer.draws, number, self.clock)
-
-    def _repack(self) -> None:
-        """Renew packed weights now, all of a device together, so that captured graphs and compiled steps find them."""
-        start = time.perf_counter()
-        for weights in by_device(self._weights):
-            layers = [self.masks.layers[name] for name in weights]
-            layers = [layer for layer in layers if layer.operands.bytes and layer.soft_scale is None]
-            if layers:
-                renew_(layers)
-        self._repack_ms = 1e3 * (time.perf_counter() - start)
 
     def _enter(self) -> bool:
         """Enter the phase of the clock; return False if the run is in it."""
@@ -571,9 +566,7 @@ class SparseTraining:
         if self._adapters is not None and merge:
             self._adapters.merge_()
         self._removals.close()
-        for layer in self.masks.layers.values():
-            to_dense_(layer, zeros and not merge)
-        settle_fused_encoders_(self.model)
+        give_back_(self.model, self.masks.layers.values(), zeros and not merge)
         return merge
 
     def _set_phase(self) -> None:
@@ -592,9 +585,8 @@ class SparseTraining:
             self._soft_scales.measure(self._active)
 
     def _apply_masks(self) -> None:
-        if not self.method.frozen_in_place:
-            return
-        for every in by_device(self._weights):
-            layers = [self.masks.layers[name] for name in every if name in self._active]
-            with written_as_matrices(layers, [layer.weight for layer in layers]) as matrices:
-                apply_masks_(matrices, [layer.mask_codes for layer in layers])
+        if self.method.frozen_in_place:
+            write_masks_(self.masks.layers, self._active)
+
+    def _repack(self) -> None:
+        self._repack_ms = repack_(self.masks.layers)

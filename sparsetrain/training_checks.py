@@ -1,40 +1,35 @@
-"""What a run is refused for, before anything is changed: its set-up, and a state to go on from."""
+"""What a run is refused for when it is set up, before anything is changed."""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .adapters import require_late_start
 from .criteria import resolve_criterion
 from .frozen_moments import require_freezable
-from .mask_state import MaskState
 from .masked_decay import AUTO_START
 from .methods.method import Method
 from .optimizer_hooks import owned_parameters
 from .running import run_of
 from .schedule import Timeline
 from .second_moments import require_second_moments
-from .selection import SelectionReport
+from .selection_report import SelectionReport, first_few
 
 STATE_VERSION = 4
-
-STATE_KEYS = frozenset(
-    {"version", "clock", "method", "stepped", "last_refresh", "lr_restart", "active", "starts", "moments", "adapters",
-     "total_steps", "decay", "distillation", "frozen_moments", "soft_scales", "pattern", "exists", "kept", "dense",
-     "codes", "shapes", "backward_codes", "flips", "virtual_flips", "sums_at_refresh", "ages", "criterion",
-     "transposed"}
-)  # fmt: skip
+"""Of what :meth:`sparsetrain.SparseTraining.state_dict` returns."""
 
 
 def check_setup(
     model: nn.Module, report: SelectionReport, method: Method, timeline: Timeline, optimizers: Sequence[Optimizer],
     lr_schedulers: Sequence[LRScheduler], total_steps: int | None, watch_dense: bool,
+    backend: str,
 ) -> None:  # fmt: skip
     """Raise ``ValueError`` if a run cannot be set up in this way."""
+    if method.mixes_tiles and backend not in ("auto", "masked"):
+        raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
     if not optimizers:
         raise ValueError("optimizer is an empty list: pass the optimizer that owns the model's weights.")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
@@ -46,6 +41,7 @@ def check_setup(
                 "first, with zeros=False to go on from the dense weights, or exclude the layer."
             )
     _check_weights(model, report, optimizers)
+    _warn_of_frozen(report, method, timeline)
     head = timeline.head or 0
     searches = 3 if _missing(report, method) else 2  # the first of which waits for statistics
     if method.decay == "auto" and watch_dense and (total_steps or head) < searches * method.refresh_every > head:
@@ -62,6 +58,8 @@ def check_setup(
         raise ValueError(f"total_steps is None but {name} is a fraction: pass total_steps, or give it in steps.")
     if method.dense_budget and method.dense_unit == "layers":
         _check_budget(report, method.dense_budget)
+    if method.adapter_rank:
+        require_late_start(optimizers)
     if timeline.earliest:
         require_second_moments(optimizers)
     if method.freeze_second_moments:
@@ -93,6 +91,19 @@ def _missing(report: SelectionReport, method: Method) -> list[str]:
     return resolve_criterion(method.criterion).missing(choice.name for choice in report.sparse)
 
 
+def _warn_of_frozen(report: SelectionReport, method: Method, timeline: Timeline) -> None:
+    """Warn of weights that get zeros and are not trained, unless masks only come and go."""
+    gets_zeros = timeline.kinds[-1] != "dense" or (method.frozen_in_place and "frozen" in timeline.kinds)
+    # a base layer under peft's adapters is frozen on purpose
+    names = first_few([repr(choice.name) for choice in report.frozen if not choice.name.endswith("base_layer")])
+    if names and gets_zeros:
+        warnings.warn(
+            f"weights of sparse layers have requires_grad=False: {names}; what masks prune there becomes zero and "
+            "cannot recover, so exclude these layers unless that is wanted.",
+            stacklevel=4,
+        )
+
+
 def _check_budget(report: SelectionReport, budget: float) -> None:
     smallest = min(report.sparse, key=lambda choice: choice.count)
     share = smallest.count / sum(choice.count for choice in report.sparse)
@@ -113,52 +124,3 @@ def _check_weights(model: nn.Module, report: SelectionReport, optimizers: Sequen
                 f"layer {choice.name!r} has a trainable weight that no optimizer owns: "
                 "pass every optimizer, or exclude the layer."
             )
-
-
-def check_state(
-    state: Mapping[str, Any], masks: MaskState, method: Method, total_steps: int | None, timeline: Timeline
-) -> None:  # fmt: skip
-    """Raise ``ValueError`` if a state is damaged or of another model, and warn if it is of another method."""
-    if state.get("version", STATE_VERSION) != STATE_VERSION:
-        raise ValueError(
-            f"state has version {state.get('version')!r} but this sparsetrain reads {STATE_VERSION}: "
-            "use the version that wrote it."
-        )
-    if missing := STATE_KEYS - set(state):
-        raise ValueError(f"state has no {sorted(missing)[0]!r}: it must be what SparseTraining.state_dict() returned.")
-    if not isinstance(state["clock"], int) or state["clock"] < 0:
-        raise ValueError(
-            f"state has clock {state['clock']!r}: it must be an int of at least 0; the checkpoint is damaged."
-        )
-    if state["kept"] != (kept := saved_timeline(state, method, timeline).kept_at(state["clock"])):
-        raise ValueError(
-            f"state has masks that keep {state['kept']!r} of four but the schedule says {kept} at step "
-            f"{state['clock']}: resume with the same schedule."
-        )
-    masks.check_state_dict(state)
-    if unknown := sorted({*state["active"], *state["soft_scales"], *(state["dense"] or ())} - set(masks.layers)):
-        raise ValueError(f"state has active layer {unknown[0]!r} that the model has not: resume with the same model.")
-    for what, saved, here in (
-        ("method", state["method"], method.describe()),
-        ("total_steps", state["total_steps"], total_steps),
-    ):
-        if saved != here:
-            warnings.warn(f"resuming with another {what}: {here} instead of {saved}.", stacklevel=5)
-
-
-def saved_timeline(state: Mapping[str, Any], method: Method, timeline: Timeline) -> Timeline:
-    """Return the timeline that a state was saved with; the one here if that is of another schedule.
-
-    Raises:
-        ValueError: If the state's phases are damaged.
-    """
-    if state["method"]["schedule"] != method.describe()["schedule"]:
-        return timeline
-    starts = state["starts"]
-    whole = isinstance(starts, list | tuple) and all(type(start) is int for start in starts)
-    if not whole or len(starts) != len(timeline.starts) or starts[0] != 0 or sorted(starts) != list(starts):
-        raise ValueError(
-            f"state has starts {starts!r}: they must be {len(timeline.starts)} steps that increase from 0, one for "
-            "every phase of the schedule; the checkpoint is damaged."
-        )
-    return replace(timeline, starts=tuple(starts))

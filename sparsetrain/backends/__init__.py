@@ -1,6 +1,6 @@
 """Backends: who computes the products with a layer's masked weight."""
 
-from ..suggestions import did_you_mean
+from ..checks import one_of, require
 from .cusparselt.backend import CuSparseLtBackend
 from .cutlass import CutlassBackend
 from .interface import Backend, Operand
@@ -23,9 +23,7 @@ def resolve_backend(name: str) -> str:
         >>> resolve_backend("auto")
         'auto'
     """
-    if name != "auto" and name not in BACKENDS:
-        known = ["auto", *sorted(BACKENDS)]
-        raise ValueError(f"backend is {name!r}: it must be one of {known}{did_you_mean(name, known)}.")
+    require("backend", name, one_of(["auto", *sorted(BACKENDS)]))
     return name
 
 

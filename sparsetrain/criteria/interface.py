@@ -1,9 +1,14 @@
 """``Criterion``: the one interface of everything that ranks the entries of a weight."""
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
+
+from ..checks import DICT
+from ..plain_tensors import require_floating
+from ..state_schema import refuse, require_state
 
 
 class Criterion:
@@ -79,5 +84,42 @@ class Criterion:
         """Return the statistics as plain numbers and tensors."""
         return {}
 
+    def check_state_dict(self, state: Any, sizes: Mapping[str, tuple[int, int, int]]) -> None:
+        """Raise ``ValueError`` if a state cannot be loaded; changes nothing.
+
+        A copy of the criterion tries to load it, unless a subclass knows better.
+
+        Args:
+            state: What :meth:`state_dict` returned, or what has become of it.
+            sizes: Layer name to rows O and columns of the weight that is scored, and the layer's input features I.
+        """
+        require_state("criterion", state, DICT)
+        try:
+            copy.deepcopy(self).load_state_dict(dict(state))
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            refuse(f"state['criterion'] cannot be loaded by criterion {self.name!r} ({reason})")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
+
+
+def scores_of(criterion: Criterion, weight: Tensor, *, layer: str, clock: int) -> Tensor:
+    """Return what a criterion scores a weight, once it is known to be scores.
+
+    Raises:
+        TypeError: If it is no dense floating-point tensor.
+        ValueError: If it has not the weight's shape.
+
+    Example:
+        >>> import torch
+        >>> from .plain import Magnitude
+        >>> scores_of(Magnitude(), torch.tensor([[-2.0, 1.0]]), layer="fc", clock=0).tolist()
+        [[2.0, 1.0]]
+    """
+    scores = criterion.scores(weight, layer=layer, clock=clock)
+    name = f"what criterion {criterion.name!r} returns as scores of layer {layer!r}"
+    require_floating(name, scores)
+    if scores.shape != weight.shape:
+        raise ValueError(f"{name} has shape {tuple(scores.shape)}: it must have the weight's, {tuple(weight.shape)}.")
+    return scores

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import INT, require
 from .interface import Criterion
 
 
@@ -33,6 +34,9 @@ class Random(Criterion):
     Args:
         seed: Any integer.
 
+    Raises:
+        ValueError: If it is none.
+
     Example:
         >>> draw = Random(seed=1).scores(torch.zeros(4, 4), layer="fc", clock=0)
         >>> torch.equal(draw, Random(seed=1).scores(torch.ones(4, 4), layer="fc", clock=0))
@@ -41,6 +45,9 @@ class Random(Criterion):
 
     name: ClassVar[str] = "random"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require("seed", self.seed, INT)
 
     def scores(self, weight: Tensor, *, layer: str, clock: int) -> Tensor:
         """Return uniform random numbers, drawn on the CPU so that every device sees the same."""

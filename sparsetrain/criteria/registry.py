@@ -1,6 +1,6 @@
 """Criteria by name."""
 
-from ..suggestions import did_you_mean
+from ..checks import one_of, require
 from .gradients import Fisher, Movement, WeightGradient
 from .inputs import Wanda
 from .interface import Criterion
@@ -23,9 +23,5 @@ def resolve_criterion(criterion: str | Criterion) -> Criterion:
     """
     if isinstance(criterion, Criterion):
         return criterion
-    if criterion not in CRITERIA:
-        raise ValueError(
-            f"criterion is {criterion!r}: it must be one of {sorted(CRITERIA)} or a Criterion instance"
-            f"{did_you_mean(criterion, CRITERIA)}."
-        )
+    require("criterion", criterion, one_of(sorted(CRITERIA), " or a Criterion instance"))
     return CRITERIA[criterion]()

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..checks import instance, number, require
 from ..kernels.tile_codes.reference import unpack_codes
 from ..patterns import resolve_pattern
+from ..plain_tensors import require_floating
 from ..tiles import require_tiles
 
 
@@ -30,6 +32,7 @@ def keep_dense_tiles(scores: Mapping[str, Tensor], budget: float, pattern: str =
         Layer name to bool ``[O/4, I/4]``, True where a tile stays dense, on the device of the scores.
 
     Raises:
+        TypeError: If scores are no dense floating-point tensors.
         ValueError: If the budget or the pattern is not allowed, or a size is not a multiple of 4.
 
     Example:
@@ -58,6 +61,7 @@ def keep_dense_layers(scores: Mapping[str, Tensor], budget: float, pattern: str 
         Their names, in the order of ``scores``.
 
     Raises:
+        TypeError: If scores are no dense floating-point tensors.
         ValueError: If the budget or the pattern is not allowed, or a size is not a multiple of 4.
 
     Example:
@@ -119,10 +123,11 @@ def dense_layers(scores: Mapping[str, Tensor], codes: Mapping[str, Tensor], budg
 
 
 def _search(scores: Mapping[str, Tensor], budget: float, pattern: str) -> dict[str, Tensor]:
-    if not 0 <= budget <= 1:
-        raise ValueError(f"budget is {budget!r}: it must be a fraction of the tiles or weights, 0 to 1.")
+    require("scores", scores, instance(Mapping, "a dict of layer name to scores"))
+    require("budget", budget, number("a fraction of the tiles or weights, 0 to 1", lambda value: 0 <= value <= 1))
     search = resolve_pattern(pattern).search
     for name, matrix in scores.items():
+        require_floating(f"scores of layer {name!r}", matrix)
         require_tiles(f"scores of layer {name!r}", matrix.shape)
     return {name: search(matrix, 2) for name, matrix in scores.items()}
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import DICT, TEXT, mapping, number, require
+from ..state_schema import by_layer, require_state, tensor
 from .interface import Criterion
 
 
@@ -72,6 +74,20 @@ class StatisticCriterion(Criterion):
             "noted": {layer: value.cpu().clone() for layer, value in self._noted.items()},
         }
 
+    def check_state_dict(self, state: Any, sizes: Mapping[str, tuple[int, int, int]]) -> None:
+        """Raise ``ValueError`` if the statistics are damaged or of other layers; changes nothing."""
+        require_state("criterion", state, DICT)
+        if state.get("criterion") != self.name:
+            return
+        rules = {layer: tensor(torch.float32, self._statistic_shape(*size)) for layer, size in sizes.items()}
+        rule = mapping({"criterion": TEXT, "running": by_layer(rules), "noted": by_layer(rules)})
+        require_state("criterion", state, rule)
+
+    def _statistic_shape(self, rows: int, columns: int, features: int) -> tuple[int, ...]:
+        if "input" not in self.needs:
+            return rows, columns
+        return tuple(self.summarize_input(torch.zeros(1, features)).shape)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned; the state of another criterion leaves none.
 
@@ -109,8 +125,7 @@ class MovingAverage(StatisticCriterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"beta is {self.beta!r}: it must be at least 0 and below 1.")
+        require("beta", self.beta, number("at least 0 and below 1", lambda value: 0 <= value < 1))
 
     def count_(self, running: Tensor, noted: Tensor) -> None:
         """Replace the average by ``β·average + (1-β)·noted``."""

@@ -4,11 +4,33 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from ..backends.interface import WeightProduct
+from ..checks import FLAG, NOT_NEGATIVE, TEXT, Rule, either, number, one_of, require, whole
 from ..criteria import Criterion, resolve_criterion
 from ..gradient_rules import GradientRule, resolve_gradient_rule
 from ..masked_decay import DecayTarget
 from ..patterns import resolve_pattern
 from ..schedule import Schedule, from_scratch, require_length
+
+RULES = {
+    "name": TEXT,
+    "refresh_every": whole(1, of="optimizer steps"),
+    "decay": either(NOT_NEGATIVE, Rule("'auto'", lambda value: isinstance(value, str) and value == "auto")),
+    "decay_on": one_of(get_args(DecayTarget)),
+    "hysteresis": NOT_NEGATIVE,
+    "forward": one_of(["hard", "soft"], allowed="'hard' or 'soft'"),
+    "dense_budget": number("at least 0 and below 1", lambda value: 0 <= value < 1),
+    "dense_unit": one_of(["layers", "tiles"], allowed="'layers' or 'tiles'"),
+    "frozen_in_place": FLAG,
+    "weight_product": one_of(get_args(WeightProduct)),
+    "adapter_rank": whole(),
+    "adapter_merge": FLAG,
+    "clear_moments": FLAG,
+    "restart_lr": FLAG,
+    "distillation": number("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "distillation_temperature": number("a finite number above 0", lambda value: value > 0),
+    "freeze_second_moments": FLAG,
+}
+"""What the fields of a method may be, beside those that are resolved by name."""
 
 
 @dataclass(frozen=True)
@@ -88,37 +110,11 @@ class Method:
         resolve_pattern(self.pattern)
         resolve_criterion(self.criterion)
         resolve_gradient_rule(self.gradient)
-        resolve_gradient_rule(self.frozen_gradient)
-        if not isinstance(self.refresh_every, int) or self.refresh_every < 1:
-            raise ValueError(
-                f"refresh_every is {self.refresh_every!r}: it must be an int of at least 1 (optimizer steps)."
-            )
-        if self.decay != "auto" and (isinstance(self.decay, str) or not 0 <= self.decay < float("inf")):
-            raise ValueError(f"decay is {self.decay!r}: it must be a finite number of at least 0, or 'auto'.")
+        resolve_gradient_rule(self.frozen_gradient, "frozen_gradient")
         require_length("decay_ramp", self.decay_ramp)
-        if not 0 <= self.hysteresis < float("inf"):
-            raise ValueError(f"hysteresis is {self.hysteresis!r}: it must be a finite number of at least 0.")
-        if isinstance(self.dense_budget, str) or not 0 <= self.dense_budget < 1:
-            raise ValueError(f"dense_budget is {self.dense_budget!r}: it must be at least 0 and below 1.")
-        if self.dense_unit not in ("layers", "tiles"):
-            raise ValueError(f"dense_unit is {self.dense_unit!r}: it must be 'layers' or 'tiles'.")
-        if self.forward not in ("hard", "soft"):
-            raise ValueError(f"forward is {self.forward!r}: it must be 'hard' or 'soft'.")
-        if self.decay_on not in get_args(DecayTarget):
-            raise ValueError(f"decay_on is {self.decay_on!r}: it must be one of {list(get_args(DecayTarget))}.")
-        if not isinstance(self.adapter_rank, int) or self.adapter_rank < 0:
-            raise ValueError(f"adapter_rank is {self.adapter_rank!r}: it must be an int of at least 0.")
         require_length("adapter_start", self.adapter_start)
-        if self.weight_product not in get_args(WeightProduct):
-            raise ValueError(
-                f"weight_product is {self.weight_product!r}: it must be one of {list(get_args(WeightProduct))}."
-            )
-        if not 0 <= self.distillation <= 1:
-            raise ValueError(f"distillation is {self.distillation!r}: it must be a number from 0 to 1.")
-        if not 0 < self.distillation_temperature < float("inf"):
-            raise ValueError(
-                f"distillation_temperature is {self.distillation_temperature!r}: it must be a finite number above 0."
-            )
+        for name, rule in RULES.items():
+            require(name, getattr(self, name), rule)
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule is {self.schedule!r}: it must be a Schedule.")
         if resolve_pattern(self.pattern).search_backward is not None and (

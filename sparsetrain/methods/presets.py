@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal
 
+from ..backends.interface import WeightProduct
+from ..checks import FLAG, require
 from ..criteria import Criterion
 from ..gradient_rules import GradientRule
 from ..masked_decay import DecayTarget
-from ..schedule import Phase, Schedule, dense_prune_retrain, from_scratch, rounds
+from ..schedule import Phase, Schedule, dense_prune_retrain, from_scratch, require_length, rounds
 from ..suggestions import did_you_mean
 from .method import Method
 
@@ -44,6 +46,7 @@ def fst(
 
     Source: Hu et al., "Accelerating Transformer Pre-training with 2:4 Sparsity", ICML 2024, arXiv 2404.01847.
     """
+    require_length("dense_tail", dense_tail)
     return Method(
         name="fst",
         pattern=pattern,
@@ -51,7 +54,7 @@ def fst(
         schedule=from_scratch(warmup, dense_tail),
         refresh_every=refresh_every,
         decay=decay,
-        weight_product="mvue" if mvue else "dense",
+        weight_product=_weight_product(mvue),
         decay_ramp=decay_ramp,
         hysteresis=hysteresis,
     )
@@ -119,6 +122,7 @@ def dense_to_sparse_finetune(
     Source: Huang et al., "Pruning Large Language Models with Semi-Structural Adaptive Sparse Training", AAAI 2025,
     arXiv 2407.20584; mask period of CAST, arXiv 2509.25996.
     """
+    require_length("freeze_at", freeze_at)
     return Method(
         name="dense_to_sparse_finetune",
         pattern=pattern,
@@ -260,6 +264,7 @@ def sr_ste(
     Source: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021,
     arXiv 2102.04010.
     """
+    require_length("dense_tail", dense_tail)
     return Method(
         name="sr_ste",
         pattern=pattern,
@@ -294,6 +299,7 @@ def s_ste(
     Source: Hu, Zhu, Chen, "S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-training", NeurIPS 2024,
     arXiv 2409.09099.
     """
+    require_length("dense_tail", dense_tail)
     return Method(
         name="s_ste",
         pattern=pattern,
@@ -301,7 +307,7 @@ def s_ste(
         schedule=from_scratch(warmup, dense_tail),
         refresh_every=1,
         forward="soft",
-        weight_product="mvue" if mvue else "dense",
+        weight_product=_weight_product(mvue),
     )
 
 
@@ -332,6 +338,7 @@ def step(
     Source: Lu et al., "STEP: Learning N:M Structured Sparsity Masks from Scratch with Precondition", ICML 2023,
     arXiv 2302.01172.
     """
+    require_length("latest", latest)
     return Method(
         name="step",
         pattern=pattern,
@@ -395,6 +402,11 @@ def resolve_method(method: str | Method | Mapping[str, Any]) -> Method:
                 "leave one of them away."
             )
     return replace(method, **changes)
+
+
+def _weight_product(mvue: bool) -> WeightProduct:
+    require("mvue", mvue, FLAG)
+    return "mvue" if mvue else "dense"
 
 
 def _names() -> str:

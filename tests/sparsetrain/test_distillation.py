@@ -400,7 +400,7 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
             lambda state: state.update(distillation=None),
             r"^state has no teacher but .* is 0\.67: pass one as teacher, .*\.$",
         ),
-        (lambda state: state.update(distillation=3), r"^state has a damaged 'distillation': .*\.$"),
+        (lambda state: state.update(distillation=3), r"^state\['distillation'\] is 3: .* damaged\.$"),
         (lambda state: state["distillation"].update(teacher=None), r"^state has no teacher but .*\.$"),
         (lambda state: state["distillation"].update(given=True), r"^state is of a run with a teacher .* as teacher\.$"),
         (lambda state: state["distillation"]["teacher"].pop("2.bias"), r"^state has a teacher whose '2\.bias' .*\.$"),

@@ -20,6 +20,8 @@ PREFIX = "base_model.model.model.layers.0.mlp."
 MLP = [f"{PREFIX}{name}" for name in ("gate_proj", "up_proj.base_layer", "down_proj.base_layer")]
 PRUNE_AT_ONCE = {"preset": "asp_one_shot", "prune_at": 0}
 
+FROZEN_BASE = pytest.mark.filterwarnings("ignore:weights of sparse layers have requires_grad=False:UserWarning")
+
 
 def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -173,6 +175,7 @@ def test_methods_that_read_their_base_layers_weight_stay_dense_with_the_reason(m
     assert reasons["base_model.model.0.base_layer"] == reasons["base_model.model.2.base_layer"] == expected
 
 
+@FROZEN_BASE
 def test_lora_over_a_sparse_base_leaves_the_base_bit_for_bit_and_merging_keeps_the_masks() -> None:
     base = sparse_base()
     model = lora(base)
@@ -225,6 +228,7 @@ def test_merging_while_masks_are_frozen_keeps_them_and_unmerging_gives_the_weigh
         assert torch.equal(weight.weight != 0, mask)
 
 
+@FROZEN_BASE
 def test_finishing_before_merging_warns_and_masks_can_be_applied_afterwards() -> None:
     model = lora(llama())
     optimizer = adamw(model)
@@ -331,6 +335,7 @@ class LoraModule(LightningModule):
         return adamw(self)
 
 
+@FROZEN_BASE
 def test_the_callback_trains_adapters_over_a_frozen_base_and_ends_sparse_after_merging() -> None:
     module = LoraModule()
     callback = SparseTrainingCallback(PRUNE_AT_ONCE, targets="mlp")

@@ -307,7 +307,8 @@ def test_weights_without_gradients_may_be_sparse() -> None:
     model = mlp()
     model[0].weight.requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    training = st.SparseTraining(model, optimizer, asp_one_shot(prune_at=0), 2, verbose=False)
+    with pytest.warns(UserWarning, match="requires_grad=False: '0'"):
+        training = st.SparseTraining(model, optimizer, asp_one_shot(prune_at=0), 2, verbose=False)
     train(model, optimizer, 2)
     training.finish()
     assert (model[0].weight == 0).float().mean() == 0.5

@@ -1,0 +1,57 @@
+"""What a run does to all its sparse layers together: masks on weights, packed weights, numbers of random draws."""
+
+import time
+from collections.abc import Collection, Mapping
+
+from .estimated_gradient import renumber_
+from .kernels.masked_update.operator import apply_masks_
+from .masked_layer import MaskedLayer, written_as_matrices
+from .matrices import by_device
+from .operands import renew_
+
+
+def write_masks_(layers: Mapping[str, MaskedLayer], active: Collection[str]) -> None:
+    """Write zeros into what the masks of some layers prune, all of a device together.
+
+    Example:
+        >>> import torch
+        >>> from sparsetrain import SparseLinear
+        >>> layer = SparseLinear(8, 8)
+        >>> layer.set_codes_(torch.full((2, 2), 0x3C3C, dtype=torch.int16))
+        >>> write_masks_({"fc": layer}, ["fc"])
+        >>> int((layer.weight == 0).sum())
+        32
+    """
+    for weights in by_device({name: layer.weight for name, layer in layers.items()}):
+        wanted = [layers[name] for name in weights if name in active]
+        with written_as_matrices(wanted, [layer.weight for layer in wanted]) as matrices:
+            apply_masks_(matrices, [layer.mask_codes for layer in wanted])
+
+
+def repack_(layers: Mapping[str, MaskedLayer]) -> float:
+    """Renew packed weights now, all of a device together, so that captured graphs and compiled steps find them.
+
+    Returns:
+        Milliseconds of host time.
+
+    Example:
+        >>> repack_({}) >= 0
+        True
+    """
+    start = time.perf_counter()
+    for weights in by_device({name: layer.weight for name, layer in layers.items()}):
+        packed = [layers[name] for name in weights if layers[name].operands.bytes and layers[name].soft_scale is None]
+        if packed:
+            renew_(packed)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def number_draws_(layers: Mapping[str, MaskedLayer], clock: int) -> None:
+    """Have every layer's random estimates depend on the clock, so that there is nothing to save of them.
+
+    Example:
+        >>> number_draws_({}, 3)
+    """
+    for number, layer in enumerate(layers.values()):
+        if layer.draws is not None:
+            renumber_(layer.draws, number, clock)
