@@ -185,7 +185,8 @@ def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     codes, shapes, transposed = state["codes"], state["shapes"], state["transposed"]
     for name in codes:
         _require(f"shape of layer {name!r}", shapes.get(name), sequence(whole(1), least=2))
-        size = shapes[name][0] // 4, math.prod(shapes[name][1:]) // 4
+        rows, columns = shapes[name][0], math.prod(shapes[name][1:])
+        size = (columns // 4, rows // 4) if name in transposed else (rows // 4, columns // 4)
         _require(f"codes of layer {name!r}", codes[name], tensor(torch.int16, size))
     return {name: weight_of(unpack_codes(codes[name]), shapes[name], name in transposed) for name in codes}
 

@@ -26,6 +26,7 @@ def require_state(key: str, value: Any, rule: Rule) -> None:
     """Raise ``ValueError`` unless what a state holds under a key follows a rule.
 
     Example:
+        >>> from .checks import whole
         >>> require_state("clock", 3, whole())
     """
     if complaint := rule.complaint(f"state[{key!r}]", value):
@@ -86,6 +87,7 @@ def by_layer(rules: Mapping[str, Rule], needed: Collection[str] | None = ()) -> 
         needed: Layers that must be there; None for all.
 
     Example:
+        >>> from .checks import whole
         >>> by_layer({"fc": whole()}).complaint("state['soft_scales']", {"fx": 1})
         "state['soft_scales'] has 'fx', which is no sparse layer of it"
     """

@@ -300,7 +300,7 @@ def test_damaged_pruned_values_are_refused_with_the_state_that_they_belong_to(na
 
 def test_masks_are_read_from_sound_checkpoints_alone() -> None:
     state = running("fst").training.state_dict()
-    part = {"codes": state["codes"], "shapes": state["shapes"]}
+    part = {key: state[key] for key in ("codes", "shapes", "transposed")}
     masks = st.read_masks({"sparsetrain": part})
     refused = []
     for what, make in mutations({"sparsetrain": part}):
@@ -312,3 +312,13 @@ def test_masks_are_read_from_sound_checkpoints_alone() -> None:
             assert all(found[name].shape == masks[name].shape for name in found if name in masks), what
     assert all(re.fullmatch(r"checkpoint[^\n]*\.", message) for message in refused), refused
     assert len(refused) > 200
+
+
+def test_masks_of_weights_that_are_stored_transposed_are_read_as_they_are_stored() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(conv1d(32, 16), nn.Tanh(), nn.Linear(32, 16))
+    training = st.SparseTraining(model, adamw(model), {"preset": "asp_one_shot", "prune_at": 0}, 4, verbose=False)
+    masks = st.read_masks({"sparsetrain": training.state_dict()})
+    assert masks["0"].shape == (16, 32)
+    for name, mask in masks.items():
+        assert torch.equal(model[int(name)].weight != 0, mask)

@@ -174,6 +174,7 @@ def test_finish_prints_the_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines()[1:] == ["ends 2:4: 50.0 % zeros in 2 layers"]
 
 
+@pytest.mark.filterwarnings("ignore:weights of sparse layers have requires_grad=False")
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Muon, torch.optim.Adagrad, torch.optim.Rprop])
 @pytest.mark.parametrize("total", [1, 12])
 def test_the_default_works_with_any_optimizer_and_ends_two_of_four(optimizer: Any, total: int) -> None:
@@ -229,5 +230,5 @@ def test_a_state_goes_on_with_its_own_phases_and_with_the_length_it_is_given() -
     with pytest.warns(UserWarning, match="another total_steps: 8 instead of 60"):
         assert start(8, state=state).phase == "dense"
     for starts in ([0, 10, 30], [0, 30, 10, 45], [1, 10, 30, 45], "0123", [0, 10, 30, 45.0], None):
-        with pytest.raises(ValueError, match=r"state has starts .* the checkpoint is damaged"):
+        with pytest.raises(ValueError, match=r"starts.* the checkpoint is damaged"):
             start(60, state={**state, "starts": starts})
