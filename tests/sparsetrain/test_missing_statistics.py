@@ -123,6 +123,7 @@ def test_each_input_counts_once_in_either_mode(mode: bool, forward: Callable[...
         assert torch.equal(found[0][layer], found[1][layer])
 
 
+@pytest.mark.filterwarnings("ignore:weights of sparse layers have requires_grad=False")
 def test_frozen_weights_in_evaluation_mode_count() -> None:
     model = mlp().eval()
     model[2].weight.requires_grad_(False)
