@@ -7,6 +7,7 @@ from typing import Any
 
 from .checkpoint import PRUNED_KEY, check_pruned
 from .checks import DICT, Rule, either, optional, sequence, shown, whole
+from .criteria.statistics import StatisticCriterion
 from .mask_state import MaskState
 from .methods.method import Method
 from .schedule import Timeline
@@ -134,6 +135,6 @@ def _check_agreement(
     for key, wanted in needed.items():
         if wanted and state[key] is None:
             refuse(f"state[{key!r}] is None but the method needs it")
-    own = masks.criterion.state_dict().get("criterion")
-    if (saved := state["criterion"].get("criterion")) != own:
-        refuse(f"state['criterion'] is of {shown(saved)} but the method's is {shown(own)}")
+    own, saved = masks.criterion.name, state["criterion"].get("criterion")
+    if isinstance(masks.criterion, StatisticCriterion) and saved != own:
+        refuse(f"state['criterion'] is of {shown(saved)} but the method's is {own!r}")
