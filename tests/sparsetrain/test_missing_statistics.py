@@ -128,7 +128,8 @@ def test_frozen_weights_in_evaluation_mode_count() -> None:
     model = mlp().eval()
     model[2].weight.requires_grad_(False)
     optimizer = torch.optim.SGD([model[0].weight], lr=0.0)
-    training = st.SparseTraining(model, optimizer, one_shot(Wanda(beta=0.0)), 8, verbose=False)
+    with recorded():
+        training = st.SparseTraining(model, optimizer, one_shot(Wanda(beta=0.0)), 8, verbose=False)
     train(model, optimizer, range(1))
     hidden = torch.tanh(model[0](skewed(0))).detach()
     torch.testing.assert_close(training.masks.criterion.state_dict()["running"]["2"], hidden.square().sum(0))

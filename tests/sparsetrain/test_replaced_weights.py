@@ -1,6 +1,7 @@
 """Weights, parameter groups and layers that are replaced in mid-run: followed if an optimizer owns them, or refused."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -135,7 +136,9 @@ def test_parameter_groups_may_grow_and_be_replaced() -> None:
     model = mlp()
     model[0].requires_grad_(False)
     optimizer = torch.optim.AdamW(model[2].parameters(), lr=1e-2)
-    training = st.SparseTraining(model, optimizer, METHODS["frozen masks"], STEPS, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the first layer is frozen
+        training = st.SparseTraining(model, optimizer, METHODS["frozen masks"], STEPS, verbose=False)
     train(model, optimizer, 6)
     model[0].requires_grad_(True)
     optimizer.add_param_group({"params": list(model[0].parameters())})

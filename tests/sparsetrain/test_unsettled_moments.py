@@ -199,9 +199,9 @@ def test_damaged_states_are_refused_before_anything_is_changed() -> None:
     ):
         damaged = copy.deepcopy(state)
         damaged["frozen_moments"][0][0] = damage
-        with pytest.raises(ValueError, match=r"^state has damaged frozen moments of a parameter \(24, 16\): "):
+        with pytest.raises(ValueError, match=r"^state.*(frozen_moments|frozen moments of a parameter \(24, 16\))"):
             training.load_state_dict(damaged)
     for damage in ([], 3, [3], [[None]]):
-        with pytest.raises(ValueError, match=r"^state has frozen moments "):
+        with pytest.raises(ValueError, match=r"^state.*frozen.moments"):
             training.load_state_dict({**state, "frozen_moments": damage})
     assert training.state_dict()["frozen_moments"][0][0]["going"].equal(going)
