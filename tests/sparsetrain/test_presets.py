@@ -480,7 +480,13 @@ def test_step_goes_on_with_the_second_moments_of_its_dense_head(frozen: bool) ->
                     values[place] = adamw_step(value, gradient, state, step)
                     continue
                 state["m"] = 0.9 * state["m"] + 0.1 * gradient
-                m, v = state["m"] / (1 - 0.9 ** (step + 1)), state["v"] / (1 - 0.999**5)
+                m = state["m"] / (1 - 0.9 ** (step + 1))
+                frozen_moment = state.setdefault("frozen", state["v"] / (1 - 0.999**5))
+                # where a gradient outweighs what the moment holds, Adam goes on, as if it had stood until then
+                outweighed = 0.001 * gradient**2 > frozen_moment * (1 - 0.999**5)
+                goes_on = state["going"] = state.get("going", torch.zeros_like(m, dtype=torch.bool)) | outweighed
+                adams = (0.999 * frozen_moment * (1 - 0.999**step) + 0.001 * gradient**2) / (1 - 0.999 ** (step + 1))
+                v = state["frozen"] = torch.where(goes_on, adams, frozen_moment)
                 values[place] = value * (1 - 1e-2 * 0.01) - 1e-2 * m / (v.sqrt() + 1e-8)
     assert_equal(model, oracle)
 
