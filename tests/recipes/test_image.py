@@ -254,7 +254,7 @@ def test_every_image_recipe_trains(name: str, tmp_path: Path) -> None:
     assert config["model"]["init_args"]["widths"] == [16, 16]
     for layer in ("mlp.up", "stages.1.0.conv1", "stages.1.0.shortcut"):
         share = (saved["state_dict"][f"model.{layer}.weight"] == 0).float().mean().item()
-        assert share == (0.5 if name == "image_dense_prune_retrain.yaml" else 0.0), layer
+        assert share == (0.0 if name == "image_dense.yaml" else 0.5), layer
 
 
 def test_the_three_image_recipes_differ_in_their_method_alone() -> None:
