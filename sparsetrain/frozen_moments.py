@@ -21,6 +21,9 @@ CORRECTION = number("a number above 0 and at most 1", lambda value: 0 < value <=
 UNABLE = ("amsgrad", "fused", "differentiable")
 """Options of Adam that a frozen update has not."""
 
+UNHEARD_OF = 10.0
+"""Times the root of an entry's frozen moment: a larger gradient shows that the moment had not settled."""
+
 
 @dataclass
 class Frozen:
@@ -41,11 +44,11 @@ class FrozenMoments:
     ``m_t = β₁·m_{t-1} + (1 - β₁)·g_t`` and ``w -= lr·m_t / (1 - β₁ᵗ) / (√v* + ε)``, where
     ``v* = v_T / (1 - β₂ᵀ)`` is the moment after the parameter's T steps until then. Weight decay is the optimizer's.
 
-    A gradient that outweighs all that an entry's moment holds, ``(1 - β₂)·g_t² > v_T``, shows that it had not settled:
-    it is zero where there was no gradient until then, as in an embedding's unused rows and in dead units, and next to
+    A gradient of which an entry's moment knew nothing, ``|g_t| > 10·√v*``, shows that the moment had not settled: it
+    is zero where there was no gradient until then, as in an embedding's unused rows and in dead units, and next to
     nothing where there was one long ago. From that step on Adam goes on for the entry, from ``v*``. So no entry moves
-    by more than ``lr·√((1 - β₂ᵀ) / (1 - β₂))``, or by more than Adam would move it. A parameter that had no step until
-    then has nothing to freeze, so Adam goes on for it as a whole.
+    by more than ``10·lr``, or by more than Adam would move it. A parameter that had no step until then has nothing to
+    freeze, so Adam goes on for it as a whole.
 
     Args:
         optimizers: Those whose parameters are meant, all of them; none to freeze nothing.
@@ -174,7 +177,7 @@ def update_(
     Args:
         parameters: With gradients, on one device and in one dtype.
         states: Adam's: ``exp_avg`` and ``step`` are updated, and ``exp_avg_sq`` where Adam goes on.
-        frozen: Of each; where gradients outweigh a moment, Adam goes on from now.
+        frozen: Of each; where a gradient is unheard of, Adam goes on from now.
         group: Adam's options.
 
     Example:
@@ -225,7 +228,8 @@ def update_(
 def _second_moment_(square: Tensor, gradient: Tensor, count: Tensor | float, frozen: Frozen, *, beta: float) -> Tensor:
     """Update ``square`` where Adam goes on, and return the corrected second moment of the step."""
     share = gradient.square().mul_(1 - beta)
-    starts = (share > square).logical_and_(~frozen.going)
+    limit = UNHEARD_OF**2 * (1 - beta) / frozen.correction
+    starts = (share > limit * square).logical_and_(~frozen.going)
     frozen.going.logical_or_(starts)
     before, now = 1 - beta ** (count - 1), 1 - beta**count
     # as if v* had stood until the step before

@@ -482,9 +482,9 @@ def test_step_goes_on_with_the_second_moments_of_its_dense_head(frozen: bool) ->
                 state["m"] = 0.9 * state["m"] + 0.1 * gradient
                 m = state["m"] / (1 - 0.9 ** (step + 1))
                 frozen_moment = state.setdefault("frozen", state["v"] / (1 - 0.999**5))
-                # where a gradient outweighs what the moment holds, Adam goes on, as if it had stood until then
-                outweighed = 0.001 * gradient**2 > frozen_moment * (1 - 0.999**5)
-                goes_on = state["going"] = state.get("going", torch.zeros_like(m, dtype=torch.bool)) | outweighed
+                # where a gradient is more than ten times the moment's root, Adam goes on, as if it had stood until then
+                unheard_of = gradient**2 > 100 * frozen_moment
+                goes_on = state["going"] = state.get("going", torch.zeros_like(m, dtype=torch.bool)) | unheard_of
                 adams = (0.999 * frozen_moment * (1 - 0.999**step) + 0.001 * gradient**2) / (1 - 0.999 ** (step + 1))
                 v = state["frozen"] = torch.where(goes_on, adams, frozen_moment)
                 values[place] = value * (1 - 1e-2 * 0.01) - 1e-2 * m / (v.sqrt() + 1e-8)

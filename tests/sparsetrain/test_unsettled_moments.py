@@ -34,9 +34,9 @@ def frozen_run(
 
 
 def steepest(beta1: float, beta2: float, head: int) -> float:
-    """Most learning rates that an entry may move in a step: Adam's bound, and that of a gradient a moment allows."""
+    """Most learning rates that an entry may move in a step: Adam's bound, and the ten that a frozen moment allows."""
     adam = (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
-    return (adam + (1 - beta2) ** -0.5) / (1 - beta1 ** (head + 1))
+    return (adam + 10) / (1 - beta1 ** (head + 1))
 
 
 def wild(seed: int, steps: int, entries: int) -> list[Tensor]:
