@@ -121,7 +121,7 @@ def test_methods_are_compared_at_equal_seeds(tmp_path: Path) -> None:
         "--model",
         "tiny",
         "--steps",
-        "40",
+        "20",
         "--seeds",
         "2",
         "--method",
@@ -133,9 +133,9 @@ def test_methods_are_compared_at_equal_seeds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     with out.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
-    final = {(row["method"], row["seed"]): float(row["loss"]) for row in rows if row["step"] == "40"}
+    final = {(row["method"], row["seed"]): float(row["loss"]) for row in rows if row["step"] == "20"}
     assert set(final) == {(method, seed) for method in ("dense", "asp_one_shot") for seed in ("0", "1")}
-    first = {(row["method"], row["seed"]): row["loss"] for row in rows if row["step"] == "4"}
+    first = {(row["method"], row["seed"]): row["loss"] for row in rows if row["step"] == "2"}
     assert first["dense", "0"] == first["asp_one_shot", "0"] != first["dense", "1"]  # dense until half of the steps
     gap = sum(final["asp_one_shot", seed] - final["dense", seed] for seed in ("0", "1")) / 2
     lines = out.with_suffix(".md").read_text().splitlines()

@@ -133,7 +133,7 @@ def test_the_demo_writes_table_report_plot_checkpoints_and_an_offline_wandb_run(
         "-m",
         "sparsetrain.recipes.demo",
         "--steps",
-        "60",
+        "40",
         "--width",
         "32",
         "--depth",
