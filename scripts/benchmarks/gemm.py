@@ -13,8 +13,11 @@ from torch import Tensor
 from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend
 from sparsetrain.backends.cusparselt.providers import NvmathProvider, TorchProvider
 from sparsetrain.backends.filling import Filling, fill_
-from sparsetrain.dispatch import MASKED, Choice, Decision, DispatchTable, Problem, Tuner
+from sparsetrain.dispatch import (
+    MASKED, Choice, Decision, DeviceFaultError, DispatchTable, Problem, Tuner, describe_environment
+)  # fmt: skip
 from sparsetrain.dispatch.stopwatch import median_milliseconds
+from sparsetrain.environment import cache_folder
 from sparsetrain.kernels.mask_search import search_tiles
 
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -28,9 +31,11 @@ WAYS: dict[str, Backend] = {
 Set = tuple[Tensor, Tensor, Tensor]  # weight [O, I] float32, codes, rows [T, I]
 
 
-def run(grid: Grid) -> int:
-    """Measure a grid and return the exit code."""
-    return measure_grid("gemm", grid, functools.partial(measure, ways=WAYS if grid.device == "cuda" else {}))
+def run(grid: Grid, ways: Mapping[str, Backend] | None = None) -> int:
+    """Measure a grid and return the exit code; ``ways`` are all on a GPU, and none on a CPU, by default."""
+    if ways is None:
+        ways = WAYS if grid.device == "cuda" else {}
+    return measure_grid("gemm", grid, functools.partial(measure, ways=ways))
 
 
 def measure(point: Point, grid: Grid, ways: Mapping[str, Backend]) -> list[Contest]:
@@ -55,8 +60,12 @@ def verified(label: str, backend: Backend, point: Point, grid: Grid) -> Decision
         return None
     pair = {MASKED.backend: BACKENDS[MASKED.backend], label: backend}
     stopwatch = median_milliseconds if grid.device == "cuda" else _by_the_clock
+    table, environment = DispatchTable(cache_folder() / "dispatch.json"), describe_environment(grid.place)
     try:
-        decision = Tuner(DispatchTable(), "", stopwatch=stopwatch, backends=pair).measure(_problem(point), grid.place)
+        # it records faults, which a new process is to know; what it measures is not for training
+        decision = Tuner(table, environment, stopwatch=stopwatch, backends=pair).measure(_problem(point), grid.place)
+    except DeviceFaultError:
+        raise
     except Exception as error:  # what a vendor's library raises is not known
         grid.note(f"{label} fails for {point.name} at {point.tokens} tokens: {first_line(error)}")
         return None

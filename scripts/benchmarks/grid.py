@@ -11,7 +11,7 @@ import torch
 from contest import Contest, rows, show
 from measure import append_csv
 
-from sparsetrain.dispatch import describe_environment
+from sparsetrain.dispatch import DeviceFaultError, describe_environment
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -109,6 +109,9 @@ def measure_grid(command: str, grid: Grid, measure: Callable[[Point, Grid], list
             break
         try:
             contests = measure(point, grid)
+        except DeviceFaultError as error:
+            print(error, flush=True)
+            return 1
         except (RuntimeError, ValueError) as error:
             failed += 1
             print(f"{command} of {point.name} at {point.tokens} tokens fails: {first_line(error)}", flush=True)

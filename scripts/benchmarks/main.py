@@ -2,9 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from sparsetrain.backends import Backend
 
 QUICK_SECONDS = 100.0
 
@@ -13,7 +18,13 @@ def main() -> int:
     """Run a benchmark and return the exit code: 2 if it cannot run here."""
     parser = _parser()
     options = parser.parse_args()
-    run = {"gemm": _grid, "linear": _grid, "step": _step, "figure": _figure, "kernels": _kernels}
+    run = {
+        "gemm": _grid, "linear": _grid, "step": _step, "figure": _figure, "kernels": _kernels, "model": _model,
+    }  # fmt: skip
+    if getattr(options, "stand_in", False):
+        import stand_in
+
+        stand_in.install()
     if options.command in run:
         return run[options.command](options)
     if options.rows % 4 or options.columns % 4 or min(options.rows, options.columns, options.repeats) < 1:
@@ -36,6 +47,7 @@ def _grid(options: argparse.Namespace) -> int:
     import linear
 
     benchmark = {"gemm": gemm, "linear": linear}[options.command]
+    ways = _ways(options, gemm.WAYS) if options.command == "gemm" else None
     reason = grid.why_not(options.command, options.device)
     if reason is None and options.device == "cpu" and not (options.tokens and options.shape):
         reason = f"{options.command} --device cpu needs small --tokens and --shape: the whole grid is for a GPU."
@@ -43,37 +55,58 @@ def _grid(options: argparse.Namespace) -> int:
         print(reason)
         return 2
     dtypes = options.dtype or (["bfloat16"] if options.quick or options.command == "linear" else list(grid.DTYPES))
-    return benchmark.run(
-        grid.Grid(
-            options.tokens or (benchmark.QUICK_TOKENS if options.quick else benchmark.TOKENS),
-            options.shape or benchmark.SHAPES,
-            [grid.DTYPES[name] for name in dtypes],
-            options.repeats or (10 if options.quick else 30),
-            options.device,
-            options.csv,
-            options.seconds or (QUICK_SECONDS if options.quick else float("inf")),
-            getattr(options, "micro_batches", 1),
-        )
+    whole = grid.Grid(
+        options.tokens or (benchmark.QUICK_TOKENS if options.quick else benchmark.TOKENS),
+        options.shape or benchmark.SHAPES,
+        [grid.DTYPES[name] for name in dtypes],
+        options.repeats or (10 if options.quick else 30),
+        options.device,
+        options.csv,
+        options.seconds or (QUICK_SECONDS if options.quick else float("inf")),
+        getattr(options, "micro_batches", 1),
     )
+    return gemm.run(whole, ways) if options.command == "gemm" else linear.run(whole)
+
+
+def _ways(options: argparse.Namespace, known: "Mapping[str, Backend]") -> "Mapping[str, Backend] | None":
+    """Return the ways that are asked for by name; None for those of the device."""
+    if options.stand_in:
+        import stand_in
+
+        known = stand_in.backends()
+    if options.way:
+        return {name: known[name] for name in options.way}
+    return known if options.stand_in else None
+
+
+def _model(options: argparse.Namespace) -> int:
+    import model
+
+    print(model.table())
+    return 0
 
 
 def _step(options: argparse.Namespace) -> int:
     try:
         import step
     except ImportError as error:
-        print(f"step trains in Lightning, which cannot be imported here ({error}): pip install lightning.")
+        print(f"step trains a GPT of the recipes, which cannot be imported here ({error}): pip install lightning.")
         return 2
     return step.run(
         step.Plan(
             options.model,
             options.batch or step.SIZES[options.model].batch,
             options.steps,
+            options.rounds,
             options.backend or ["auto"],
             options.compile,
             options.mvue,
+            not options.no_fp8,
+            options.optimizer,
             options.device,
             options.csv,
             options.seconds or float("inf"),
+            options.peak_tflops,
         )
     )
 
@@ -111,18 +144,32 @@ def _parser() -> argparse.ArgumentParser:
     for shaped in (every, gemm, linear):
         text = "(O, I) of the weight, such as 4096x14336; repeatable (default: several)"
         shaped.add_argument("--shape", action="append", type=_shape, default=[], help=text)
-    step = commands.add_parser("step", help="whole training steps of a GPT in Lightning, dense and sparse")
-    step.add_argument("--model", choices=["124M", "1.3B", "tiny"], default="124M", help="(default: %(default)s)")
-    step.add_argument("--steps", type=_count, default=100, help="the first fifth is not timed (default: %(default)s)")
+    gemm.add_argument("--way", action="append", default=[], help="to sparse tensor cores; repeatable (default: all)")
+    step = commands.add_parser("step", help="whole training steps of a GPT, sparse in turn with compiled dense ones")
+    sizes = ["124M", "350M", "1.3B", "tiny"]
+    step.add_argument("--model", choices=sizes, default="124M", help="(default: %(default)s)")
+    step.add_argument("--steps", type=_count, default=100, help="timed ones of each variant (default: %(default)s)")
+    step.add_argument("--rounds", type=_count, default=5, help="turns that they are divided into (default: %(default)s)")
     step.add_argument("--batch", type=_count, help="sequences a step (default: by model)")
     step.add_argument("--backend", action="append", default=[], help="of the sparse runs; repeatable (default: auto)")
     step.add_argument(
         "--compile",
         choices=["blocks", "model", "none"],
-        default="blocks",
-        help="what is compiled (default: %(default)s)",
+        default="model",
+        help="what is compiled; model: head and cross-entropy too (default: %(default)s)",
     )
     step.add_argument("--mvue", action="store_true", help="also with weight gradients from 2:4 estimates")
+    step.add_argument("--no-fp8", action="store_true", help="without the dense run in 8-bit floats")
+    step.add_argument(
+        "--optimizer",
+        choices=["fused", "sparse"],
+        default="fused",
+        help="torch's fused AdamW for all, or sparsetrain.optim.SparseAdamW for sparse runs (default: %(default)s)",
+    )
+    step.add_argument("--peak-tflops", type=float, help="dense bfloat16 of this device (default: by its name)")
+    for stand_in in (gemm, step):
+        stand_in.add_argument("--stand-in", action="store_true", help="with the tests' stand-ins for sparse backends")
+    commands.add_parser("model", help="the speed-up that arithmetic expects for each GPU; measures nothing")
     for limited in (gemm, linear, step):
         limited.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
         limited.add_argument("--seconds", type=float, help="begin nothing after so long")

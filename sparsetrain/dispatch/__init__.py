@@ -5,6 +5,7 @@ import functools
 import torch
 
 from ..environment import cache_folder, machine_from_torch, read_machine
+from .faults import DeviceFaultError
 from .problem import MASKED, Choice, Problem, Product, bucket
 from .stopwatch import median_milliseconds
 from .table import Decision, DispatchTable
@@ -12,7 +13,7 @@ from .tuner import Tuner
 from .verify import what_is_wrong
 
 __all__ = [
-    "MASKED", "Choice", "Decision", "DispatchTable", "Problem", "Product", "Tuner", "bucket", "describe_environment",
+    "MASKED", "Choice", "Decision", "DeviceFaultError", "DispatchTable", "Problem", "Product", "Tuner", "bucket", "describe_environment",
     "tuner_for", "what_is_wrong",
 ]  # fmt: skip
 

@@ -4,10 +4,12 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 import torch
 
 from ..backends import BACKENDS, Backend
+from .faults import DeviceFaultError, device_works, known_faults, record_fault
 from .problem import MASKED, Choice, Problem
 from .table import Decision, DispatchTable
 from .trial import Trial
@@ -107,6 +109,7 @@ class Tuner:
         Raises:
             RuntimeError: If this tuner has no stopwatch.
             torch.OutOfMemoryError: If the device has no room for the problem.
+            DeviceFaultError: If an algorithm made the device unusable for this process; a new process leaves it out.
         """
         if self._stopwatch is None:
             raise RuntimeError("stopwatch is None: nothing can be measured here, so use recorded decisions.")
@@ -114,7 +117,11 @@ class Tuner:
             trial = Trial(problem, device)
             milliseconds: dict[str, float] = {}
             denied: dict[str, str] = {}
+            faults = known_faults(self.table, self.environment)
             for choice in self.candidates(problem, device, denied):
+                if str(choice) in faults:
+                    denied[str(choice)] = faults[str(choice)]
+                    continue
                 try:
                     multiply = trial.multiplier(self.backends[choice.backend], choice.algorithm)
                     reason = None
@@ -131,6 +138,9 @@ class Tuner:
                     raise
                 except Exception as error:  # a candidate that fails, however it does, is a candidate less
                     denied[str(choice)] = _first_line(error)
+                    if not device_works(device):
+                        # what fails from here on, the dense product too, says nothing about itself
+                        self._report_fault(choice, device, _first_line(error))
         best = min(milliseconds, key=lambda name: milliseconds[name], default=str(MASKED))
         dense_time = milliseconds.get(str(MASKED))
         if dense_time is not None and milliseconds[best] > MARGIN * dense_time:
@@ -157,6 +167,13 @@ class Tuner:
                 continue
             found += [Choice(name, algorithm) for algorithm in names]
         return found
+
+    def _report_fault(self, choice: Choice, device: torch.device, reason: str) -> NoReturn:
+        record_fault(self.table, self.environment, choice, reason)
+        raise DeviceFaultError(
+            f"{choice} made {device} unusable for this process ({reason}): start it again from its last checkpoint, "
+            "which leaves this algorithm out."
+        )
 
     def _rank(self, choice: Choice) -> tuple[int, int, str]:
         names = list(self.backends)
