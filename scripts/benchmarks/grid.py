@@ -13,6 +13,7 @@ from measure import append_csv
 
 from sparsetrain.dispatch import DeviceFaultError, describe_environment
 
+FAULTED = 3  # exit code: a new process would leave out the algorithm that took the device from this one
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -111,7 +112,7 @@ def measure_grid(command: str, grid: Grid, measure: Callable[[Point, Grid], list
             contests = measure(point, grid)
         except DeviceFaultError as error:
             print(error, flush=True)
-            return 1
+            return FAULTED
         except (RuntimeError, ValueError) as error:
             failed += 1
             print(f"{command} of {point.name} at {point.tokens} tokens fails: {first_line(error)}", flush=True)

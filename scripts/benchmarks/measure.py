@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import triton
+from repository import commit
 
 import sparsetrain
 
@@ -146,11 +147,3 @@ def _driver() -> str:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
-
-
-def commit() -> str:
-    """Return the commit that is checked out, or ``"unknown"``."""
-    with contextlib.suppress(OSError):
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    return "unknown"

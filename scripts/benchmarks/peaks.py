@@ -1,6 +1,10 @@
 """Data-sheet figures of GPUs: dense 16-bit matrix rate and memory bandwidth, for utilisation and for the model."""
 
+import re
 from dataclasses import dataclass
+
+OTHERS = {"laptop", "mobile", "d", "mig", "super", "ti"}
+"""Words in the names of GPUs, or of parts of one, that are slower than their namesakes."""
 
 
 @dataclass(frozen=True)
@@ -48,5 +52,7 @@ def find(device_name: str) -> Gpu | None:
         >>> find("NVIDIA H100 80GB HBM3").name
         'H100 SXM'
     """
-    lower = device_name.lower()
-    return next((gpu for gpu in GPUS if all(word in lower for word in gpu.words)), None)
+    words = set(re.findall(r"[a-z0-9]+", device_name.lower()))
+    if words & OTHERS:
+        return None
+    return next((gpu for gpu in GPUS if words.issuperset(gpu.words)), None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import float8
 import torch
-from grid import first_line
+from grid import FAULTED, first_line
 from measure import append_csv, quantile_cells, quantiles
 from peaks import find
 from rich.console import Console
@@ -18,7 +18,6 @@ from trainee import REFRESH_EVERY, SIZES, Trainee, Variant
 from sparsetrain.dispatch import DeviceFaultError, describe_environment
 
 WEAK = 0.45  # of the peak: a dense baseline below it is no strong opponent
-FAULTED = 3  # exit code: a new process would leave out what faulted
 
 
 @dataclass(frozen=True)

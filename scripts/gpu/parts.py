@@ -61,9 +61,11 @@ def _smoke(out: Path, dry_run: bool) -> list[Stage]:
 def _step(out: Path, dry_run: bool) -> list[Stage]:
     seconds = {"1.3B": 260, "350M": 150, "124M": 120}
     if dry_run:
-        sizes = ["--steps", "2", "--rounds", "2", "--compile", "none", "--backend", "simulated"]
+        tiny = ["--model", "tiny", "--compile", "none", "--backend", "simulated"]
+        turns = {"1.3B": ["--steps", "2", "--rounds", "2"]}
+        shorter = ["--steps", "1", "--rounds", "1", "--no-fp8"]
         return [
-            _one(f"step_{model}", _bench("step", out, True, ["--model", "tiny", *sizes], ["--stand-in"]), limit)
+            _one(f"step_{model}", _bench("step", out, True, [*tiny, *turns.get(model, shorter)], ["--stand-in"]), limit)
             for model, limit in seconds.items()
         ]
     return [

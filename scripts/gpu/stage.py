@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GPU = "scripts/gpu"
 BENCH = "scripts/benchmarks/main.py"
 NOT_HERE = 2  # exit code of a benchmark that cannot run here
+FAULTED = 3  # and of one that an algorithm took the device from: a new process leaves that algorithm out
+MOST_BEGINNINGS = 4
 PATIENCE = ((signal.SIGINT, 15.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
 """What ends a command, and the seconds until the next: on SIGINT pytest writes its report and Python cleans up."""
 GRACE = PATIENCE[0][1] + PATIENCE[1][1]
@@ -148,16 +151,21 @@ def run(
     A second interrupt while it ends them kills them.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for label in stage.commands:
+        (folder / f"{label}.log").unlink(missing_ok=True)
     waiting = list(stage.commands.items())
     running: list[_Running] = []
     results: dict[str, Result] = {}
+    begun: Counter[str] = Counter()
     deadline = time.monotonic() + limit
     show = stage.together == 1
     try:
         while (waiting or running) and time.monotonic() < deadline:
             while waiting and len(running) < stage.together:
+                begun[waiting[0][0]] += 1
                 running.append(_start(*waiting.pop(0), folder, environment, starter))
             _attend(running, results, show, min(0.1, max(0.0, deadline - time.monotonic())))
+            waiting += _faulted(stage, results, begun)
     finally:
         for number, seconds in PATIENCE:
             for command in running:
@@ -174,6 +182,20 @@ def run(
     return results
 
 
+def _faulted(
+    stage: Stage, results: dict[str, Result], begun: Mapping[str, int]
+) -> list[tuple[str, Sequence[str]]]:
+    """Take out the results of benchmarks that are to begin again, and return them."""
+    again = [
+        label
+        for label, result in results.items()
+        if result.code == FAULTED and stage.commands[label][0] != "-m" and begun[label] < MOST_BEGINNINGS
+    ]
+    for label in again:
+        del results[label]
+    return [(label, stage.commands[label]) for label in again]
+
+
 def _start(
     label: str, command: Sequence[str], folder: Path, environment: Mapping[str, str], starter: Starter
 ) -> _Running:
@@ -183,7 +205,7 @@ def _start(
         process = starter(command, writer, {"PYTHONUNBUFFERED": "1", "COLUMNS": "160", **environment})
     finally:
         os.close(writer)
-    return _Running(label, command, process, reader, (folder / f"{label}.log").open("wb"))
+    return _Running(label, command, process, reader, (folder / f"{label}.log").open("ab"))
 
 
 def _attend(

@@ -1,8 +1,6 @@
 """The parts of ``scripts/benchmarks`` that a machine without a GPU would not run otherwise."""
 
 import csv
-import importlib
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -10,21 +8,15 @@ from types import ModuleType
 
 import pytest
 import torch
+from script_modules import BENCHMARKS, importable
 from simulated_backend import SimulatedBackend
 from torch import nn
 
-FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"
-
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    """Import benchmarks as their scripts do, and forget them afterwards: their names are not for others."""
-    monkeypatch.syspath_prepend(FOLDER)
-    for path in FOLDER.glob("*.py"):
-        monkeypatch.delitem(sys.modules, path.stem, raising=False)
-    yield importlib.import_module
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+def load():
+    with importable(BENCHMARKS) as load:
+        yield load
 
 
 class FakeEvents:
@@ -148,31 +140,6 @@ def test_inputs_are_several_times_the_cache(load, monkeypatch: pytest.MonkeyPatc
         assert contest.set_count(size, "cuda") * size >= 3 * cache.L2_cache_size
     assert contest.set_count(1, "cuda") == 64
     assert contest.set_count(1, "cpu") == 1
-
-
-def test_stages_have_tests_first_and_nine_minutes(load) -> None:
-    stages = load("gpu_check").stages(Path("out"))
-    assert sum(stage.seconds for stage in stages.values()) <= 540
-    kinds = [name.split()[-1] for name in stages]
-    assert kinds == sorted(kinds, reverse=True)
-    assert set(kinds) == {"tests", "benchmark"}
-    for stage in stages.values():
-        paths = [word for word in stage.command if word.startswith("tests/")]
-        assert all((FOLDER.parents[1] / path).exists() for path in paths)
-
-
-def test_a_stage_that_takes_too_long_is_ended_with_its_workers(load, tmp_path: Path) -> None:
-    gpu_check = load("gpu_check")
-    run = lambda *command, limit=60: gpu_check.run([sys.executable, *command], tmp_path / "log", limit)  # noqa: E731
-    assert run("-c", "pass") == "passed"
-    assert run("-c", "raise SystemExit(2)") == "failed (2)"
-    assert run("-c", "raise SystemExit(1)") == "failed (1)"
-    late = tmp_path / "late"
-    worker = f"import time; time.sleep(3); open({str(late)!r}, 'w')"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
-    assert run("-c", parent, limit=1) == "over 1 s"
-    time.sleep(3)
-    assert not late.exists()
 
 
 def synthetic_rows(fields: tuple[str, ...], device: str = "some GPU"):

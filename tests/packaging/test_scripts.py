@@ -10,8 +10,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "benchmarks" / name), *arguments]
+def script(name: str, *arguments: str, folder: str = "benchmarks") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / folder / name), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for each other make small products slow
     return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
 
@@ -25,7 +25,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    done = script("gpu_check.py", "--out", str(tmp_path / "out"))
+    done = script("gpu_check.py", "--out", str(tmp_path / "out"), folder="gpu")
     assert done.returncode == 2
     assert "There is no CUDA device" in done.stdout
     assert not (tmp_path / "out").exists()
@@ -90,24 +90,27 @@ def test_the_linear_benchmark_times_steps_and_both_passes_of_every_backend_there
     ]
 
 
-def test_the_step_benchmark_trains_and_a_variant_that_fails_is_one_line(tmp_path: Path) -> None:
+def test_the_step_benchmark_trains_in_turns_and_a_variant_that_fails_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "step.csv"
     variants = ("--compile", "none", "--backend", "masked", "--backend", "nowhere")
-    done = script(
-        "main.py", "step", "--model", "tiny", "--device", "cpu", "--steps", "46", *variants, "--csv", str(path)
-    )
+    turns = ("--steps", "45", "--rounds", "3")
+    done = script("main.py", "step", "--model", "tiny", "--device", "cpu", *turns, *variants, "--csv", str(path))
     assert done.returncode == 0, done.stderr[-2000:]
     failing = [line for line in done.stdout.splitlines() if "nowhere" in line]
     assert len(failing) == 1
-    assert failing[0].startswith("sparse nowhere: fails with ValueError: backend is 'nowhere'")
+    assert failing[0].startswith("sparse nowhere, eager: fails with ValueError: backend is 'nowhere'")
     found = {(row["kernel_provider"], row["metric_name"]): float(row["y_value_50"]) for row in rows_of(path)}
-    assert found["dense", "step time"] > 0
+    assert found["dense, eager", "step time"] > 0
     # 4 sequences of 32 tokens; both are rounded to five digits, and medians of an odd number of steps
-    assert found["dense", "speed"] * found["dense", "step time"] == pytest.approx(4 * 32 * 1e3, rel=1e-3)
-    assert ("dense", "share of refresh") not in found
-    # one of the 37 timed steps searches masks
-    assert 0 < found["sparse masked", "share of refresh"] < 1
-    assert found["sparse masked", "mean step time"] > 0
+    assert found["dense, eager", "speed"] * found["dense, eager", "step time"] == pytest.approx(128e3, rel=1e-3)
+    assert ("dense, eager", "share of refresh") not in found
+    # one of the 45 timed steps searches masks
+    assert 0 < found["sparse masked, eager", "share of refresh"] < 1
+    assert found["sparse masked, eager", "mean step time"] > 0
+    ratio = found["sparse masked, eager", "baseline step time"] / found["sparse masked, eager", "step time"]
+    assert found["sparse masked, eager", "ratio to baseline"] == pytest.approx(ratio, rel=1e-3)
+    assert found["fp8 dense, eager", "ratio to baseline"] > 0
+    assert "so give --peak-tflops" in done.stdout
 
 
 def test_methods_are_compared_at_equal_seeds(tmp_path: Path) -> None:
