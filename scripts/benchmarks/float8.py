@@ -22,9 +22,10 @@ class Float8Linear(nn.Linear):
         """Return ``[..., O]`` for ``[..., I]``."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        rows: Tensor = Float8Product.apply(x.flatten(0, -2), self.weight)
-        y = rows.unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        y: Tensor = Float8Product.apply(x.flatten(0, -2), self.weight)  # type: ignore[no-untyped-call]
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 class Float8Product(torch.autograd.Function):
@@ -51,9 +52,7 @@ def product(one: Tensor, one_dtype: torch.dtype, two: Tensor, two_dtype: torch.d
     right, right_scale = scaled(two, two_dtype)
     # gradients are summed exactly, as torchao does
     fast = one_dtype == INPUTS
-    result: Tensor = torch._scaled_mm(
-        left, right.t(), left_scale, right_scale, out_dtype=out, use_fast_accum=fast
-    )
+    result: Tensor = torch._scaled_mm(left, right.t(), left_scale, right_scale, out_dtype=out, use_fast_accum=fast)
     return result
 
 

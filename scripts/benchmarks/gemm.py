@@ -14,7 +14,14 @@ from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend
 from sparsetrain.backends.cusparselt.providers import NvmathProvider, TorchProvider
 from sparsetrain.backends.filling import Filling, fill_
 from sparsetrain.dispatch import (
-    MASKED, Choice, Decision, DeviceFaultError, DispatchTable, Problem, Tuner, describe_environment
+    MASKED,
+    Choice,
+    Decision,
+    DeviceFaultError,
+    DispatchTable,
+    Problem,
+    Tuner,
+    describe_environment,
 )  # fmt: skip
 from sparsetrain.dispatch.stopwatch import median_milliseconds
 from sparsetrain.environment import cache_folder

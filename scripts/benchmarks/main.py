@@ -89,13 +89,14 @@ def _model(options: argparse.Namespace) -> int:
 def _step(options: argparse.Namespace) -> int:
     try:
         import step
+        from trainee import SIZES
     except ImportError as error:
         print(f"step trains a GPT of the recipes, which cannot be imported here ({error}): pip install lightning.")
         return 2
     return step.run(
         step.Plan(
             options.model,
-            options.batch or step.SIZES[options.model].batch,
+            options.batch or SIZES[options.model].batch,
             options.steps,
             options.rounds,
             options.backend or ["auto"],
@@ -149,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     sizes = ["124M", "350M", "1.3B", "tiny"]
     step.add_argument("--model", choices=sizes, default="124M", help="(default: %(default)s)")
     step.add_argument("--steps", type=_count, default=100, help="timed ones of each variant (default: %(default)s)")
-    step.add_argument("--rounds", type=_count, default=5, help="turns that they are divided into (default: %(default)s)")
+    step.add_argument(
+        "--rounds", type=_count, default=5, help="turns that they are divided into (default: %(default)s)"
+    )
     step.add_argument("--batch", type=_count, help="sequences a step (default: by model)")
     step.add_argument("--backend", action="append", default=[], help="of the sparse runs; repeatable (default: auto)")
     step.add_argument(

@@ -17,6 +17,7 @@ from trainee import REFRESH_EVERY, SIZES, Trainee, Variant
 
 from sparsetrain.dispatch import DeviceFaultError, describe_environment
 
+ALONE = "not in turn with the baseline"
 WEAK = 0.45  # of the peak: a dense baseline below it is no strong opponent
 
 
@@ -173,7 +174,7 @@ class Contest:
         trainee, memory = self._prepared(variant)
         for _ in range(self.plan.rounds):
             trainee.round(self.plan.steps_of_a_round)
-        return replace(self._result(trainee, memory, against), note="not in turn with the baseline")
+        return replace(self._result(trainee, memory, against), note=ALONE)
 
     def _take_turns(self, variant: Variant) -> Result:
         trainee, memory = self._prepared(variant)
@@ -185,6 +186,7 @@ class Contest:
         if self.baseline is None:
             known = [result for one, result in self.results.items() if one == variants(self.plan)[0]]
             against = known[0].milliseconds if known else trainee.milliseconds
+            return replace(self._result(trainee, memory, against), note=ALONE)
         return self._result(trainee, memory, against)
 
     def _prepared(self, variant: Variant) -> tuple[Trainee, float | None]:

@@ -114,6 +114,7 @@ class Trainee:
         self.variant, self.device = variant, device
         self.milliseconds: list[float] = []
         model = GPT(size.vocabulary, size.width, size.depth, size.heads, size.context, hidden=size.hidden).to(device)
+        blocks: list[nn.Module] = list(model.blocks)
         if variant.kind == "fp8 dense":
             float8.convert_(model.blocks)
         groups = weight_decay_groups(model.parameters(), WEIGHT_DECAY)
@@ -129,7 +130,7 @@ class Trainee:
             )
             self.clock.watch(self.training)
         self.loss = Loss(model)
-        for part in {"none": [], "model": [self.loss], "blocks": list(model.blocks)}[variant.compiled]:
+        for part in {"none": [], "model": [self.loss], "blocks": blocks}[variant.compiled]:
             part.compile()
         shape = (BATCHES, batch, size.context + 1)
         self.batches = itertools.cycle(torch.randint(size.vocabulary, shape, device=device))

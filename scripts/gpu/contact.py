@@ -16,6 +16,7 @@ from typing import Any
 import gemm
 import stand_in
 import torch
+from grid import first_line
 
 from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend
 from sparsetrain.backends.filling import Filling, fill_
@@ -73,10 +74,12 @@ def ways(on_stand_in: bool) -> dict[str, Backend]:
 def explore(task: Task) -> None:
     """Try algorithms in one process after the other, until there are no more."""
     # forks share nothing with a device on a CPU, and need no new imports
-    context = multiprocessing.get_context("fork" if task.stand_in else "spawn")
+    start = (
+        multiprocessing.get_context("fork").Process if task.stand_in else multiprocessing.get_context("spawn").Process
+    )
     first = task.first
     for _ in range(MOST_PROCESSES):
-        process = context.Process(target=attempt, args=(Task(**{**vars(task), "first": first}),))
+        process = start(target=attempt, args=(Task(**{**vars(task), "first": first}),))
         process.start()
         process.join(SECONDS)
         late = process.is_alive()
@@ -127,7 +130,7 @@ def attempt(task: Task) -> None:
             error = float((result - exact).norm() / exact.norm())
             found |= {"error": error, "right": error <= LARGEST_ERROR}
         except Exception as caught:  # what a vendor's library raises is not known
-            found |= {"right": False, "raises": f"{type(caught).__name__}: {gemm.first_line(caught)}"}
+            found |= {"right": False, "raises": f"{type(caught).__name__}: {first_line(caught)}"}
         works = device_works(device)
         if not works:
             found["fault"] = found.get("raises", "the device does not work after it")

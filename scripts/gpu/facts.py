@@ -12,6 +12,7 @@ from typing import Any
 import gemm
 import stand_in
 import torch
+from grid import first_line
 from measure import cuda_milliseconds, quantiles
 
 from sparsetrain.backends import Backend
@@ -51,7 +52,7 @@ def main() -> int:
         try:
             answers[name] = question()
         except Exception as error:  # each library fails in its own way
-            answers[name] = f"fails with {type(error).__name__}: {gemm.first_line(error)}"
+            answers[name] = f"fails with {type(error).__name__}: {first_line(error)}"
         print(f"{name}: {json.dumps(answers[name])}", flush=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(answers, indent=1) + "\n")
@@ -93,7 +94,7 @@ def algorithms(ways: dict[str, Backend], device: torch.device) -> dict[str, Any]
                         reason = backend.why_not(device, dtype, shape)
                         counts[key] = reason or len(backend.algorithms(shape, tokens, dtype, device))
                     except Exception as error:
-                        counts[key] = f"fails with {type(error).__name__}: {gemm.first_line(error)}"
+                        counts[key] = f"fails with {type(error).__name__}: {first_line(error)}"
         answers = list(counts.values())
         found[label] = answers[0] if answers.count(answers[0]) == len(answers) else counts
     return found

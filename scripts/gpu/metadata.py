@@ -11,6 +11,7 @@ import gemm
 import numpy as np
 import stand_in
 import torch
+from grid import first_line
 from torch import Tensor
 
 from sparsetrain.backends import CuSparseLtBackend
@@ -106,7 +107,7 @@ def decide(
         layout = getattr(backend.allocate(shape, dtype, device), "layout", None)
         found = {"layout": getattr(layout, "name", None), "reason": getattr(layout, "reason", None)}
     except Exception as error:  # a vendor's library raises what it likes
-        found = {"fails": f"{type(error).__name__}: {gemm.first_line(error)}"}
+        found = {"fails": f"{type(error).__name__}: {first_line(error)}"}
     recording = Recording(lambda matrix: backend.provider.compress(matrix).contiguous())
     try:
         learned = learn_layout(recording, *shape, dtype, device)
@@ -115,7 +116,7 @@ def decide(
     except LayoutError as error:
         found["learned"], kept = f"not learned: {error}", True
     except Exception as error:
-        found["learned"], kept = f"fails with {type(error).__name__}: {gemm.first_line(error)}", True
+        found["learned"], kept = f"fails with {type(error).__name__}: {first_line(error)}", True
     if kept and recording.pairs:
         path = out / f"{name.replace(' ', '_')}_{shape[0]}x{shape[1]}.npz"
         recording.save(path)

@@ -182,9 +182,7 @@ def run(
     return results
 
 
-def _faulted(
-    stage: Stage, results: dict[str, Result], begun: Mapping[str, int]
-) -> list[tuple[str, Sequence[str]]]:
+def _faulted(stage: Stage, results: dict[str, Result], begun: Mapping[str, int]) -> list[tuple[str, Sequence[str]]]:
     """Take out the results of benchmarks that are to begin again, and return them."""
     again = [
         label

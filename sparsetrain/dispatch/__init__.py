@@ -13,8 +13,8 @@ from .tuner import Tuner
 from .verify import what_is_wrong
 
 __all__ = [
-    "MASKED", "Choice", "Decision", "DeviceFaultError", "DispatchTable", "Problem", "Product", "Tuner", "bucket", "describe_environment",
-    "tuner_for", "what_is_wrong",
+    "MASKED", "Choice", "Decision", "DeviceFaultError", "DispatchTable", "Problem", "Product", "Tuner", "bucket",
+    "describe_environment", "tuner_for", "what_is_wrong",
 ]  # fmt: skip
 
 

@@ -157,7 +157,9 @@ def test_a_time_out_leaves_the_report_of_the_tests_that_ran(
     command = load("parts")._pytest(tmp_path, "report", str(file))
     (result,) = run(hurried, tmp_path / "logs", tests=command).values()
     assert (result.ended, result.code) == ("ended after 500 s (2)", 2)
-    cases = {case.get("name"): [child.tag for child in case] for case in ET.parse(tmp_path / "report.xml").iter("testcase")}
+    cases = {
+        case.get("name"): [child.tag for child in case] for case in ET.parse(tmp_path / "report.xml").iter("testcase")
+    }
     assert cases["test_one"] == []
     assert cases["test_two"] == ["failure"]
     assert "test_four" not in cases
@@ -204,7 +206,8 @@ def test_exit_codes_have_names(hurried: ModuleType, tmp_path: Path) -> None:
 def test_a_benchmark_that_lost_its_device_begins_again_a_few_times(hurried: ModuleType, tmp_path: Path) -> None:
     script, count = tmp_path / "script.py", tmp_path / "count"
     script.write_text(
-        f"import sys; open({str(count)!r}, 'a').write('x'); sys.exit(3 if len(open({str(count)!r}).read()) < int(sys.argv[1]) else 0)"
+        f"import sys; open({str(count)!r}, 'a').write('x'); begun = len(open({str(count)!r}).read())\n"
+        "sys.exit(3 if begun < int(sys.argv[1]) else 0)"
     )
     (result,) = run(hurried, tmp_path, planted=[str(script), "3"]).values()
     assert (result.ended, count.read_text()) == ("passed", "xxx")
@@ -235,7 +238,9 @@ def planted(load: Load, monkeypatch: pytest.MonkeyPatch, **commands: str) -> Mod
 def test_an_interrupt_keeps_what_is_there(
     load: Load, hurried: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    interrupt = "import os, signal, time; print('before', flush=True); os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
+    interrupt = (
+        "import os, signal, time; print('before', flush=True); os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
+    )
     gpu_check = planted(load, monkeypatch, first="print('done')", second=interrupt, third="pass")
     check = gpu_check.Check(tmp_path, False, time.monotonic() + 500)
     with pytest.raises(KeyboardInterrupt):
@@ -267,9 +272,7 @@ def test_parts_that_ran_before_stay_in_the_summary_and_large_files_out_of_the_ta
         assert json.load(tar.extractfile("smoke/summary.json")) == summary
 
 
-def test_nothing_is_begun_when_the_time_is_over(
-    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_nothing_is_begun_when_the_time_is_over(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gpu_check = planted(load, monkeypatch, first="pass")
     check = gpu_check.Check(tmp_path, False, time.monotonic() + gpu_check.GRACE + 1)
     check.part("smoke")
