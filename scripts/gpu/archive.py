@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-LARGEST_FILE = 8 << 20  # tables of orders of large weights follow from those of small ones
+LARGEST_FILE = 4 << 20  # tables of orders of large weights follow from those of small ones
 
 
 def pack(out: Path, name: str, folders: Iterable[str]) -> tuple[Path, list[str]]:

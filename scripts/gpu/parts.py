@@ -46,7 +46,7 @@ def _smoke(out: Path, dry_run: bool) -> list[Stage]:
         training = _pytest(out, "training_tests", "-m", "gpu", "tests/sparsetrain/test_gpu.py")
     return [
         _one("facts", [f"{GPU}/facts.py", "--out", str(out / "facts.json"), *dry], 40),
-        _one("first_contact", [f"{GPU}/contact.py", "--out", str(out / "contact.jsonl"), *dry], 90),
+        _one("first_contact", [f"{GPU}/contact.py", "--out", str(out / "contact.jsonl"), *dry], 110),
         _one("metadata", [f"{GPU}/metadata.py", "--out", str(out / "metadata"), *dry], 60),
         _one("product_tests", _pytest(out, "product_tests", PRODUCT_TESTS, "-k", others), 80),
         *(

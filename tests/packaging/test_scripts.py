@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def script(name: str, *arguments: str, folder: str = "benchmarks") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / folder / name), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for each other make small products slow
+    # this checkout's package, whichever is installed; threads that wait for each other make small products slow
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
 
 
