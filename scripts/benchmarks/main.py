@@ -87,6 +87,10 @@ def _model(options: argparse.Namespace) -> int:
 
 
 def _step(options: argparse.Namespace) -> int:
+    device = options.device if torch.cuda.is_available() else "cpu"
+    if device != options.device and options.model != "tiny":
+        print(f"step --model {options.model} needs a CUDA device and there is none here: --model tiny runs on a CPU.")
+        return 2
     try:
         import step
         from trainee import SIZES
@@ -104,7 +108,7 @@ def _step(options: argparse.Namespace) -> int:
             options.mvue,
             not options.no_fp8,
             options.optimizer,
-            options.device,
+            device,
             options.csv,
             options.seconds or float("inf"),
             options.peak_tflops,

@@ -80,11 +80,6 @@ class Result:
 
 def run(plan: Plan) -> int:
     """Train every variant for some steps, print and store the table; returns 1 unless one dense and one sparse did."""
-    if plan.device == "cuda" and not torch.cuda.is_available():
-        if plan.model != "tiny":
-            print(f"step --model {plan.model} needs a CUDA device and there is none here: --model tiny runs on a CPU.")
-            return 2
-        plan = replace(plan, device="cpu")
     if plan.rounds > plan.steps:
         print(f"--rounds is {plan.rounds}: it must be at most --steps, {plan.steps}, for every turn times a step.")
         return 2

@@ -165,8 +165,8 @@ def _warm_fork() -> Starter:
 
 
 def _python_path() -> str:
-    folders = [str(ROOT), str(ROOT / "scripts" / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.pathsep.join(dict.fromkeys(folders))
+    # no folder of scripts: their names would hide packages, such as kernels, from tests
+    return os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
 
 
 def _has_gpu() -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from stage import BENCH, GPU, GRACE, ROOT, Stage
+from stage import BENCH, BENCHMARKS, GRACE, ROOT, Stage
 
 PART_SECONDS = 570.0  # of a part, the ending of its last stage included
 PYTEST = ("-m", "pytest", "-v", "--durations=15", "-p", "no:cacheprovider", "--color=no")
@@ -45,9 +45,9 @@ def _smoke(out: Path, dry_run: bool) -> list[Stage]:
     if dry_run:
         training = _pytest(out, "training_tests", "-m", "gpu", "tests/sparsetrain/test_gpu.py")
     return [
-        _one("facts", [f"{GPU}/facts.py", "--out", str(out / "facts.json"), *dry], 40),
-        _one("first_contact", [f"{GPU}/contact.py", "--out", str(out / "contact.jsonl"), *dry], 110),
-        _one("metadata", [f"{GPU}/metadata.py", "--out", str(out / "metadata"), *dry], 60),
+        _one("facts", [f"{BENCHMARKS}/facts.py", "--out", str(out / "facts.json"), *dry], 40),
+        _one("first_contact", [f"{BENCHMARKS}/contact.py", "--out", str(out / "contact.jsonl"), *dry], 110),
+        _one("metadata", [f"{BENCHMARKS}/metadata.py", "--out", str(out / "metadata"), *dry], 60),
         _one("product_tests", _pytest(out, "product_tests", PRODUCT_TESTS, "-k", others), 80),
         *(
             _one(f"algorithms_{name}", _pytest(out, f"algorithms_{name}", PRODUCT_TESTS, "-k", words), 60)
@@ -94,7 +94,7 @@ def _kernels(out: Path, dry_run: bool) -> list[Stage]:
 def _tilelang(out: Path, dry_run: bool) -> list[Stage]:
     way = "simulated" if dry_run else "tilelang"
     dry = ["--stand-in"] if dry_run else []
-    contact = [f"{GPU}/contact.py", "--way", way, "--out", str(out / "contact.jsonl"), *dry]
+    contact = [f"{BENCHMARKS}/contact.py", "--way", way, "--out", str(out / "contact.jsonl"), *dry]
     return [
         _one("tilelang_contact", contact, 120),
         _one("tilelang_tests", _pytest(out, "tilelang_tests", PRODUCT_TESTS, "-k", "tilelang"), 200),

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
-GPU = "scripts/gpu"
-BENCH = "scripts/benchmarks/main.py"
+BENCHMARKS = "scripts/benchmarks"
+BENCH = f"{BENCHMARKS}/main.py"
 NOT_HERE = 2  # exit code of a benchmark that cannot run here
 FAULTED = 3  # and of one that an algorithm took the device from: a new process leaves that algorithm out
 MOST_BEGINNINGS = 4

@@ -243,6 +243,10 @@ def test_an_interrupt_keeps_what_is_there(
     )
     gpu_check = planted(load, monkeypatch, first="print('done')", second=interrupt, third="pass")
     check = gpu_check.Check(tmp_path, False, time.monotonic() + 500)
+    assert check.environment["SPARSETRAIN_CACHE"] == str(tmp_path / "cache")
+    folders = check.environment["PYTHONPATH"].split(os.pathsep)
+    assert folders[0] == str(ROOT)
+    assert str(BENCHMARKS) not in folders  # its kernels.py would hide the package of that name from tests
     with pytest.raises(KeyboardInterrupt):
         check.part("smoke")
     with tarfile.open(tmp_path / "smoke.tar.gz") as tar:
