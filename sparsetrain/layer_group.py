@@ -40,7 +40,7 @@ def repack_(layers: Mapping[str, MaskedLayer]) -> float:
     """
     start = time.perf_counter()
     for weights in by_device({name: layer.weight for name, layer in layers.items()}):
-        packed = [layers[name] for name in weights if layers[name].operands.bytes and layers[name].soft_scale is None]
+        packed = [layers[name] for name in weights if layers[name].operands.packed_bytes and layers[name].soft_scale is None]
         if packed:
             renew_(packed)
     return 1e3 * (time.perf_counter() - start)

@@ -16,6 +16,7 @@ from .backends import BACKENDS, Backend, Operand
 from .backends.filling import Filling, fill_
 from .backends.interface import WeightProduct
 from .dispatch import Choice
+from .kept_weight import KeptWeight
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Operands:
         self._held: tuple[StorageWeakRef, ...] = ()  # so that no other storage gets the stamp's address
         self._bias: dict[torch.dtype, _Bias] = {}
         self._device: torch.device | None = None
+        self.kept = KeptWeight()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Operands":
         return Operands(self.execution)  # the copy has another weight
@@ -114,6 +116,11 @@ class Operands:
     @property
     def bytes(self) -> int:
         """Bytes that the operands take on the device."""
+        return self.packed_bytes + self.kept.bytes
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that those take which :func:`renew_` fills."""
         return sum(operand.bytes for operand in self._made.values())
 
     def get(
@@ -196,6 +203,7 @@ class Operands:
     def expire(self) -> None:
         """Have everything renewed before its next use."""
         self._stamp = None
+        self.kept.expire()
         for held in self._bias.values():
             held.stamp = None
 
@@ -205,6 +213,7 @@ class Operands:
         self._made = {key: made for key, made in self._made.items() if key in kept}
         self._captured &= set(self._made)
         self._shared.clear()
+        self.kept.release()
         if not kept:
             self._bias.clear()
         self.expire()

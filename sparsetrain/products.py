@@ -65,6 +65,14 @@ def _masked_product(
     backward_codes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     operands = operands_of(codes) or Operands(Execution(backend))
+    return multiply_rows(operands, rows, weight, codes, bias, transposed, backend, backward_codes)
+
+
+def multiply_rows(
+    operands: Operands, rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, transposed: bool,
+    backend: str, backward_codes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Do what :func:`masked_product` does, with operands at hand and without a dispatcher that others can follow."""
     choice = choose(operands, rows, (weight.shape[0], weight.shape[1]), bias is not None, transposed, backend)
     added = operands.bias(bias, rows.dtype)
     if choice != MASKED:

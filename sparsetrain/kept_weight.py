@@ -1,0 +1,191 @@
+"""``KeptWeight``: a layer's ``W⊙M`` for dense products, made once for all products between two writes to the weight."""
+
+import functools
+import threading
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .eager import is_eager
+from .kernels.masked_update.operator import apply_masks_
+from .kernels.tile_codes.reference import unpack_codes
+from .matrices import weight_of
+
+PERIOD = 509
+"""Words after which the places of a fingerprint begin again: a prime, so that a moved row or column changes place."""
+
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by their bytes."""
+
+
+class KeptWeight:
+    """The masked forms of one weight: by dtype, and by whether backward codes prune it too.
+
+    A write is seen by the identities, storages and version counters of weight and codes. Writes through ``weight.data``
+    leave those alone; on a CPU they are seen by a fingerprint of the weight's bits, and elsewhere :meth:`expire` has to
+    tell of them, because a device's answer would have to be waited for.
+
+    Example:
+        >>> kept, weight = KeptWeight(), nn.Parameter(torch.ones(4, 4))
+        >>> codes = torch.full((1, 1), 0x000F, dtype=torch.int16)  # keeps the first of four rows
+        >>> first = kept.get(weight, weight, codes, None, torch.float32)
+        >>> first.sum().item(), kept.get(weight, weight, codes, None, torch.float32) is first
+        (4.0, True)
+        >>> _ = weight.data.mul_(2)
+        >>> kept.get(weight, weight, codes, None, torch.float32).sum().item()
+        8.0
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[torch.dtype, bool], _Made] = {}
+        self._bits: dict[bool, tuple[Tensor, int, Tensor]] = {}  # codes, their version, the mask
+        self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes on the device."""
+        held = [made.masked for made in self._made.copy().values()]
+        held += [bits for *_, bits in self._bits.copy().values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def get(
+        self, weight: Tensor, source: Tensor, codes: Tensor, backward: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the source with zeros where codes prune; a later call renews it in place, others must not write to it.
+
+        Args:
+            weight: The parameter, which :func:`may_keep` has allowed.
+            source: It or its matrix ``[O, K]``.
+            codes: int16 ``[O/4, K/4]``.
+            backward: Codes that prune it too, or None.
+            dtype: Of the result.
+
+        Returns:
+            Shaped like the source; matrices are contiguous, and kernels in the source's order.
+        """
+        key = dtype, backward is not None
+        mark = _fingerprint(weight) if weight.is_cpu else 0
+        stamp = _stamp(weight, codes, backward, mark)
+        made = self._made.get(key)
+        if made is None or not made.is_of(stamp, weight, codes, backward):
+            with self._lock, torch.inference_mode(False), torch.no_grad():
+                made = self._made.get(key)
+                if made is None or not made.is_of(stamp, weight, codes, backward):
+                    masked = _room_for(source, dtype, None if made is None else made.masked)
+                    self._mask_(masked, source.detach(), codes, backward)
+                    made = self._made[key] = _Made(masked, stamp, weight, codes, backward)
+        return made.masked
+
+    def prune_(self, gradient: Tensor, codes: Tensor) -> Tensor:
+        """Write zeros where codes prune a gradient ``[O, K]``."""
+        if gradient.is_cpu and gradient.element_size() in WORDS:
+            with self._lock:
+                bits = self._bits_of(codes, again=False)
+            _words(gradient).bitwise_and_(bits)
+        else:
+            apply_masks_([gradient], [codes])
+        return gradient
+
+    def expire(self) -> None:
+        """Have everything renewed before its next use."""
+        for made in self._made.copy().values():
+            made.weight = None
+
+    def release(self) -> None:
+        """Free the memory."""
+        self._made, self._bits = {}, {}
+
+    def _mask_(self, masked: Tensor, source: Tensor, codes: Tensor, backward: Tensor | None) -> None:
+        by_bits = source.is_cpu and masked.element_size() in WORDS
+        if by_bits and source.dtype == masked.dtype:
+            torch.bitwise_and(_words(source), weight_of(self._bits_of(codes), source.shape), out=_words(masked))
+        else:
+            masked.copy_(source)
+        for pruned, again in ((codes, False), (backward, True)):
+            if pruned is None or (by_bits and source.dtype == masked.dtype and not again):
+                continue
+            if by_bits:
+                _words(masked).bitwise_and_(weight_of(self._bits_of(pruned, again), source.shape))
+            elif source.dim() == 2:
+                apply_masks_([masked], [pruned])
+            else:
+                masked.masked_fill_(weight_of(unpack_codes(pruned).logical_not_(), source.shape), 0)
+
+    def _bits_of(self, codes: Tensor, again: bool = False) -> Tensor:
+        """Return int8 ``[O, K]``, all bits of which say whether an entry is kept; made anew when codes have changed."""
+        held = self._bits.get(again)
+        if held is None or held[0] is not codes or held[1] != codes._version:
+            bits = unpack_codes(codes).view(torch.int8).neg_()
+            held = self._bits[again] = codes, codes._version, bits
+        return held[2]
+
+
+class _Made:
+    """``W⊙M`` and what it was made of; tensors are held, so that no other can be taken for them."""
+
+    def __init__(
+        self, masked: Tensor, stamp: tuple[int, ...], weight: Tensor, codes: Tensor, backward: Tensor | None
+    ) -> None:
+        self.masked, self.stamp, self.codes, self.backward = masked, stamp, codes, backward
+        self.weight: Tensor | None = weight
+        self._storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]  # keeps its address
+
+    def is_of(self, stamp: tuple[int, ...], weight: Tensor, codes: Tensor, backward: Tensor | None) -> bool:
+        """Say whether it was made of these tensors as they are now."""
+        same = self.weight is weight and self.codes is codes and self.backward is backward
+        return same and self.stamp == stamp
+
+
+def may_keep(weight: Tensor) -> bool:
+    """Say whether a product may look at what is kept of a weight: in plain eager execution, of a plain tensor.
+
+    Example:
+        >>> may_keep(torch.zeros(4, 4)), may_keep(torch.zeros(4, 4, device="meta"))
+        (True, False)
+    """
+    return (
+        is_eager(weight)
+        and not weight.is_meta
+        and not weight.is_inference()
+        and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())  # a graph masks what it will find
+    )
+
+
+def _stamp(weight: Tensor, codes: Tensor, backward: Tensor | None, mark: int) -> tuple[int, ...]:
+    again = -1 if backward is None else backward._version
+    return weight.untyped_storage()._cdata, weight.storage_offset(), weight._version, codes._version, again, mark
+
+
+def _room_for(source: Tensor, dtype: torch.dtype, room: Tensor | None) -> Tensor:
+    """Return the room there is, if it fits, or more."""
+    order = torch.contiguous_format if source.dim() == 2 else torch.preserve_format
+    strides = (source.shape[1], 1) if source.dim() == 2 else source.stride()
+    if room is None or (room.shape, room.stride(), room.device) != (source.shape, strides, source.device):
+        return torch.empty_like(source, dtype=dtype, memory_format=order)
+    return room
+
+
+def _words(tensor: Tensor) -> Tensor:
+    return tensor.view(WORDS[tensor.element_size()])
+
+
+def _fingerprint(weight: Tensor) -> int:
+    """Return a number of a weight's bits that a write changes: their sum, in which places count differently."""
+    flat = weight.detach()
+    if not flat.is_contiguous():
+        flat = flat.t() if flat.dim() == 2 else flat.movedim(1, -1)
+    flat = flat.reshape(-1)  # a copy only if the weight is spread over more memory than it has
+    words = flat.view(torch.int16 if flat.storage_offset() % 4 else torch.int64)
+    whole = words.numel() // PERIOD * PERIOD
+    total = torch.dot(words[whole:].to(torch.int64), _keys()[: words.numel() - whole])
+    if whole:
+        total += torch.dot(words[:whole].view(-1, PERIOD).sum(0), _keys())
+    return int(total)
+
+
+@functools.cache
+def _keys() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False):
+        return torch.randint(-(1 << 62), 1 << 62, (PERIOD,), generator=generator) | 1
