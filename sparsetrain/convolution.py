@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .autocast import as_autocast
+from .autocast import as_autocast, autocast_dtype
 from .gradient_rules import GradientRule
+from .kept_weight import may_keep
 from .kernels.tile_codes.reference import unpack_codes
 from .linear import multiply
 from .masked_layer import MaskedLayer
@@ -36,23 +37,35 @@ class MaskWeight(torch.autograd.Function):
         return ctx.rule.apply(gradients[0], ctx.saved_tensors[0]), None, None
 
 
+class TakeMaskedWeight(torch.autograd.Function):
+    """What :class:`MaskWeight` computes, with the masked weight at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, masked: Tensor, codes: Tensor, rule: GradientRule) -> Tensor:
+        """Return the masked weight, which may be in another dtype."""
+        ctx.save_for_backward(codes)
+        ctx.rule, ctx.dtype = rule, weight.dtype
+        return masked.detach()  # another tensor for every graph
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
+        """Return the gradient of the master."""
+        return ctx.rule.apply(gradients[0].to(ctx.dtype), ctx.saved_tensors[0]), None, None, None
+
+
 class TwoWeightConvolution(torch.autograd.Function):
     """A convolution whose input gradient is that of another weight; without padding, which the caller adds."""
 
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, backward_weight: Tensor, bias: Tensor | None, stride: Any, dilation: Any
-    ) -> Tensor:
-        """Convolve."""
+        ctx: Any, input: Tensor, weight: Tensor, backward_weight: Tensor, bias: Tensor | None, stride: Any,
+        dilation: Any,
+    ) -> Tensor:  # fmt: skip
+        """Convolve, and keep what the gradients need."""
+        ctx.save_for_backward(input, weight, backward_weight)
+        ctx.stride, ctx.dilation, ctx.bias_shape = stride, dilation, None if bias is None else list(bias.shape)
         none = [0] * len(stride)
         return torch.convolution(input, weight, bias, stride, none, dilation, False, none, 1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep what the gradients need."""
-        input, weight, backward_weight, bias, ctx.stride, ctx.dilation = inputs
-        ctx.bias_shape = None if bias is None else list(bias.shape)
-        ctx.save_for_backward(input, weight, backward_weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
@@ -117,10 +130,10 @@ class SparseConvolution(MaskedLayer):
         master = self.weight
         if self.soft_scale is not None:
             master = self.as_weight(self.thresholded_matrix())
-        weight = self._masked(master, self.mask_codes)
+        weight = self._masked(master)
         if self.backward_codes is None:
             return cast(Tensor, self._conv_forward(input, weight, self.bias))  # type: ignore[operator]
-        backward_weight = self._masked(master.detach(), self.mask_codes & self.backward_codes)
+        backward_weight = self._masked(master.detach(), self.backward_codes)
         if is_transformed():
             output = cast(Tensor, self._conv_forward(input.detach(), weight, self.bias))  # type: ignore[operator]
             other = cast(Tensor, self._conv_forward(input, backward_weight, None))  # type: ignore[operator]
@@ -133,11 +146,19 @@ class SparseConvolution(MaskedLayer):
         output = cast(Tensor, TwoWeightConvolution.apply(*tensors, bias, self.stride, self.dilation))  # type: ignore[no-untyped-call]
         return output[0] if one else output
 
-    def _masked(self, master: Tensor, codes: Tensor) -> Tensor:
-        if is_transformed():
-            weight = transformed_weight(master, codes, self.gradient)
+    def _masked(self, master: Tensor, backward_codes: Tensor | None = None) -> Tensor:
+        codes, parameter = self.mask_codes, self.weight
+        if self.soft_scale is None and may_keep(parameter):
+            # with an adapter, autocast casts the sum
+            dtype = parameter.dtype if self.adapter is not None else autocast_dtype(parameter)
+            masked = self.operands.kept.get(parameter, parameter, codes, backward_codes, dtype)
+            weight = cast(Tensor, TakeMaskedWeight.apply(master, masked, codes, self.gradient))  # type: ignore[no-untyped-call]
         else:
-            weight = cast(Tensor, MaskWeight.apply(master, codes, self.gradient))  # type: ignore[no-untyped-call]
+            codes = codes if backward_codes is None else codes & backward_codes
+            if is_transformed():
+                weight = transformed_weight(master, codes, self.gradient)
+            else:
+                weight = cast(Tensor, MaskWeight.apply(master, codes, self.gradient))  # type: ignore[no-untyped-call]
         if self.adapter is not None:
             down, up = as_constants(self.adapter)
             weight = weight + self.as_weight(up @ down)

@@ -52,7 +52,7 @@ class KeptWeight:
     def get(
         self, weight: Tensor, source: Tensor, codes: Tensor, backward: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """Return the source with zeros where codes prune; a later call renews it in place, others must not write to it.
+        """Return the source with zeros where codes prune; not to be written to, and matrices are renewed in place.
 
         Args:
             weight: The parameter, which :func:`may_keep` has allowed.
@@ -158,11 +158,11 @@ def _stamp(weight: Tensor, codes: Tensor, backward: Tensor | None, mark: int) ->
 
 
 def _room_for(source: Tensor, dtype: torch.dtype, room: Tensor | None) -> Tensor:
-    """Return the room there is, if it fits, or more."""
-    order = torch.contiguous_format if source.dim() == 2 else torch.preserve_format
-    strides = (source.shape[1], 1) if source.dim() == 2 else source.stride()
-    if room is None or (room.shape, room.stride(), room.device) != (source.shape, strides, source.device):
-        return torch.empty_like(source, dtype=dtype, memory_format=order)
+    """Return the room there is, if it fits; kernels get new room, because graphs save those that they convolve by."""
+    if source.dim() > 2:
+        return torch.empty_like(source, dtype=dtype)
+    if room is None or (room.shape, room.device) != (source.shape, source.device):
+        return torch.empty_like(source, dtype=dtype, memory_format=torch.contiguous_format)
     return room
 
 

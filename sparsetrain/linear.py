@@ -1,124 +1,22 @@
 """``sparse_linear`` and ``SparseLinear``: a linear layer whose products see the masked weight."""
 
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .autocast import as_autocast
+from .autocast import as_autocast, autocast_dtype
 from .backends import resolve_backend
 from .eager import is_eager, is_plain
-from .estimated_gradient import estimated_weight_gradient
 from .gradient_rules import GradientRule, resolve_gradient_rule
 from .kept_weight import may_keep
-from .kernels.tile_codes.reference import unpack_codes
+from .linear_function import Call, EagerLinearFunction, Rules, SparseLinearFunction
 from .masked_layer import MaskedLayer, has_choice
-from .operands import Execution, Operands
-from .products import masked_product, multiply_rows
+from .operands import Execution
 from .tiles import require_tiles
 from .transforms import as_constants, as_leaf, is_transformed, transformed_linear
-
-
-class Rules(NamedTuple):
-    """What the autograd function knows beside its tensors: the gradient rule, who computes what, the seed of draws."""
-
-    gradient: GradientRule
-    forward: str
-    input_gradient: str
-    seed: int
-
-
-class SparseLinearFunction(torch.autograd.Function):
-    """``Y = X·(W⊙M)ᵀ + b``, ``dX = dY·(W⊙M)``, ``dW`` by a gradient rule, ``db = ΣdY``.
-
-    ``forward`` takes the context, because ``setup_context`` costs 15 microseconds more a call; function transforms are
-    handled before.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, draws: Tensor | None,
-        backward_codes: Tensor | None, rules: Rules, eager: "Eager | None" = None,
-    ) -> Tensor:  # fmt: skip
-        """Compute the forward product, and keep what the two gradient products need."""
-        ctx.save_for_backward(input, weight, codes, backward_codes)
-        ctx.draws, ctx.rules, ctx.bias_dtype = draws, rules, None if bias is None else bias.dtype
-        ctx.eager = eager
-        if rules.forward == "masked":
-            masked = _masked(weight, codes) if eager is None or eager.masked is None else eager.masked
-            return F.linear(input, masked, bias)
-        rows = input if input.dim() == 2 else input.reshape(-1, weight.shape[1])
-        if eager is None:
-            result = masked_product(rows, weight, codes, bias, False, rules.forward, backward_codes)
-        else:
-            result = multiply_rows(eager.operands, rows, weight, codes, bias, False, rules.forward, backward_codes)
-        return result if input.dim() == 2 else result.view(*input.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
-        """Compute the gradients that are asked for."""
-        (output_gradient,) = cast(tuple[Tensor], output_gradients)
-        input, weight, codes, backward_codes = ctx.saved_tensors
-        rules: Rules = ctx.rules
-        differentiable = torch.is_grad_enabled()
-        if rules.forward != "masked" and differentiable and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"backend is {rules.forward!r} and a gradient of gradients is asked for (create_graph=True): only "
-                "'masked' has one, so use backend='masked'."
-            )
-        # what was kept has no part in a graph of gradients, nor where something follows the operations
-        eager: Eager | None = None if differentiable or not is_eager(output_gradient) else ctx.eager
-        input_gradient = weight_gradient = bias_gradient = None
-        rows = output_gradient if output_gradient.dim() == 2 else output_gradient.reshape(-1, weight.shape[0])
-        if ctx.needs_input_grad[0]:
-            if rules.input_gradient == "masked":
-                masked = None if eager is None else eager.masked_backward()
-                if masked is None:
-                    masked = _masked(weight, codes if backward_codes is None else codes & backward_codes)
-                input_gradient = output_gradient.matmul(masked.to(output_gradient.dtype))
-            else:
-                rest = (weight, codes, None, True, rules.input_gradient, backward_codes)
-                product = masked_product(rows, *rest) if eager is None else multiply_rows(eager.operands, rows, *rest)
-                input_gradient = product if input.dim() == 2 else product.view(input.shape)
-        if ctx.needs_input_grad[1]:
-            tokens = input if input.dim() == 2 else input.reshape(-1, weight.shape[1])
-            if ctx.draws is None:
-                whole = rows.t().matmul(tokens)
-            else:
-                whole = estimated_weight_gradient(rows, tokens, codes, ctx.draws, rules.seed, rules.forward)
-            # by the rule in the dtype of the products, as if autocast had cast the weight outside
-            whole = whole.to(weight.dtype) if rules.forward != "masked" else whole
-            if eager is not None and rules.gradient.name == "masked":
-                weight_gradient = eager.operands.kept.prune_(whole, codes).to(weight.dtype)
-            else:
-                weight_gradient = rules.gradient.apply(whole, codes).to(weight.dtype)
-        if ctx.needs_input_grad[3]:
-            bias_gradient = rows.sum(0).to(ctx.bias_dtype)
-        return input_gradient, weight_gradient, None, bias_gradient, None, None, None, None
-
-
-class Eager:
-    """What a product in eager execution has at hand: its layer's operands, and the masked weight that is kept.
-
-    Args:
-        operands: Of the layer.
-        masked: ``W⊙M`` in the dtype of the product, if that is dense.
-        backward: ``W⊙M`` of the input gradient's product, if it is another.
-    """
-
-    __slots__ = ("_backward", "_version", "masked", "operands")
-
-    def __init__(self, operands: Operands, masked: Tensor | None = None, backward: Tensor | None = None) -> None:
-        self.operands, self.masked = operands, masked
-        self._backward = masked if backward is None else backward
-        self._version = None if self._backward is None else self._backward._version
-
-    def masked_backward(self) -> Tensor | None:
-        """Return the masked weight of the input gradient's product, unless it was renewed since."""
-        kept = self._backward
-        return kept if kept is not None and kept._version == self._version else None
 
 
 def sparse_linear(
@@ -281,29 +179,21 @@ def _eager_product(layer: MaskedLayer, input: Tensor) -> Tensor | None:
     name = execution.backend if layer.is_two_of_four else "masked"
     if name == "auto" and not has_choice(device):
         name = "masked"
-    cast_to = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if cast_to is not None:
+    by_autocast = torch.is_autocast_enabled(device)
+    if by_autocast:
         input = as_autocast(input)
     elif name != "masked" and input.dtype is not weight.dtype:
         return None
-    operands = layer.operands
+    transposable = execution.transposable or again is not None
+    rules = Rules(resolve_gradient_rule(layer.gradient), name, name if transposable else "masked", execution.seed)
+    call = Call(layer.operands, codes, again, layer.draws, rules)
     if name == "masked":
         if not may_keep(weight):
             return None
-        dtype = weight.dtype
-        if cast_to is not None:
-            dtype = dtype if dtype is torch.float64 else cast_to
-            bias = None if bias is None else as_autocast(bias)
-        masked = operands.kept.get(weight, matrix, codes, None, dtype)
-        other = None if again is None else operands.kept.get(weight, matrix, codes, again, dtype)
-        eager = Eager(operands, masked, other)
-    else:
-        eager = Eager(operands)
-    transposable = execution.transposable or again is not None
-    gradient = resolve_gradient_rule(layer.gradient)
-    rules = Rules(gradient, name, name if transposable else "masked", execution.seed)
-    return cast(Tensor, SparseLinearFunction.apply(input, matrix, codes, bias, layer.draws, again, rules, eager))  # type: ignore[no-untyped-call]
-
-
-def _masked(weight: Tensor, codes: Tensor) -> Tensor:
-    return weight.masked_fill(~unpack_codes(codes), 0)
+        kept, dtype = layer.operands.kept, weight.dtype
+        if by_autocast:
+            dtype, bias = autocast_dtype(weight), None if bias is None else as_autocast(bias)
+        masked = kept.get(weight, matrix, codes, None, dtype)
+        call.keep(masked, masked if again is None else kept.get(weight, matrix, codes, again, dtype))
+    output: Tensor = EagerLinearFunction.apply(input, matrix, bias, call)  # type: ignore[no-untyped-call]
+    return output

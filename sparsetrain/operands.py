@@ -123,6 +123,23 @@ class Operands:
         """Bytes that those take which :func:`renew_` fills."""
         return sum(operand.bytes for operand in self._made.values())
 
+    def at(self, stamp: Stamp | None, backend: Backend, transposed: bool, dtype: torch.dtype) -> Operand | None:
+        """Return an operand that was there when :attr:`stamp` was this one, and is still of that state of the weight.
+
+        It is for backwards, whose saved weight has not changed since the forward; None if :meth:`get` has to look.
+        """
+        key = (backend.name, transposed, dtype)
+        operand = self._made.get(key) if stamp is not None and stamp is self._stamp else None
+        if operand is None or (operand.tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        self._idle[key] = 0
+        return operand
+
+    @property
+    def stamp(self) -> Stamp | None:
+        """What tells the state of the weight that the operands were filled from; None if they are out of date."""
+        return self._stamp
+
     def get(
         self, weight: Tensor, codes: Tensor, backend: Backend, transposed: bool, dtype: torch.dtype,
         backward: Tensor | None = None,
@@ -132,12 +149,12 @@ class Operands:
         Raises:
             RuntimeError: If a CUDA graph is being captured and there is no operand yet.
         """
-        if self._device not in (None, weight.device):
-            self.release(captured=True)
-        self._device = weight.device
         capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
         stamp = _stamp(weight, codes, backward)
         if stamp is None or stamp != self._stamp or (capturing and not self.managed):
+            if self._device not in (None, weight.device):
+                self.release(captured=True)
+            self._device = weight.device
             _renew([(self, weight, codes, backward)])
             self._stamp = None if capturing else self._stamp  # what is captured has not happened yet
         if transposed and backend.symmetric and backward is None:
@@ -300,10 +317,12 @@ def stamp_of(*tensors: Tensor) -> Stamp | None:
         >>> before == stamp_of(weight.add_(1))
         False
     """
-    if any(tensor.is_inference() for tensor in tensors):
-        return None
-    numbers = ((_address(tensor), int(tensor.storage_offset()), tensor._version) for tensor in tensors)
-    return tuple(number for entry in numbers for number in entry)
+    numbers: list[int] = []
+    for tensor in tensors:
+        if tensor.is_inference():
+            return None
+        numbers += (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor._version)
+    return tuple(numbers)
 
 
 def renew_(layers: Sequence[Layer]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .backends import BACKENDS
 from .dispatch import MASKED, Choice, Problem, Product, bucket, tuner_for
-from .operands import Execution, Operands, operands_of
+from .operands import Execution, Operands, Stamp, operands_of
 
 LOG = logging.getLogger("sparsetrain")
 
@@ -70,15 +70,23 @@ def _masked_product(
 
 def multiply_rows(
     operands: Operands, rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, transposed: bool,
-    backend: str, backward_codes: Tensor | None = None,
+    backend: str, backward_codes: Tensor | None = None, stamp: Stamp | None = None,
 ) -> Tensor:  # fmt: skip
-    """Do what :func:`masked_product` does, with operands at hand and without a dispatcher that others can follow."""
-    choice = choose(operands, rows, (weight.shape[0], weight.shape[1]), bias is not None, transposed, backend)
-    added = operands.bias(bias, rows.dtype)
-    if choice != MASKED:
+    """Do what :func:`masked_product` does, with operands at hand and without a dispatcher that others can follow.
+
+    Args:
+        operands: Of the layer.
+        rows: The rest is as there.
+        stamp: ``operands.stamp`` after the forward product whose weight and codes these still are, or None.
+    """
+    choice = operands.choices.get(_key(rows, bias is not None, transposed, backend))
+    if choice is None:
+        choice = choose(operands, rows, (weight.shape[0], weight.shape[1]), bias is not None, transposed, backend)
+    added = bias if bias is None else operands.bias(bias, rows.dtype)
+    if choice.backend != MASKED.backend:
         try:
             chosen = BACKENDS[choice.backend]
-            operand = operands.get(weight, codes, chosen, transposed, rows.dtype, backward_codes)
+            operand = operands.at(stamp, chosen, transposed, rows.dtype) or operands.get(weight, codes, chosen, transposed, rows.dtype, backward_codes)
             return chosen.product(operand, rows, added, choice.algorithm)
         except RuntimeError as error:
             if backend != "auto" or isinstance(error, torch.OutOfMemoryError):
@@ -111,7 +119,7 @@ def give_up(
 def _key(
     rows: Tensor, bias: bool, transposed: bool | None, backend: str
 ) -> tuple[bool | None, int, torch.dtype, bool, str]:
-    return transposed, bucket(rows.shape[0]), rows.dtype, bias, backend
+    return transposed, bucket(rows.size(0)), rows.dtype, bias, backend
 
 
 def choose(

@@ -56,13 +56,9 @@ class SoftThreshold(torch.autograd.Function):
     """``β·S(W)`` forward; the gradient passes straight through."""
 
     @staticmethod
-    def forward(weight: Tensor, codes: Tensor, scale: Tensor, transposable: bool) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, codes: Tensor, scale: Tensor, transposable: bool) -> Tensor:
         """Return the weight that the products see."""
         return soft_thresholded(weight, codes, transposable) * scale
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep nothing."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:

@@ -1,5 +1,6 @@
 """Problems and choices: what is to be multiplied, and who does it."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +78,7 @@ MASKED = Choice("masked")
 SMALLEST_BUCKET = 64
 
 
+@functools.lru_cache(maxsize=4096)
 def bucket(tokens: int) -> int:
     """Return the power of two, at least 64, that a number of tokens is rounded up to for measurements.
 
