@@ -34,7 +34,7 @@ def members(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the first of several tensors of one dtype and device, and where each begins, counted from it.
 
     A kernel reaches all of them from one typed pointer. The table of offsets is kept, so that launches on the same
-    memory copy nothing to the device and can be captured in a CUDA graph.
+    memory write no other.
 
     Returns:
         The first tensor, and int64 ``[tensors]`` offsets in elements on its device.
@@ -69,15 +69,35 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-@lru_cache(maxsize=1024)
 def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return int64 ``[numbers]`` on a device; made once, so that later calls wait for no copy. Do not write to it.
+    """Return int64 ``[numbers]`` on a device, without waiting for it. Do not write to it.
+
+    The numbers travel as arguments of a kernel, as a copy from pageable memory would wait for the device. A table is
+    kept for its stream, in whose order it is written, read and freed. One that is made while a CUDA graph is captured
+    is the graph's own, in its memory and written again by every replay, so that nothing else can free what it reads.
 
     Example:
         >>> table((0, 3), torch.device("cpu")).tolist()
         [0, 3]
     """
-    return torch.tensor(numbers, dtype=torch.int64).to(device)
+    if device.type != "cuda":
+        return _kept_table(numbers, device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return _written(numbers, device)
+    return _kept_table(numbers, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=1024)
+def _kept_table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    return _written(numbers, device)
+
+
+def _written(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        made = torch.zeros(len(numbers), dtype=torch.int64, device=device)
+        if numbers:
+            torch._foreach_add_(made.unbind(), numbers)
+    return made
 
 
 def are_aligned(*columns: Sequence[Tensor]) -> bool:

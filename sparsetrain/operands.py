@@ -228,10 +228,10 @@ class Operands:
         """Free memory; what CUDA graphs read stays unless ``captured``."""
         kept = set() if captured else self._captured
         self._made = {key: made for key, made in self._made.items() if key in kept}
-        self._captured &= set(self._made)
-        self._shared.clear()
+        self._captured = set(kept)
         self.kept.release()
         if not kept:
+            self._shared.clear()
             self._bias.clear()
         self.expire()
 

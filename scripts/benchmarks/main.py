@@ -20,6 +20,7 @@ def main() -> int:
     options = parser.parse_args()
     run = {
         "gemm": _grid, "linear": _grid, "step": _step, "figure": _figure, "kernels": _kernels, "model": _model,
+        "host": _host,
     }  # fmt: skip
     if getattr(options, "stand_in", False):
         import stand_in
@@ -39,6 +40,14 @@ def _kernels(options: argparse.Namespace) -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return kernels.run(options.shape, options.repeats or (50 if device == "cuda" else 7), options.csv, device)
+
+
+def _host(options: argparse.Namespace) -> int:
+    import host
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return host.run(options.repeats, options.csv)
 
 
 def _grid(options: argparse.Namespace) -> int:
@@ -177,10 +186,13 @@ def _parser() -> argparse.ArgumentParser:
     for stand_in in (gemm, step):
         stand_in.add_argument("--stand-in", action="store_true", help="with the tests' stand-ins for sparse backends")
     commands.add_parser("model", help="the speed-up that arithmetic expects for each GPU; measures nothing")
+    host = commands.add_parser("host", help="host time of an eager layer and of the engine's step over dense")
+    host.add_argument("--repeats", type=_count, default=200, help="pairs of samples (default: %(default)s)")
+    host.add_argument("--threads", type=_count, help="of torch (default: torch's own)")
     for limited in (gemm, linear, step):
         limited.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
         limited.add_argument("--seconds", type=float, help="begin nothing after so long")
-    for stored in (search, every, gemm, linear, step):
+    for stored in (search, every, gemm, linear, step, host):
         stored.add_argument("--csv", type=Path, help="append the rows to this file")
     figure = commands.add_parser("figure", help="draw the ratio to dense over tokens from the CSV of gemm or linear")
     figure.add_argument("--csv", type=Path, required=True, help="what gemm or linear wrote")

@@ -139,6 +139,8 @@ def _pack(fillings: list[Filling]) -> None:
 
 
 def _scratch(device: torch.device, words: int) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # the graph's own, which no later call frees
+        return torch.empty(words, dtype=torch.int16, device=device)
     held = _SCRATCH.get(device)
     if held is None or held.numel() < words:
         held = _SCRATCH[device] = torch.empty(words, dtype=torch.int16, device=device)
