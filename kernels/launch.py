@@ -1,6 +1,6 @@
 """Launching one kernel over many tensors: groups of equal layout, and their places relative to the first."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
@@ -25,8 +25,10 @@ def groups_of_equal_layout(*columns: Sequence[Tensor]) -> list[list[int]]:
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for position, entry in enumerate(zip(*columns, strict=True)):
-        layout = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in entry)
-        groups.setdefault(layout, []).append(position)
+        layout: list[object] = []
+        for tensor in entry:
+            layout += (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())
+        groups.setdefault(tuple(layout), []).append(position)
     return list(groups.values())
 
 
@@ -102,13 +104,13 @@ def _written(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 def are_aligned(*columns: Sequence[Tensor]) -> bool:
     """Say whether every tensor and its offset from the first of its column is a multiple of ``ALIGNMENT`` elements."""
-    return all(
-        column[0].data_ptr() % 16 == 0 and all(offset % ALIGNMENT == 0 for offset in _offsets(column))
-        for column in columns
-    )
+    for column in columns:
+        step, first = ALIGNMENT * column[0].element_size(), column[0].data_ptr()
+        if first % 16 or any((tensor.data_ptr() - first) % step for tensor in column):
+            return False
+    return True
 
 
-def _offsets(tensors: Iterable[Tensor]) -> list[int]:
-    addresses = [(tensor.data_ptr(), tensor.element_size()) for tensor in tensors]
-    first = addresses[0][0]
-    return [(address - first) // size for address, size in addresses]
+def _offsets(tensors: Sequence[Tensor]) -> list[int]:
+    first, size = tensors[0].data_ptr(), tensors[0].element_size()
+    return [(tensor.data_ptr() - first) // size for tensor in tensors]

@@ -43,6 +43,11 @@ class KeptWeight:
         self._lock = threading.Lock()
 
     @property
+    def is_made(self) -> bool:
+        """Whether there is anything."""
+        return bool(self._made)
+
+    @property
     def bytes(self) -> int:
         """Bytes that it takes on the device."""
         held = [made.masked for made in self._made.copy().values()]

@@ -39,10 +39,9 @@ def repack_(layers: Mapping[str, MaskedLayer]) -> float:
         True
     """
     start = time.perf_counter()
-    for weights in by_device({name: layer.weight for name, layer in layers.items()}):
-        packed = [layers[name] for name in weights if layers[name].operands.packed_bytes and layers[name].soft_scale is None]
-        if packed:
-            renew_(packed)
+    packed = {name: layer for name, layer in layers.items() if layer.operands.is_packed and layer.soft_scale is None}
+    for weights in by_device({name: layer.weight for name, layer in packed.items()}):
+        renew_([packed[name] for name in weights])
     return 1e3 * (time.perf_counter() - start)
 
 

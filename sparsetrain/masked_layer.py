@@ -63,7 +63,8 @@ class MaskedLayer(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """The weight as a matrix ``[O, K]``, in which K is kernel positions times input features."""
-        return self.as_matrix(self.weight)
+        weight = self._parameters.get("weight")  # found in half the time
+        return self.as_matrix(self.weight if weight is None else weight)
 
     @property
     def mask(self) -> Tensor:
@@ -234,11 +235,11 @@ def written_as_matrices(layers: Sequence[MaskedLayer], tensors: Sequence[Tensor]
         >>> weight[0, 1, 0, 1].item()
         5.0
     """
-    sources = [tensor.detach() for tensor in tensors]
+    sources = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
     matrices = [layer.as_matrix(source) for layer, source in zip(layers, sources, strict=True)]
     yield matrices
     for layer, source, matrix in zip(layers, sources, matrices, strict=True):
-        if matrix.data_ptr() != source.data_ptr():  # was a copy
+        if matrix is not source and matrix.data_ptr() != source.data_ptr():  # was a copy
             source.copy_(layer.as_weight(matrix))
 
 

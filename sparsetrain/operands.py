@@ -116,12 +116,12 @@ class Operands:
     @property
     def bytes(self) -> int:
         """Bytes that the operands take on the device."""
-        return self.packed_bytes + self.kept.bytes
+        return sum(operand.bytes for operand in self._made.values()) + self.kept.bytes
 
     @property
-    def packed_bytes(self) -> int:
-        """Bytes that those take which :func:`renew_` fills."""
-        return sum(operand.bytes for operand in self._made.values())
+    def is_packed(self) -> bool:
+        """Whether there is something that :func:`renew_` fills."""
+        return bool(self._made)
 
     def at(self, stamp: Stamp | None, backend: Backend, transposed: bool, dtype: torch.dtype) -> Operand | None:
         """Return an operand that was there when :attr:`stamp` was this one, and is still of that state of the weight.
@@ -220,7 +220,8 @@ class Operands:
     def expire(self) -> None:
         """Have everything renewed before its next use."""
         self._stamp = None
-        self.kept.expire()
+        if self.kept.is_made:
+            self.kept.expire()
         for held in self._bias.values():
             held.stamp = None
 

@@ -128,14 +128,17 @@ def _check(codes: Sequence[Tensor], **columns: Sequence[Tensor]) -> None:
     for name, column in columns.items():
         if len(column) != len(codes):
             raise ValueError(f"{name} has {len(column)} tensors but codes has {len(codes)}: pass one codes for each.")
-        for position, (tensor, code) in enumerate(zip(column, codes, strict=True)):
-            if code.dtype != torch.int16 or code.dim() != 2 or not code.is_contiguous():
-                raise ValueError(
-                    f"codes[{position}] is {code.dtype} {tuple(code.shape)}: it must be a contiguous int16 matrix."
-                )
-            shape = (4 * code.shape[0], 4 * code.shape[1])
-            if tuple(tensor.shape) != shape or tensor.device != code.device:
+    for position, code in enumerate(codes):
+        if code.dtype is not torch.int16 or code.dim() != 2 or not code.is_contiguous():
+            raise ValueError(
+                f"codes[{position}] is {code.dtype} {tuple(code.shape)}: it must be a contiguous int16 matrix."
+            )
+        rows, tiles = code.shape
+        shape, place = (4 * rows, 4 * tiles), code.device
+        for name, column in columns.items():
+            tensor = column[position]
+            if tensor.shape != shape or tensor.device != place:
                 raise ValueError(
                     f"{name}[{position}] is {tuple(tensor.shape)} on {tensor.device}: with codes {tuple(code.shape)} "
-                    f"on {code.device} it must be {shape} on {code.device}."
+                    f"on {place} it must be {shape} on {place}."
                 )
