@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Mapping
 
 from .estimated_gradient import renumber_
-from .kernels.masked_update.operator import apply_masks_
+from .kernels.masked_update.operator import apply_masks_now_
 from .masked_layer import MaskedLayer, written_as_matrices
 from .matrices import by_device
 from .operands import renew_
@@ -25,7 +25,7 @@ def write_masks_(layers: Mapping[str, MaskedLayer], active: Collection[str]) -> 
     for weights in by_device({name: layer.weight for name, layer in layers.items()}):
         wanted = [layers[name] for name in weights if name in active]
         with written_as_matrices(wanted, [layer.weight for layer in wanted]) as matrices:
-            apply_masks_(matrices, [layer.mask_codes for layer in wanted])
+            apply_masks_now_(matrices, [layer.mask_codes for layer in wanted])
 
 
 def repack_(layers: Mapping[str, MaskedLayer]) -> float:

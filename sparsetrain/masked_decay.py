@@ -1,7 +1,8 @@
 """Masked decay pulls pruned weights to zero, so that masks settle: on gradients or weights, constant or automatic."""
 
+import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from .checks import NOT_NEGATIVE, mapping
-from .kernels.masked_update.operator import add_masked_decays_
+from .kernels.masked_update.operator import add_masked_decays_now_
 from .masked_layer import MaskedLayer, written_as_matrices
 from .state_schema import require_state
 
@@ -79,7 +80,7 @@ class MaskedDecay:
         decay = torch.full((), self.at(age), dtype=torch.float64, device=device)
         if self._target == "gradient" or (self._target == "by_optimizer" and not isinstance(optimizer, SGD)):
             decay = decay if scale is None else decay * scale.to(device)
-            _add_(layers, {name: layer.weight.grad for name, layer in layers.items()}, decay, clock)
+            _add_(layers, [layer.weight.grad for layer in layers.values()], decay, clock)
             return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
@@ -89,8 +90,8 @@ class MaskedDecay:
         for name, layer in layers.items():
             by_rate.setdefault(id(rates[id(layer.weight)]), {})[name] = layer
         for own in by_rate.values():
-            weights = {name: layer.weight for name, layer in own.items()}
-            _add_(own, weights, -decay * rates[id(next(iter(weights.values())))], clock)
+            weights = [layer.weight for layer in own.values()]
+            _add_(own, weights, -decay * rates[id(weights[0])], clock)
 
     def state_dict(self) -> dict[str, Any]:
         """Return λ."""
@@ -106,11 +107,16 @@ class MaskedDecay:
             self.value = float(state["value"])
 
 
-def _add_(layers: Mapping[str, MaskedLayer], tensors: Mapping[str, Tensor | None], decay: Tensor, clock: int) -> None:
+def _add_(layers: Mapping[str, MaskedLayer], tensors: Sequence[Tensor | None], decay: Tensor, clock: int) -> None:
     """Add what is pruned of the layers' weights, times a factor, to gradients or to the weights themselves."""
-    masked, changed = list(layers.values()), [tensor for tensor in tensors.values() if tensor is not None]
+    masked, changed = list(layers.values()), [tensor for tensor in tensors if tensor is not None]
     with torch.no_grad(), written_as_matrices(masked, changed) as matrices:
-        add_masked_decays_(
+        add_masked_decays_now_(
             matrices, [layer.matrix for layer in masked], [layer.mask_codes for layer in masked], decay,
-            [zlib.crc32(name.encode()) for name in layers], clock,
+            [_number(name) for name in layers], clock,
         )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=None)
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode())

@@ -17,7 +17,7 @@ from .distillation import Distillation
 from .ending import Ending, Progress, ending
 from .frozen_moments import FrozenMoments
 from .gradient_rules import resolve_gradient_rule
-from .kernels.masked_update.operator import apply_masks_
+from .kernels.masked_update.operator import apply_masks_now_
 from .layer_group import number_draws_, repack_, write_masks_
 from .lr_restart import LRRestart
 from .mask_metrics import mask_metrics
@@ -475,7 +475,7 @@ class SparseTraining:
                 self._decay.apply_(optimizer, dict(zip(names, layers, strict=True)), age, self.clock, scale)
             elif masks_gradient:
                 with written_as_matrices(layers, [gradients[name] for name in names]) as matrices:
-                    apply_masks_(matrices, [layer.mask_codes for layer in layers])
+                    apply_masks_now_(matrices, [layer.mask_codes for layer in layers])
 
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: its layers' packed weights are out of date."""

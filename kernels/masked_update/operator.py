@@ -1,6 +1,6 @@
 """Masked updates of several tensors as torch operators: Triton on CUDA, the reference elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def _(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
 
 
 @add_masked_decays_.register_kernel("cuda")
-def _(
+def _decay_on_cuda(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
     numbers: Sequence[int] | None = None, clock: int = 0,
 ) -> None:  # fmt: skip
@@ -92,18 +92,18 @@ def _(
     _check(codes, gradients=gradients, weights=weights)
     numbers = _numbers(numbers, codes)
     by_kernel = []
-    for position, pair in enumerate(zip(gradients, weights, strict=True)):
-        if all(_suits_kernel(tensor) for tensor in pair):
+    for position, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
+        if _suits_kernel(gradient) and _suits_kernel(weight):
             by_kernel.append(position)
         else:
-            add_masked_decay_(*pair, codes[position], decay, numbers[position], clock)
+            add_masked_decay_(gradient, weight, codes[position], decay, numbers[position], clock)
     if by_kernel:
         changed, sources, masks = ([column[i] for i in by_kernel] for column in (gradients, weights, codes))
         decay_in_place(changed, sources, masks, decay.to(torch.float32), [numbers[i] for i in by_kernel], clock)
 
 
 @apply_masks_.register_kernel("cuda")
-def _(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
+def _mask_on_cuda(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
     from .triton_kernel import mask_in_place
 
     _check(codes, tensors=tensors)
@@ -112,6 +112,48 @@ def _(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
         apply_mask_(tensors[position], codes[position])
     if by_kernel:
         mask_in_place([tensors[i] for i in by_kernel], [codes[i] for i in by_kernel])
+
+
+NOW: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {"cuda": (_decay_on_cuda, _mask_on_cuda)}
+"""By type of device, what the two functions below call; elsewhere the operators."""
+
+
+def add_masked_decays_now_(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
+    numbers: Sequence[int] | None = None, clock: int = 0,
+) -> None:  # fmt: skip
+    """Do what :func:`add_masked_decays_` does; eager execution spares the dispatcher, which looks at every tensor.
+
+    Example:
+        >>> add_masked_decays_now_([], [], [], torch.tensor(0.5))
+    """
+    kernel = _kernel_now(codes, 0)
+    if kernel is None:
+        add_masked_decays_(gradients, weights, codes, decay, numbers, clock)
+    else:
+        kernel(gradients, weights, codes, decay, numbers, clock)
+        torch.autograd.graph.increment_version(gradients)
+
+
+def apply_masks_now_(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
+    """Do what :func:`apply_masks_` does; eager execution spares the dispatcher, which looks at every tensor.
+
+    Example:
+        >>> apply_masks_now_([], [])
+    """
+    kernel = _kernel_now(codes, 1)
+    if kernel is None:
+        apply_masks_(tensors, codes)
+    else:
+        kernel(tensors, codes)
+        torch.autograd.graph.increment_version(tensors)
+
+
+def _kernel_now(codes: Sequence[Tensor], which: int) -> Callable[..., None] | None:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not codes:
+        return None
+    kernels = NOW.get(codes[0].device.type)
+    return None if kernels is None else kernels[which]
 
 
 def _suits_kernel(tensor: Tensor) -> bool:

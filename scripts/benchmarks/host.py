@@ -24,7 +24,7 @@ from sparsetrain import SparseTraining
 from sparsetrain.backends import BACKENDS, Operand
 from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.mask_search import search_tiles
-from sparsetrain.kernels.masked_update.operator import add_masked_decays_, apply_masks_
+from sparsetrain.kernels.masked_update.operator import NOW
 from sparsetrain.kernels.pack.operator import pack_tiles_
 from sparsetrain.operands import Execution
 
@@ -111,10 +111,9 @@ def stand_ins(launched: Callable[[], object] = lambda: None) -> Iterator[None]:
     def launch(kernel: object, *arguments: object, **keywords: object) -> None:
         launched()
 
-    operators, run_kernel = (add_masked_decays_, apply_masks_, pack_tiles_), JITFunction.run
-    before = [dict(operator._backend_fns) for operator in operators]
-    for operator in operators:
-        operator.register_kernel("cpu", operator._backend_fns["cuda"])
+    run_kernel, packers = JITFunction.run, dict(pack_tiles_._backend_fns)
+    pack_tiles_.register_kernel("cpu", packers["cuda"])
+    NOW["cpu"] = NOW["cuda"]
     BACKENDS[StandIn.name] = StandIn()
     JITFunction.run = launch  # type: ignore[method-assign, assignment]
     try:
@@ -122,9 +121,9 @@ def stand_ins(launched: Callable[[], object] = lambda: None) -> Iterator[None]:
     finally:
         JITFunction.run = run_kernel  # type: ignore[method-assign]
         del BACKENDS[StandIn.name]
-        for operator, functions in zip(operators, before, strict=True):
-            operator._backend_fns.clear()
-            operator._backend_fns.update(functions)
+        del NOW["cpu"]
+        pack_tiles_._backend_fns.clear()
+        pack_tiles_._backend_fns.update(packers)
 
 
 def layer_pairs(repeats: int) -> list[Pair]:
