@@ -153,25 +153,38 @@ def step_pairs(repeats: int) -> list[Pair]:
         "sparse phase, decay and packing": {"preset": "fst", "warmup": 0.0, "dense_tail": 0.0, "refresh_every": 10**6},
         "frozen phase, masks and packing": {"preset": "asp_one_shot", "prune_at": 0},
     }.items():
-        steps = {}
+        steps, passes = {}, {}
         for kind in ("sparse", "dense"):
             shapes = [SHAPES[number % len(SHAPES)] for number in range(LAYERS)]
             model = nn.ModuleList(nn.Linear(columns, rows, bias=False) for rows, columns in shapes)
             optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
             if kind == "sparse":
                 SparseTraining(model, optimizer, method, 10**7, backend=StandIn.name, watch_dense=False, verbose=False)
-            for layer in model:
-                rows = torch.randn(WIDTH, layer.in_features)
-                layer(rows.requires_grad_()).sum().backward()  # both operands are packed from now on
-            steps[kind] = optimizer.step
-        pairs.append(
-            taken_in_turn(f"step of {LAYERS} layers, {phase}", steps["sparse"], steps["dense"], repeats, "1.5 ms over")
-        )
+            steps[kind], passes[kind] = optimizer.step, _passes(model, optimizer)
+
+        def prepare(passes: Sequence[Callable[[], None]] = tuple(passes.values())) -> None:
+            for both in passes:
+                both()
+
+        name = f"step of {LAYERS} layers, {phase}"
+        pairs.append(taken_in_turn(name, steps["sparse"], steps["dense"], repeats, "1.5 ms over", prepare=prepare))
     return pairs
 
 
+def _passes(model: nn.ModuleList, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Return a call that gives every weight a gradient, at another address than the last one, and uses both operands."""
+    rows = {layer: torch.randn(WIDTH, layer.in_features, requires_grad=True) for layer in model}
+
+    def both() -> None:
+        optimizer.zero_grad()
+        for layer, tokens in rows.items():
+            layer(tokens).sum().backward()
+
+    return both
+
+
 def masked_pairs(repeats: int) -> list[Pair]:
-    """Time a forward and backward of the ``masked`` backend, compiled too, with a weight that was written before."""
+    """Time a forward and backward of the ``masked`` backend, with a weight as it was and one that was written before."""
     outputs, inputs, tokens = MASKED
     dense, sparse = nn.Linear(inputs, outputs), _sparse(nn.Linear(inputs, outputs), "masked")
     rows, gradient = torch.randn(tokens, inputs, requires_grad=True), torch.randn(tokens, outputs)
@@ -185,26 +198,28 @@ def masked_pairs(repeats: int) -> list[Pair]:
         return both
 
     what = f"masked {outputs}x{inputs}, {tokens} tokens, forward and backward"
-    pairs = [
+    return [
         taken_in_turn(what, call(sparse, sparse, False), call(dense, dense, False), repeats, "1.1x"),
         taken_in_turn(f"{what}, new weight", call(sparse, sparse, True), call(dense, dense, True), repeats, "1.1x"),
     ]
-    return pairs
 
 
 def taken_in_turn(
-    name: str, sparse: Callable[[], object], dense: Callable[[], object], repeats: int, limit: str, calls: int = 1
-) -> Pair:
-    """Time both in turn, the one first that was second before."""
+    name: str, sparse: Callable[[], object], dense: Callable[[], object], repeats: int, limit: str, calls: int = 1,
+    prepare: Callable[[], None] = lambda: None,
+) -> Pair:  # fmt: skip
+    """Time both in turn, the one first that was second before; ``prepare`` comes before each, not timed."""
     pair = Pair(name, [], [], limit)
     sides = [(sparse, pair.sparse), (dense, pair.dense)]
     for function, _ in sides * 3:
+        prepare()
         function()
     gc.collect()
     gc.disable()
     try:
         for number in range(repeats):
             for function, samples in sides if number % 2 else sides[::-1]:
+                prepare()
                 start = time.perf_counter()
                 for _ in range(calls):
                     function()

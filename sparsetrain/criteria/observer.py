@@ -88,11 +88,13 @@ class Observer:
             for name, gradient in gradients.items():
                 layer = self.layers[name]
                 self.criterion.observe_gradient(name, layer.matrix, layer.as_matrix(gradient), scale)
-        self._hand_over(gradients)
+        if self._passing:
+            self._hand_over(gradients)
 
     def after_step(self) -> None:
         """Count what was noted: the step succeeded, of every optimizer if there are several."""
-        self._hand_over(name for name, layer in self.layers.items() if not layer.weight.requires_grad)
+        if self._passing:
+            self._hand_over(name for name, layer in self.layers.items() if not layer.weight.requires_grad)
         if self.criterion.needs:
             self.criterion.observe_step()
 
