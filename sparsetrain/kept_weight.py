@@ -4,7 +4,7 @@ import functools
 import threading
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .eager import is_eager
@@ -54,9 +54,7 @@ class KeptWeight:
         held += [bits for *_, bits in self._bits.copy().values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
-    def get(
-        self, weight: Tensor, source: Tensor, codes: Tensor, backward: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
+    def get(self, weight: Tensor, source: Tensor, codes: Tensor, backward: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return the source with zeros where codes prune; not to be written to, and matrices are renewed in place.
 
         Args:

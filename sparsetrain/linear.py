@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .autocast import as_autocast, autocast_dtype
-from .backends import resolve_backend
+from .backends import BACKENDS, resolve_backend
 from .eager import is_eager, is_plain
 from .gradient_rules import GradientRule, resolve_gradient_rule
 from .kept_weight import may_keep
@@ -179,6 +179,8 @@ def _eager_product(layer: MaskedLayer, input: Tensor) -> Tensor | None:
     name = execution.backend if layer.is_two_of_four else "masked"
     if name == "auto" and not has_choice(device):
         name = "masked"
+    elif name not in BACKENDS and name != "auto":
+        return None
     by_autocast = torch.is_autocast_enabled(device)
     if by_autocast:
         input = as_autocast(input)

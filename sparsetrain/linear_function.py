@@ -150,7 +150,9 @@ def _gradients(
             whole = rows.t().mm(tokens)
         else:
             whole = estimated_weight_gradient(rows, tokens, codes, draws, rules.seed, rules.forward)
-        if rules.forward != "masked":  # whose rule comes in the dtype of the product, as if autocast had cast the weight
+        if (
+            rules.forward != "masked"
+        ):  # whose rule comes in the dtype of the product, as if autocast had cast the weight
             whole = _in(whole, weight.dtype)
         if call is not None and rules.gradient.name == "masked":
             whole = call.operands.kept.prune_(whole, codes)

@@ -117,6 +117,6 @@ def _add_(layers: Mapping[str, MaskedLayer], tensors: Sequence[Tensor | None], d
         )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _number(name: str) -> int:
     return zlib.crc32(name.encode())

@@ -76,7 +76,13 @@ def multiply_rows(
 
     Args:
         operands: Of the layer.
-        rows: The rest is as there.
+        rows: As there, and so are the others.
+        weight: The master.
+        codes: Of its mask.
+        bias: Or None.
+        transposed: Multiply by W instead of Wᵀ.
+        backend: A backend's name, or ``"auto"``.
+        backward_codes: Or None.
         stamp: ``operands.stamp`` after the forward product whose weight and codes these still are, or None.
     """
     choice = operands.choices.get(_key(rows, bias is not None, transposed, backend))
@@ -86,7 +92,9 @@ def multiply_rows(
     if choice.backend != MASKED.backend:
         try:
             chosen = BACKENDS[choice.backend]
-            operand = operands.at(stamp, chosen, transposed, rows.dtype) or operands.get(weight, codes, chosen, transposed, rows.dtype, backward_codes)
+            operand = operands.at(stamp, chosen, transposed, rows.dtype) or operands.get(
+                weight, codes, chosen, transposed, rows.dtype, backward_codes
+            )
             return chosen.product(operand, rows, added, choice.algorithm)
         except RuntimeError as error:
             if backend != "auto" or isinstance(error, torch.OutOfMemoryError):

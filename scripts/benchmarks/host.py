@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import append_csv, quantile_cells
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from sparsetrain import SparseTraining
@@ -33,6 +35,7 @@ WIDTH = 16
 LAYERS = 120
 SHAPES = ((16, 16), (16, 32), (32, 16), (32, 32), (48, 16))  # of the engine's layers, in turn
 MASKED = (512, 512, 256)  # O, I, tokens
+KERNELS: tuple[Any, ...] = (JITFunction, InterpretedFunction)
 CALLS = 20  # in one sample of a layer
 
 
@@ -111,19 +114,20 @@ def stand_ins(launched: Callable[[], object] = lambda: None) -> Iterator[None]:
     def launch(kernel: object, *arguments: object, **keywords: object) -> None:
         launched()
 
-    run_kernel, packers = JITFunction.run, dict(pack_tiles_._backend_fns)
-    pack_tiles_.register_kernel("cpu", packers["cuda"])
+    run_kernels, packers = {kind: kind.run for kind in KERNELS}, pack_tiles_._backend_fns
+    elsewhere, packers[None] = packers[None], packers["cuda"]
     NOW["cpu"] = NOW["cuda"]
     BACKENDS[StandIn.name] = StandIn()
-    JITFunction.run = launch  # type: ignore[method-assign, assignment]
+    for kind in KERNELS:
+        kind.run = launch
     try:
         yield
     finally:
-        JITFunction.run = run_kernel  # type: ignore[method-assign]
+        for kind, run_kernel in run_kernels.items():
+            kind.run = run_kernel
         del BACKENDS[StandIn.name]
         del NOW["cpu"]
-        pack_tiles_._backend_fns.clear()
-        pack_tiles_._backend_fns.update(packers)
+        packers[None] = elsewhere
 
 
 def layer_pairs(repeats: int) -> list[Pair]:
@@ -172,7 +176,7 @@ def step_pairs(repeats: int) -> list[Pair]:
 
 
 def _passes(model: nn.ModuleList, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Return a call that gives every weight a gradient, at another address than the last one, and uses both operands."""
+    """Return a call that gives every weight a gradient, at another address than the last, and uses both operands."""
     rows = {layer: torch.randn(WIDTH, layer.in_features, requires_grad=True) for layer in model}
 
     def both() -> None:
@@ -184,7 +188,7 @@ def _passes(model: nn.ModuleList, optimizer: torch.optim.Optimizer) -> Callable[
 
 
 def masked_pairs(repeats: int) -> list[Pair]:
-    """Time a forward and backward of the ``masked`` backend, with a weight as it was and one that was written before."""
+    """Time a forward and backward of the ``masked`` backend, with a weight as it was and one written before."""
     outputs, inputs, tokens = MASKED
     dense, sparse = nn.Linear(inputs, outputs), _sparse(nn.Linear(inputs, outputs), "masked")
     rows, gradient = torch.randn(tokens, inputs, requires_grad=True), torch.randn(tokens, outputs)
@@ -248,8 +252,12 @@ def _print(pairs: Sequence[Pair], repeats: int) -> None:
 
 def _rows(pair: Pair) -> list[dict[str, object]]:
     common = {"kernel_name": "host", "x_name": "what", "x_value": pair.name}
-    kinds = {"sparse": ("time", "us", pair.sparse), "dense": ("time", "us", pair.dense),
-             "sparse over dense": ("difference", "us", pair.over), "sparse to dense": ("ratio", "x", pair.ratio)}  # fmt: skip
+    kinds = {
+        "sparse": ("time", "us", pair.sparse),
+        "dense": ("time", "us", pair.dense),
+        "sparse over dense": ("difference", "us", pair.over),
+        "sparse to dense": ("ratio", "x", pair.ratio),
+    }
     return [
         {**common, "kernel_provider": name, "metric_name": metric, "metric_unit": unit, **quantile_cells(values)}
         for name, (metric, unit, values) in kinds.items()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from sparsetrain.backends import BACKENDS, Operand
@@ -55,22 +56,31 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def launch(kernel: Any, *arguments: object, **keywords: object) -> None:
         launches.append(kernel.fn.__name__)
 
-    monkeypatch.setattr(JITFunction, "run", launch)
+    for kind in (JITFunction, InterpretedFunction):
+        monkeypatch.setattr(kind, "run", launch)
     monkeypatch.setitem(BACKENDS, StandIn.name, StandIn())
     for operator in OPERATORS:
-        monkeypatch.setattr(operator, "_backend_fns", dict(operator._backend_fns))
-        operator.register_kernel("cpu", operator._backend_fns["cuda"])
+        monkeypatch.setitem(operator._backend_fns, None, operator._backend_fns["cuda"])
     return launches
 
 
-WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim", "lift_fresh")
+WAITS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "lift_fresh",
+)
 """Operators that wait for a CUDA device, or copy to it what lies in pageable memory, as ``torch.tensor(...)`` does."""
 
 
 class Waits(TorchDispatchMode):
     """Counts operators that would wait for a device; ``on_host`` are storages that a GPU's run has on the host too."""
 
-    def __init__(self, on_host: Callable[[], set[int]] = lambda: set()) -> None:  # noqa: PLW0108
+    def __init__(self, on_host: Callable[[], set[int]] = lambda: set()) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
         self._on_host = on_host

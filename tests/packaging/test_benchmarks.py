@@ -201,3 +201,33 @@ def test_a_figure_that_would_mislead_is_refused(load, tmp_path: Path, capsys, de
     assert figure.run(path, tmp_path / "figure.png", "gemm forward", dtype) == 2
     assert sentence in capsys.readouterr().out
     assert not (tmp_path / "figure.png").exists()
+
+
+def test_the_host_benchmark_compares_layers_steps_and_masked_products(load, monkeypatch, tmp_path: Path) -> None:
+    host = load("host")
+    monkeypatch.setattr(host, "LAYERS", 5)
+    monkeypatch.setattr(host, "MASKED", (16, 16, 4))
+    state = lambda: (  # noqa: E731
+        dict(host.BACKENDS), dict(host.NOW), dict(host.pack_tiles_._backend_fns), [kind.run for kind in host.KERNELS]
+    )  # fmt: skip
+    before = state()
+    assert host.run(2, tmp_path / "host.csv") == 0
+    assert state() == before
+    with (tmp_path / "host.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["x_value"].split(",")[0] for row in rows[::4]] == [
+        "layer forward", "layer forward and backward", *["step of 5 layers"] * 3, *["masked 16x16"] * 2,
+    ]  # fmt: skip
+    assert [row["kernel_provider"] for row in rows[:4]] == ["sparse", "dense", "sparse over dense", "sparse to dense"]
+    for mine, theirs, over, ratio in zip(rows[::4], rows[1::4], rows[2::4], rows[3::4], strict=True):
+        assert float(mine["y_value_50"]) > 0
+        assert float(theirs["y_value_50"]) > 0
+        assert (over["metric_unit"], ratio["metric_unit"]) == ("us", "x")
+
+
+def test_pairs_are_taken_in_turn(load) -> None:
+    host = load("host")
+    order: list[str] = []
+    pair = host.taken_in_turn("x", lambda: order.append("sparse"), lambda: order.append("dense"), 2, "", calls=2)
+    assert order == ["sparse", "dense"] * 3 + ["dense"] * 2 + ["sparse"] * 4 + ["dense"] * 2
+    assert (len(pair.sparse), len(pair.over), len(pair.ratio)) == (2, 2, 2)

@@ -122,7 +122,8 @@ WRITES: dict[str, Callable[[nn.Module], object]] = {
     "another parameter of the same memory and version": lambda layer: _twin_(layer),
     "double and back": lambda layer: layer.double().float(),
     "half and back": lambda layer: layer.half().float(),
-    "phase": lambda layer: (setattr(layer, "phase", "dense"), layer.weight.data.add_(1), setattr(layer, "phase", "sparse")),
+    "phase": lambda layer: [setattr(layer, "phase", "dense"), layer.weight.data.add_(1), layer.train(False),
+                            setattr(layer, "phase", "sparse")],
     "inference mode": lambda layer: _under(torch.inference_mode(), lambda: layer.weight.mul_(2)),
     "vector": lambda layer: nn.utils.vector_to_parameters(
         torch.randn(sum(entry.numel() for entry in layer.parameters())), layer.parameters()

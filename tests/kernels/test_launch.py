@@ -1,0 +1,72 @@
+"""Tables of numbers on a device: what they hold, when they are written, and who owns them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsetrain.kernels import launch
+
+NUMBERS = (0, 3, -(1 << 40), (1 << 62) + 1, 7)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A device that calls itself CUDA and lies on the CPU, with a stream and a capture that can be set."""
+    state: dict[str, Any] = {"capturing": False, "stream": 1}
+
+    class Device:
+        type = "cuda"
+
+        def __hash__(self) -> int:
+            return 0
+
+    class Stream:
+        @property
+        def cuda_stream(self) -> int:
+            return int(state["stream"])
+
+    real = torch.zeros
+
+    def zeros(*sizes: Any, device: Any = None, **keywords: Any) -> Tensor:
+        return real(*sizes, **keywords)
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+    state["device"] = Device()
+    return state
+
+
+def test_a_table_holds_its_numbers() -> None:
+    assert launch.table(NUMBERS, torch.device("cpu")).tolist() == list(NUMBERS)
+    assert launch.table((), torch.device("cpu")).tolist() == []
+
+
+def test_a_table_copies_nothing_from_the_host(cuda: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("a copy from pageable memory waits for the device")
+
+    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch, "from_numpy"), (Tensor, "to")):
+        monkeypatch.setattr(owner, name, forbidden)
+    assert launch.table((5, 1, 2), cuda["device"]).tolist() == [5, 1, 2]
+
+
+def test_a_table_is_written_once_for_each_stream(cuda: dict[str, Any]) -> None:
+    first = launch.table((1, 2, 4), cuda["device"])
+    assert launch.table((1, 2, 4), cuda["device"]) is first
+    cuda["stream"] = 2  # which does not wait for what the other stream writes
+    assert launch.table((1, 2, 4), cuda["device"]) is not first
+
+
+def test_a_captured_graph_owns_its_tables(cuda: dict[str, Any]) -> None:
+    before = launch.table((1, 2, 8), cuda["device"])
+    cuda["capturing"] = True
+    captured = launch.table((1, 2, 8), cuda["device"])
+    again = launch.table((1, 2, 8), cuda["device"])
+    cuda["capturing"] = False
+    after = launch.table((1, 2, 8), cuda["device"])
+    assert len({id(table) for table in (before, captured, again)}) == 3  # in the graph's memory, not in what is evicted
+    assert after is before  # and what the graph owns serves nobody else
+    assert captured.tolist() == [1, 2, 8]

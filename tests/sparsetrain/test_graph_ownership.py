@@ -1,0 +1,74 @@
+"""What a captured CUDA graph reads and writes is not freed or shared by what is called later."""
+
+import pytest
+import torch
+from simulated_backend import SimulatedBackend
+from torch import Tensor, nn
+
+from sparsetrain.backends import BACKENDS, filling
+from sparsetrain.conversion import to_sparse_
+from sparsetrain.kernels.mask_search import search_tiles
+from sparsetrain.operands import Execution, Operands
+
+
+class OnCuda(Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    state = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state[0])
+    monkeypatch.setitem(BACKENDS, "simulated", SimulatedBackend())
+    return state
+
+
+def test_scratch_of_a_capture_is_its_own(capturing: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        type = "cuda"
+
+        def __hash__(self) -> int:
+            return 1
+
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: real(size, dtype=dtype))
+    monkeypatch.setattr(filling, "_SCRATCH", {})
+    device = Device()
+    shared = filling._scratch(device, 64)
+    assert filling._scratch(device, 32) is shared
+    capturing[0] = True
+    captured = filling._scratch(device, 32)
+    capturing[0] = False
+    assert captured is not shared
+    assert filling._scratch(device, 128).data_ptr() != captured.data_ptr()  # a regrown one
+    assert captured.numel() == 32
+
+
+def test_a_shared_operand_that_a_graph_reads_outlives_a_release(capturing: list[bool]) -> None:
+    weight = torch.randn(32, 32).as_subclass(OnCuda)
+    codes = search_tiles(weight.as_subclass(Tensor), True)
+    operands = Operands(Execution("simulated", keep_transposed=False))
+    operands.managed = True
+    backend = BACKENDS["simulated"]
+    operands.get(weight, codes, backend, True, torch.float32)
+    capturing[0] = True
+    address = operands.get(weight, codes, backend, True, torch.float32).tensors[0].data_ptr()
+    capturing[0] = False
+    operands.release()  # a dense phase, between two replays
+    found = operands.get(weight, codes, backend, True, torch.float32)
+    assert found.tensors[0].data_ptr() == address
+    operands.release(captured=True)
+    assert operands.bytes == 0
+
+
+def test_nothing_that_is_kept_is_read_by_a_graph(capturing: list[bool]) -> None:
+    layer = to_sparse_(nn.Linear(16, 16, bias=False), "sparse", Execution("masked"))
+    layer.set_codes_(search_tiles(layer.weight.detach(), True))
+    from sparsetrain.kept_weight import may_keep
+
+    assert may_keep(layer.weight)
+    capturing[0] = True
+    on_cuda = layer.weight.detach().as_subclass(OnCuda)
+    assert not may_keep(on_cuda)
