@@ -185,6 +185,8 @@ class MaskedLayer(nn.Module):
         if name.startswith(("weight_", "bias_")):
             raise RuntimeError(_foreign_weight(name))
         super().register_parameter(name, param)
+        if "operands" in self.__dict__:  # another parameter may have the memory and the version of the last
+            self.operands.expire()
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(

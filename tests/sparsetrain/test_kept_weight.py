@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from simulated_backend import SimulatedBackend
 from support import mlp, train
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
 from sparsetrain import kept_weight
+from sparsetrain.backends import BACKENDS
 from sparsetrain.conversion import to_sparse_
 from sparsetrain.operands import Execution
 
@@ -366,3 +368,13 @@ def test_what_follows_operations_sees_the_masking() -> None:
         layer(fake.from_tensor(x))
     assert torch.equal(layer(x), by_hand(layer, x))
     assert not torch.equal(graph(x, twice), layer(x))
+
+
+def test_packed_weights_follow_a_parameter_of_the_same_memory_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "simulated", SimulatedBackend())
+    layer = to_sparse_(nn.Linear(16, 16), "sparse", Execution("simulated"))
+    layer.set_codes_(random_codes(layer))
+    x = torch.randn(3, 16)
+    layer(x)
+    _twin_(layer)
+    torch.testing.assert_close(layer(x), by_hand(layer, x))
