@@ -157,7 +157,7 @@ def may_keep(weight: Tensor) -> bool:
 
 def _stamp(weight: Tensor, codes: Tensor, backward: Tensor | None, mark: int) -> tuple[int, ...]:
     again = -1 if backward is None else backward._version
-    return weight.untyped_storage()._cdata, weight.storage_offset(), weight._version, codes._version, again, mark
+    return weight.untyped_storage()._cdata, int(weight.storage_offset()), weight._version, codes._version, again, mark
 
 
 def _room_for(source: Tensor, dtype: torch.dtype, room: Tensor | None) -> Tensor:
