@@ -165,7 +165,8 @@ def _eager_product(layer: MaskedLayer, input: Tensor) -> Tensor | None:
 
     ``nn.Module`` finds parameters slowly, and every check here is one that costs next to nothing.
     """
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    weight: Tensor | None = layer._parameters.get("weight")
+    bias: Tensor | None = layer._parameters.get("bias")
     codes, execution, again = layer.mask_codes, layer.execution, layer.backward_codes
     if weight is None or layer.soft_scale is not None or not is_plain(weight) or input.is_nested or not input.dim():
         return None

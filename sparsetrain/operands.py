@@ -322,7 +322,7 @@ def stamp_of(*tensors: Tensor) -> Stamp | None:
     for tensor in tensors:
         if tensor.is_inference():
             return None
-        numbers += (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor._version)
+        numbers += (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor._version)
     return tuple(numbers)
 
 
