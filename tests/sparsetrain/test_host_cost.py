@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from stand_in import stand_in
+from gpu_host import stand_in
 from torch import nn
 
 import sparsetrain as st

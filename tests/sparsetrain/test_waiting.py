@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in import Waits, host_reads, stand_in
+from gpu_host import Waits, host_reads, stand_in
 from torch import nn
 
 import sparsetrain as st
