@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .index_functions import cusparselt_sm80_place, cutlass_place
+from ..metadata_order import cusparselt_sm80_place, cutlass_place
 from .learning import LearnedLayout
 
 Place = Callable[[Tensor, Tensor, int], Tensor]

@@ -1,0 +1,106 @@
+"""Orders of metadata: the kernel's arithmetic, the plain one, and walks through memory that the tests write down."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsetrain.kernels.device_functions import metadata_place as place_in_a_kernel
+from sparsetrain.kernels.metadata_order import Order, metadata_places, metadata_words
+
+Walk = Iterator[tuple[int, int]]
+
+
+def natural(rows: int, words: int) -> Walk:
+    return ((row, word) for row in range(rows) for word in range(words))
+
+
+def block_of_8x(top: int, left: int) -> Walk:
+    for row in range(8):
+        for lower in (0, 16):
+            for word in (0, 1):
+                yield top + row + lower, left + word
+                yield top + row + lower + 8, left + word
+
+
+def cutlass(rows: int, words: int) -> Walk:
+    for left in range(0, words, 2):
+        for top in range(0, rows, 32):
+            yield from block_of_8x(top, left)
+
+
+def cusparselt_sm80(rows: int, words: int) -> Walk:
+    for left in range(0, words, 4):
+        for top in range(0, rows, 128):
+            for right in (0, 2):
+                for down in (0, 32, 64, 96):
+                    yield from block_of_8x(top + down, left + right)
+
+
+def cutlass_sm90(blocks: int, rows: int, words: int) -> Walk:
+    """The strides of an atom, from the slowest to the fastest; atoms down the rows first."""
+    for left in range(0, words, 2 * blocks):
+        for top in range(0, rows, 64):
+            for sixteen in range(4):
+                for parity in range(2):
+                    for row in range(8):
+                        for block in range(blocks):
+                            for eight in range(2):
+                                yield top + 16 * sixteen + 8 * eight + row, left + 2 * block + parity
+
+
+WALKS = {
+    Order.NATURAL: natural,
+    Order.CUTLASS: cutlass,
+    Order.CUSPARSELT_SM80: cusparselt_sm80,
+    Order.CUTLASS_SM90_1: lambda rows, words: cutlass_sm90(1, rows, words),
+    Order.CUTLASS_SM90_2: lambda rows, words: cutlass_sm90(2, rows, words),
+    Order.CUTLASS_SM90_4: lambda rows, words: cutlass_sm90(4, rows, words),
+}
+SHAPES = [(128, 128), (256, 384), (80, 48), (16, 16)]
+
+
+@triton.jit
+def places_kernel(places, table, rows, words, ORDER: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    row, word = tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, WORDS)[None, :]
+    inside = (row < rows) & (word < words)
+    place = place_in_a_kernel(row, word, inside, words, rows, ORDER, table)
+    tl.store(places + row * words + word, place, mask=inside)
+
+
+def by_kernel(rows: int, words: int, order: Order, device: str, table: Tensor | None = None) -> Tensor:
+    places = torch.full((rows, words), -1, dtype=torch.int64, device=device)
+    given = places if table is None else table.to(device)
+    places_kernel[(1,)](places, given, rows, words, int(order), triton.next_power_of_2(rows), 32)
+    return places.cpu()
+
+
+@pytest.mark.parametrize("order", WALKS, ids=lambda order: order.name)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_words_lie_where_a_walk_through_memory_meets_them(
+    order: Order, rows: int, columns: int, kernel_device: str
+) -> None:
+    words = columns // 16
+    size = metadata_words(rows, columns, order)
+    whole = {Order.CUTLASS: 32, Order.CUSPARSELT_SM80: 128}.get(order, 1)
+    if rows % whole or columns % whole:
+        assert size == 0
+        return
+    walk = list(WALKS[order](rows, words))
+    assert size == len(walk) >= rows * words
+    expected = torch.full((rows, words), -1, dtype=torch.int64)
+    for place, (row, word) in enumerate(walk):
+        if row < rows and word < words:  # the rest is padding
+            expected[row, word] = place
+    assert torch.equal(metadata_places(rows, columns, order, torch.device("cpu")), expected)
+    assert torch.equal(by_kernel(rows, words, order, kernel_device), expected)
+
+
+def test_a_table_says_where_words_lie(kernel_device: str) -> None:
+    table = torch.randperm(48 * 5).int()
+    expected = table.view(48, 5).long()
+    assert torch.equal(metadata_places(48, 80, Order.TABLE, torch.device("cpu"), table), expected)
+    assert torch.equal(by_kernel(48, 5, Order.TABLE, kernel_device, table), expected)
