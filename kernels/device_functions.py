@@ -85,6 +85,14 @@ def kept_pair(nibble, x0, x1, x2, x3):
 
 
 @triton.jit
+def pruned_pair(nibble, x0, x1, x2, x3):
+    """The two of four candidates that ``kept_pair`` leaves."""
+    first = tl.where((nibble & 1) == 0, x0, tl.where((nibble & 2) == 0, x1, x2))
+    last = tl.where((nibble & 8) == 0, x3, tl.where((nibble & 4) == 0, x2, x1))
+    return first, last
+
+
+@triton.jit
 def places(nibble):
     """``i0 | i1 << 2`` of the two set bits of a nibble; 0 for 0."""
     # halving tells the six nibbles apart, so eight entries of a table are enough: 0, 0011, 0101, 0110, 1001, 1010, 1100

@@ -64,10 +64,10 @@ SHAPES = [(128, 128), (256, 384), (80, 48), (16, 16)]
 
 
 @triton.jit
-def places_kernel(places, table, rows, words, ORDER: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    row, word = tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, WORDS)[None, :]
+def places_kernel(places, table, rows, words, order: tl.constexpr, height: tl.constexpr, width: tl.constexpr):
+    row, word = tl.arange(0, height)[:, None].to(tl.int64), tl.arange(0, width)[None, :]
     inside = (row < rows) & (word < words)
-    place = place_in_a_kernel(row, word, inside, words, rows, ORDER, table)
+    place = place_in_a_kernel(row, word, inside, words, rows, order, table)
     tl.store(places + row * words + word, place, mask=inside)
 
 
