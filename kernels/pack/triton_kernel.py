@@ -173,7 +173,7 @@ def pack_kernel(
         )  # fmt: skip
         code = a | (b << 4) | (c << 8) | (d << 12)
         if STATISTICS:
-            flips = tl.sum(tl.where(inside, count_bits(code ^ load_code(codes, inside)), 0))
+            flips = tl.where(inside, count_bits(code ^ load_code(codes, inside)), 0)
         tl.store(codes, code.to(tl.int16), mask=inside)
     else:
         a, b, c, d = nibbles_of(load_code(codes, inside))
@@ -181,26 +181,17 @@ def pack_kernel(
     if STATISTICS:
         kept = tl.zeros((ROWS, COLUMNS), tl.float32)
         pruned = tl.zeros((ROWS, COLUMNS), tl.float32)
-        kept, pruned = add_row(a, a0, a1, a2, a3, kept, pruned)
-        kept, pruned = add_row(b, b0, b1, b2, b3, kept, pruned)
-        kept, pruned = add_row(c, c0, c1, c2, c3, kept, pruned)
-        kept, pruned = add_row(d, d0, d1, d2, d3, kept, pruned)
-        nonfinite = tl.full((), 0, tl.int32)
-        kept_sum, pruned_sum = tl.sum(kept), tl.sum(pruned)
-        if not (kept_sum + pruned_sum < float("inf")):  # rare, so what it costs matters little
-            kept = tl.zeros((ROWS, COLUMNS), tl.float32)
-            pruned = tl.zeros((ROWS, COLUMNS), tl.float32)
-            others = tl.zeros((ROWS, COLUMNS), tl.int32)
-            kept, pruned, others = add_finite(a, a0, a1, a2, a3, kept, pruned, others)
-            kept, pruned, others = add_finite(b, b0, b1, b2, b3, kept, pruned, others)
-            kept, pruned, others = add_finite(c, c0, c1, c2, c3, kept, pruned, others)
-            kept, pruned, others = add_finite(d, d0, d1, d2, d3, kept, pruned, others)
-            kept_sum, pruned_sum, nonfinite = tl.sum(kept), tl.sum(pruned), tl.sum(others)
+        others = tl.zeros((ROWS, COLUMNS), tl.int32)
+        kept, pruned, others = add_row(a, a0, a1, a2, a3, kept, pruned, others)
+        kept, pruned, others = add_row(b, b0, b1, b2, b3, kept, pruned, others)
+        kept, pruned, others = add_row(c, c0, c1, c2, c3, kept, pruned, others)
+        kept, pruned, others = add_row(d, d0, d1, d2, d3, kept, pruned, others)
         place = sums + tensor.to(tl.int64) * 4 * blocks_of_sums + tl.program_id(0)
-        tl.store(place, kept_sum)
-        tl.store(place + blocks_of_sums, pruned_sum)
-        tl.store(place + 2 * blocks_of_sums, nonfinite.to(tl.float32))
-        tl.store(place + 3 * blocks_of_sums, flips.to(tl.float32))
+        tl.store(place, tl.sum(kept))
+        tl.store(place + blocks_of_sums, tl.sum(pruned))
+        counts = tl.sum(flips | (others << 16))  # of at most 16384 entries each
+        tl.store(place + 2 * blocks_of_sums, (counts >> 16).to(tl.float32))
+        tl.store(place + 3 * blocks_of_sums, (counts & 0xFFFF).to(tl.float32))
 
     if FORWARD:
         values = member(values_base, values_offsets, tensor, ALIGNED) + row * 4 * tile_columns + column
@@ -259,34 +250,22 @@ def store_words(meta, upper, lower, row, word, inside, word_columns, rows, ORDER
 
 
 @triton.jit
-def add_row(nibble, x0, x1, x2, x3, kept, pruned):
-    """Add magnitudes of a row of every tile, of which two are kept."""
+def add_row(nibble, x0, x1, x2, x3, kept, pruned, others):
+    """Add a row of every tile, of which two entries are kept: magnitudes of finite entries, and a count of others."""
     first, last = kept_pair(nibble, x0, x1, x2, x3)
-    kept += tl.abs(first) + tl.abs(last)
+    kept, others = add_finite(first, kept, others)
+    kept, others = add_finite(last, kept, others)
     first, last = pruned_pair(nibble, x0, x1, x2, x3)
-    return kept, pruned + (tl.abs(first) + tl.abs(last))
+    pruned, others = add_finite(first, pruned, others)
+    pruned, others = add_finite(last, pruned, others)
+    return kept, pruned, others
 
 
 @triton.jit
-def add_finite(nibble, x0, x1, x2, x3, kept, pruned, others):
-    """The same of finite entries alone, and count the others."""
-    first, last = kept_pair(nibble, finite(x0), finite(x1), finite(x2), finite(x3))
-    kept += tl.abs(first) + tl.abs(last)
-    first, last = pruned_pair(nibble, finite(x0), finite(x1), finite(x2), finite(x3))
-    pruned += tl.abs(first) + tl.abs(last)
-    return kept, pruned, others + not_finite(x0) + not_finite(x1) + not_finite(x2) + not_finite(x3)
-
-
-@triton.jit
-def finite(value):
-    """0 for NaN and infinities."""
-    return tl.where(tl.abs(value) < float("inf"), value, 0.0)
-
-
-@triton.jit
-def not_finite(value):
-    """1 for NaN and infinities, else 0."""
-    return tl.where(tl.abs(value) < float("inf"), 0, 1)
+def add_finite(value, total, others):
+    """Add a magnitude to the sum, or 1 to the count of what is not finite."""
+    finite = tl.abs(value) < float("inf")
+    return total + tl.where(finite, tl.abs(value), 0.0), others + tl.where(finite, 0, 1)
 
 
 @triton.jit

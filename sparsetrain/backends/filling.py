@@ -84,47 +84,43 @@ def operand_of_packed(backend: Backend, values: Tensor, meta: Tensor) -> Operand
 
 def _pack(fillings: list[Filling]) -> None:
     sources, codes = [filling.source for filling in fillings], [filling.codes for filling in fillings]
-    targets = Targets(fillings)
+    targets = Targets([(filling.operand, filling.transpose) for filling in fillings])
     pack_tiles_(sources, codes, *targets.columns, targets.tables, targets.orders)
-    targets.finish_()
+    for position, operand, natural in targets.unordered:
+        fillings[position].backend.finish_(operand, natural)
 
 
 class Targets:
-    """Where fillings of the same sides are packed, as the packer takes it.
+    """Where operands of several weights are packed, as the packer takes it.
 
     Args:
-        fillings: All with ``operand``, or none; all with ``transpose``, or none.
+        operands: W's and Wᵀ's of every weight; None for one that no weight has.
     """
 
-    def __init__(self, fillings: Sequence[Filling]) -> None:
-        self.columns: tuple[list[Tensor], ...] = ([], [], [], [])
+    def __init__(self, operands: Sequence[tuple[Operand | None, Operand | None]]) -> None:
+        self.columns: tuple[list[Tensor], ...] = ([], [], [], [])  # values, meta, values_t, meta_t
         self.tables: list[Tensor] = []
         self.orders: list[int] = []
-        self._natural: list[tuple[Filling, Operand, Tensor]] = []
+        self.unordered: list[tuple[int, Operand, Tensor]] = []  # whose bytes or nibbles are moved afterwards
         for side in (0, 1):
-            for filling in fillings:
-                operand = (filling.operand, filling.transpose)[side]
+            for position, pair in enumerate(operands):
+                operand = pair[side]
                 if operand is not None:
-                    self._add(filling, operand, *self.columns[2 * side : 2 * side + 2])
+                    self._add(position, operand, *self.columns[2 * side : 2 * side + 2])
 
-    def _add(self, filling: Filling, operand: Operand, values: list[Tensor], metas: list[Tensor]) -> None:
+    def _add(self, position: int, operand: Operand, values: list[Tensor], metas: list[Tensor]) -> None:
         assert operand.values is not None
         meta = operand.meta
-        if meta is None:  # bytes or nibbles are moved afterwards
+        if meta is None:
             size = (operand.shape[0], -(-operand.shape[1] // 16))
             meta = torch.empty(size, dtype=torch.int16, device=operand.values.device)
-            self._natural.append((filling, operand, meta))
+            self.unordered.append((position, operand, meta))
         values.append(operand.values)
         metas.append(meta)
         self.orders.append(int(operand.order))
         if operand.order == Order.TABLE:
             assert operand.places is not None
             self.tables.append(operand.places)
-
-    def finish_(self) -> None:
-        """Put metadata into orders that the packer cannot write."""
-        for filling, operand, meta in self._natural:
-            filling.backend.finish_(operand, meta)
 
 
 def _fill_from_matrix(filling: Filling) -> None:
