@@ -220,7 +220,9 @@ class Operands:
         """
         if any(operand.values is None or operand.meta is None for operand in self._made.values()):
             return None
-        if len({dtype for _, _, dtype in self._made}) != 1 or len({side for _, side, _ in self._made}) < len(self._made):
+        if len({dtype for _, _, dtype in self._made}) != 1 or len({side for _, side, _ in self._made}) < len(
+            self._made
+        ):
             return None
         by_side = {transposed: operand for (_, transposed, _), operand in self._stale().items()}
         return (by_side.get(False), by_side.get(True)) if by_side else None
