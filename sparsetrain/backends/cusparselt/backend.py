@@ -72,10 +72,11 @@ class CuSparseLtBackend:
             )  # fmt: skip
         buffer = torch.zeros(kept + layout.table.words, dtype=dtype, device=device)
         values, tail = buffer[:kept].view(rows, columns // 2), buffer[kept:].view(torch.int16)
-        if layout.order == Order.TABLE and layout.table.places is None:  # bytes or nibbles are moved
+        places = layout.table.places if layout.order == Order.TABLE else None
+        if layout.order == Order.TABLE and places is None:  # bytes or nibbles are moved
             return CompressedOperand(shape, (buffer,), values, layout=layout)
         layout.table.pad_(tail)
-        return CompressedOperand(shape, (buffer,), values, tail, layout.order, layout.table.places, layout)
+        return CompressedOperand(shape, (buffer,), values, tail, layout.order, places, layout)
 
     def finish_(self, operand: Operand, source: Tensor) -> None:
         """Put metadata behind the values, or compress the masked matrix; in place."""
