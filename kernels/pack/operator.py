@@ -257,8 +257,8 @@ def _pack_on_cuda(
         if not filled:
             return
         part = None if statistics is None else statistics[filled]
-        given = [None if each is None else each.of(filled) for each in (side, side_t)]
-        _pack_on_cuda([weights[i] for i in filled], [codes[i] for i in filled], *given, search, part)
+        first, second = (None if each is None else each.of(filled) for each in (side, side_t))
+        _pack_on_cuda([weights[i] for i in filled], [codes[i] for i in filled], first, second, search, part)
         if statistics is not None and part is not None:
             statistics[filled] = part
         return

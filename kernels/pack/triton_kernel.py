@@ -55,9 +55,9 @@ def pack_into(
     sums = None if statistics is None else weights[0].new_zeros((len(order), SUMS, blocks), dtype=torch.float32)
     start = 0
     for group in groups:
-        parts = [None if given is None else given.of(group) for given in (side, side_t)]
+        first, second = (None if given is None else given.of(group) for given in (side, side_t))
         piece = None if sums is None else sums[start : start + len(group)]
-        _launch([weights[i] for i in group], [codes[i] for i in group], *parts, search=search, sums=piece)
+        _launch([weights[i] for i in group], [codes[i] for i in group], first, second, search, piece)
         start += len(group)
     if statistics is not None and sums is not None:
         kept, pruned, nonfinite, flips = sums.sum(2, dtype=torch.float64).unbind(1)
