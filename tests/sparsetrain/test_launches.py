@@ -89,10 +89,8 @@ def test_watching_a_dense_phase_packs_nothing(backend: OrderedBackend) -> None:
         for _ in range(4):
             step(model, optimizer)
     assert training.phase == "dense"
-    refreshes = 2 + (0 in [training.last_refresh])
     assert launches.names == ["pack_kernel"] * len(launches.names)
-    assert len(launches.names) % 5 == 0
-    assert len(launches.names) >= 5 * refreshes
+    assert len(launches.names) in (10, 15)  # a search at two or three steps
     for given in launches.arguments:
         assert (given["SEARCH"], given["STATISTICS"]) == (True, True)
         assert (given["FORWARD"], given["TRANSPOSED"]) == (False, False)
