@@ -3,6 +3,15 @@
 import triton
 import triton.language as tl
 
+from .metadata_order import Order
+
+NATURAL = tl.constexpr(int(Order.NATURAL))
+TABLE = tl.constexpr(int(Order.TABLE))
+CUTLASS = tl.constexpr(int(Order.CUTLASS))
+CUSPARSELT_SM80 = tl.constexpr(int(Order.CUSPARSELT_SM80))
+CUTLASS_SM90_2 = tl.constexpr(int(Order.CUTLASS_SM90_2))
+CUTLASS_SM90_4 = tl.constexpr(int(Order.CUTLASS_SM90_4))
+
 
 @triton.jit
 def split_columns(row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -76,10 +85,43 @@ def kept_pair(nibble, x0, x1, x2, x3):
 
 
 @triton.jit
+def pruned_pair(nibble, x0, x1, x2, x3):
+    """The two of four candidates that ``kept_pair`` leaves."""
+    first = tl.where((nibble & 1) == 0, x0, tl.where((nibble & 2) == 0, x1, x2))
+    last = tl.where((nibble & 8) == 0, x3, tl.where((nibble & 4) == 0, x2, x1))
+    return first, last
+
+
+@triton.jit
 def places(nibble):
     """``i0 | i1 << 2`` of the two set bits of a nibble; 0 for 0."""
     # halving tells the six nibbles apart, so eight entries of a table are enough: 0, 0011, 0101, 0110, 1001, 1010, 1100
     return (0x0EDC9840 >> ((nibble << 1) & 28)) & 15
+
+
+@triton.jit
+def metadata_place(row, word, inside, word_columns, rows, ORDER: tl.constexpr, table):
+    """Where a word of natural metadata lies in an ORDER, as ``metadata_place`` of ``metadata_order.py`` says it.
+
+    ``row`` is int64 and ``inside`` masks what is read of the ``table`` of places, which only ``Order.TABLE`` needs.
+    """
+    natural = row * word_columns + word
+    if ORDER == NATURAL:
+        return natural
+    elif ORDER == TABLE:
+        return tl.load(table + natural, mask=inside, other=0).to(tl.int64)
+    elif ORDER == CUTLASS:
+        block = (word >> 1) * (2 * rows) + (row >> 5) * 64
+        return block + (row & 7) * 8 + ((row >> 4) & 1) * 4 + (word & 1) * 2 + ((row >> 3) & 1)
+    elif ORDER == CUSPARSELT_SM80:
+        tile = (word >> 2) * (rows >> 7) + (row >> 7)
+        block = tile * 512 + ((word >> 1) & 1) * 256 + ((row >> 5) & 3) * 64
+        return block + (row & 7) * 8 + ((row >> 4) & 1) * 4 + (word & 1) * 2 + ((row >> 3) & 1)
+    else:
+        blocks: tl.constexpr = 4 if ORDER == CUTLASS_SM90_4 else 2 if ORDER == CUTLASS_SM90_2 else 1
+        atom = (word // (2 * blocks)) * ((rows + 63) >> 6) + (row >> 6)
+        place = ((row >> 3) & 1) + ((word >> 1) % blocks) * 2 + (row & 7) * (2 * blocks)
+        return atom * (128 * blocks) + place + (word & 1) * (16 * blocks) + ((row >> 4) & 3) * (32 * blocks)
 
 
 @triton.jit

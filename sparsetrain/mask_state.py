@@ -13,10 +13,10 @@ from .criteria import Criterion, Magnitude
 from .criteria.interface import scores_of
 from .criteria.scope import dense_layers, dense_tiles
 from .distributed import require_equal_codes
-from .kernels.mask_search.operator import search_tiles_
 from .kernels.statistics.operator import tile_statistics
 from .kernels.tile_codes.reference import unpack_codes
 from .masked_layer import MaskedLayer
+from .one_pass import fits_one_pass, search_in_one_pass_
 from .patterns import TRANSPOSABLE, Pattern
 from .state_schema import by_layer, names_of, refuse, require_keys, require_state, tensor
 from .tiles import KEEP_ALL
@@ -102,22 +102,27 @@ class MaskState:
             RuntimeError: If data-parallel ranks found different masks.
         """
         start = time.perf_counter()
-        old = {name: codes.clone() for name, codes in self.codes.items()} if self.exists else {}
         wanted = set(self.maskable).intersection(self.layers if names is None else names)
+        once = self._in_one_pass(wanted)
+        compared = self.ages if once else self.codes  # one pass counts flips itself
+        old = {name: self.codes[name].clone() for name in compared} if self.exists else {}
         if not virtual:
             self._warn_of_missing(clock, wanted)
-        new = self._search(clock, wanted)
-        for name, codes in new.items():
-            if name in old and name in self.ages:
-                age = self.ages[name] = self.ages[name].to(codes.device)  # the model may have moved
-                age.add_(age < MAX_AGE).masked_fill_(self.layers[name].as_weight(unpack_codes(old[name] ^ codes)), 0)
-            self.layers[name].set_codes_(codes)
-        statistics = self._statistics(old)
+        if once:
+            statistics = self._search_in_one_pass(wanted, pack=not virtual)
+        else:
+            for name, codes in self._search(clock, wanted).items():
+                self.layers[name].set_codes_(codes)
+            statistics = self._statistics(old)
+        for name in wanted.intersection(old, self.ages):
+            codes = self.layers[name].mask_codes
+            age = self.ages[name] = self.ages[name].to(codes.device)  # the model may have moved
+            age.add_(age < MAX_AGE).masked_fill_(self.layers[name].as_weight(unpack_codes(old[name] ^ codes)), 0)
         if self.exists:
             flips = {name: row[5] for name, row in statistics.items()}
             self.flips, self.virtual_flips = (self.flips, flips) if virtual else (flips, self.virtual_flips)
         self.exists = True
-        self.sums_at_refresh.update((name, statistics[name][:5]) for name in new)
+        self.sums_at_refresh.update((name, statistics[name][:5]) for name in self.maskable if name in wanted)
         self.refresh_ms = 1e3 * (time.perf_counter() - start)
         self.refresh_backward()
         require_equal_codes(self.codes)
@@ -143,17 +148,25 @@ class MaskState:
             stacklevel=2,
         )
 
+    def _in_one_pass(self, wanted: set[str]) -> bool:
+        """Whether masks are those of largest magnitude alone, which the packer finds itself."""
+        more = self.tile_budget or self.kept != 2 or (self.hysteresis and self.exists)
+        plain = self.pattern is TRANSPOSABLE and type(self.criterion) is Magnitude and not more
+        return plain and fits_one_pass([self.layers[name] for name in wanted])
+
+    def _search_in_one_pass(self, wanted: set[str], pack: bool) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for every in self._by_device():  # all of a device in one call, so that equal layouts share a launch
+            names = [name for name in every if name in wanted]
+            if names:
+                found.update(zip(names, search_in_one_pass_([self.layers[name] for name in names], pack), strict=True))
+        return {
+            name: found[name] if name in found else torch.zeros(6, dtype=torch.float64, device=layer.weight.device)
+            for name, layer in self.maskable.items()
+        }
+
     def _search(self, clock: int, wanted: set[str]) -> dict[str, Tensor]:
         bonus = self.hysteresis if self.exists else 0.0
-        plain = not bonus and not self.tile_budget and self.kept == 2
-        if plain and self.pattern is TRANSPOSABLE and type(self.criterion) is Magnitude:
-            found: dict[str, Tensor] = {}
-            for every in self._by_device():  # all of a device in one call, so that equal layouts share a launch
-                names = [name for name in every if name in wanted]
-                codes = [torch.empty_like(self.layers[name].mask_codes) for name in names]
-                search_tiles_([self.layers[name].matrix.detach() for name in names], codes, magnitude=True)
-                found.update(zip(names, codes, strict=True))
-            return {name: found[name] for name in self.layers if name in wanted}
         if not self.tile_budget:
             return {
                 name: self.pattern.search(self._scores(name, layer, clock, bonus), self.kept)

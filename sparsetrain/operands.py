@@ -1,6 +1,7 @@
 """Operands of a layer: its masked weight in the forms that backends multiply by, renewed after any write to it."""
 
 import functools
+import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Execution:
     seed: int = 0
     note: str = ""
 
+
+LOG = logging.getLogger("sparsetrain")
 
 PRODUCT_NAMES = {False: "forward", True: "input gradient", None: "weight gradient"}
 
@@ -102,6 +105,7 @@ class Operands:
         self._captured: set[Key] = set()
         self._shared: dict[tuple[object, ...], Operand] = {}
         self._stamp: Stamp | None = None
+        self._fresh: Stamp | None = None  # of what a refresh packed, which the renewal after it need not
         self._held: tuple[StorageWeakRef, ...] = ()  # so that no other storage gets the stamp's address
         self._bias: dict[torch.dtype, _Bias] = {}
         self._device: torch.device | None = None
@@ -219,7 +223,7 @@ class Operands:
 
     def expire(self) -> None:
         """Have everything renewed before its next use."""
-        self._stamp = None
+        self._stamp = self._fresh = None
         if self.kept.is_made:
             self.kept.expire()
         for held in self._bias.values():
@@ -235,6 +239,29 @@ class Operands:
             self._shared.clear()
             self._bias.clear()
         self.expire()
+
+    def packed_alone(self) -> tuple[Operand | None, Operand | None] | None:
+        """Return W's and Wᵀ's operand to write now, or None if there are others, or none that the packer writes whole.
+
+        Who writes them calls :meth:`written`.
+        """
+        if any(operand.values is None or operand.meta is None for operand in self._made.values()):
+            return None
+        if len({dtype for _, _, dtype in self._made}) != 1 or len({side for _, side, _ in self._made}) < len(
+            self._made
+        ):
+            return None
+        by_side = {transposed: operand for (_, transposed, _), operand in self._stale().items()}
+        return (by_side.get(False), by_side.get(True)) if by_side else None
+
+    def written(self, weight: Tensor, codes: Tensor) -> None:
+        """Take note that all operands were written from these, so that the next :func:`renew_` leaves them."""
+        self._renewed(weight, codes, None)
+        self._fresh = self._stamp
+
+    def _take_fresh(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> bool:
+        fresh, self._fresh = self._fresh, None
+        return fresh is not None and fresh == _stamp(weight, codes, backward)
 
     def _stale(self) -> dict[Key, Operand]:
         """Forget what nobody used for long, and return the rest; captured graphs use theirs unseen."""
@@ -327,8 +354,18 @@ def stamp_of(*tensors: Tensor) -> Stamp | None:
 
 
 def renew_(layers: Sequence[Layer]) -> None:
-    """Fill the operands of several layers anew, in place; equal layouts share a launch."""
-    _renew([(layer.operands, layer.matrix.detach(), layer.mask_codes, layer.backward_codes) for layer in layers])
+    """Fill the operands of several layers again, in place, but for those just written; equal layouts share a launch."""
+    sources = [(layer.operands, layer.matrix.detach(), layer.mask_codes, layer.backward_codes) for layer in layers]
+    stale = [source for source in sources if not source[0]._take_fresh(*source[1:])]
+    try:
+        _renew(stale)
+    except RuntimeError as error:
+        lenient = all(operands.execution.backend == "auto" and not operands._captured for operands, *_ in stale)
+        if not lenient or isinstance(error, torch.OutOfMemoryError):
+            raise
+        LOG.warning("weights cannot be packed now, so the next products pack theirs or are dense: %s", error)
+        for operands, *_ in stale:
+            operands.release()
     for layer in layers:
         if layer.bias is not None:
             for held in layer.operands._bias.values():

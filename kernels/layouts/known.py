@@ -1,15 +1,11 @@
 """Known orders of metadata as tables: filled once a shape, so that a repack is one gather."""
 
 import functools
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from .index_functions import cusparselt_sm80_place, cutlass_place
+from ..metadata_order import Order, metadata_places, metadata_words
 from .learning import LearnedLayout
-
-Place = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def cutlass_layout(rows: int, columns: int, device: torch.device) -> LearnedLayout:
@@ -24,7 +20,7 @@ def cutlass_layout(rows: int, columns: int, device: torch.device) -> LearnedLayo
         >>> cutlass_layout(32, 32, torch.device("cpu")).source[:4].tolist()  # words of two rows, 8 apart
         [0, 16, 1, 17]
     """
-    return _table(cutlass_place, rows, columns, device)
+    return known_layout(Order.CUTLASS, rows, columns, device)
 
 
 def cusparselt_sm80_layout(rows: int, columns: int, device: torch.device) -> LearnedLayout:
@@ -39,12 +35,26 @@ def cusparselt_sm80_layout(rows: int, columns: int, device: torch.device) -> Lea
         >>> cusparselt_sm80_layout(128, 128, torch.device("cpu")).source.numel()
         1024
     """
-    return _table(cusparselt_sm80_place, rows, columns, device)
+    return known_layout(Order.CUSPARSELT_SM80, rows, columns, device)
 
 
 @functools.lru_cache(maxsize=64)
-def _table(place: Place, rows: int, columns: int, device: torch.device) -> LearnedLayout:
-    words = torch.arange(rows * columns // 16, dtype=torch.int32, device=device)
-    places = place(words // (columns // 16), words % (columns // 16), rows)
-    source = torch.empty_like(words).index_copy_(0, places.long(), words)
-    return LearnedLayout(rows, columns, 16, source, torch.empty(0, dtype=torch.int16, device=device))
+def known_layout(order: Order, rows: int, columns: int, device: torch.device) -> LearnedLayout:
+    """Return an order that is no table as one, with zeros for padding.
+
+    Args:
+        order: Which the sizes have, see :func:`..metadata_order.metadata_words`.
+        rows: R of the matrix ``[R, C]``.
+        columns: C, a multiple of 16.
+        device: Of the table.
+
+    Example:
+        >>> known_layout(Order.CUTLASS_SM90_1, 16, 32, torch.device("cpu")).source[:4].tolist()  # rows 0 and 8
+        [0, 16, 2, 18]
+    """
+    places = metadata_places(rows, columns, order, device).flatten()
+    size = metadata_words(rows, columns, order)
+    source = torch.full((size,), -1, dtype=torch.int32, device=device)
+    source.index_copy_(0, places, torch.arange(places.numel(), dtype=torch.int32, device=device))
+    padding = torch.zeros(size - places.numel(), dtype=torch.int16, device=device)
+    return LearnedLayout(rows, columns, 16, source, padding)

@@ -1,5 +1,6 @@
 """Learning where a vendor's compressor puts metadata, from probes whose metadata says where it came from."""
 
+import functools
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
@@ -98,6 +99,26 @@ class LearnedLayout:
             kind = self.padding.dtype
             self._pad_(torch.index_select(natural.view(kind), 0, self._gather, out=words.view(kind)))
 
+    @property
+    def words(self) -> int:
+        """Words behind the values, padding among them."""
+        return self.source.numel() * self.unit_bits // 16
+
+    @functools.cached_property
+    def places(self) -> Tensor | None:
+        """Int32 ``[R·C/16]``: where every natural word lies behind the values; None if that is no single place."""
+        words = self.rows * self.columns // 16
+        lying = (self.source >= 0).nonzero().flatten()
+        if self.unit_bits != 16 or lying.numel() != words:
+            return None
+        places = torch.full((words,), -1, dtype=torch.int32, device=self.source.device)
+        places.index_copy_(0, self.source[lying].long(), lying.int())
+        return None if bool((places < 0).any()) else places
+
+    def pad_(self, tail: Tensor) -> None:
+        """Write the padding of an order of words behind the values; the rest stays."""
+        self._pad_(tail.view(-1).view(torch.int16))
+
     def _pad_(self, units: Tensor) -> Tensor:
         return units.index_copy_(0, self._padded, self.padding) if self._padded.numel() else units
 
@@ -106,6 +127,7 @@ class LearnedLayout:
         moved = copy(self)
         for name in ("source", "padding", "_padded"):
             object.__setattr__(moved, name, getattr(self, name).to(device))
+        moved.__dict__.pop("places", None)
         shared = self._gather is self.source
         object.__setattr__(moved, "_gather", moved.source if shared else self._gather.to(device))
         return moved
@@ -117,7 +139,7 @@ class LearnedLayout:
                 f"meta is {meta.dtype} {tuple(meta.shape)} on {meta.device}: it must be torch.int16 {shape} on "
                 f"{device}."
             )
-        words = self.source.numel() * self.unit_bits // 16
+        words = self.words
         fits = tail.numel() == words and tail.dtype.itemsize == 2 and tail.is_contiguous()
         if not fits or tail.device != device:
             raise ValueError(

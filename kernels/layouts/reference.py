@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .index_functions import cusparselt_sm80_place, cutlass_place
+from ..metadata_order import cusparselt_sm80_place, cutlass_place
 
 Place = Callable[[Tensor, Tensor, int], Tensor]
 

@@ -88,13 +88,13 @@ def apply_mask_(tensor: Tensor, codes: Tensor) -> Tensor:
 
 
 def _draws(codes: Tensor, rows: slice, number: int, clock: int) -> Tensor:
-    """Return 16 random bits for every entry of some rows, int32: a word of Philox for each, four of a row at a time."""
-    columns = codes.shape[1]
-    count = min(rows.stop, 4 * codes.shape[0]) - rows.start
-    place = torch.arange(rows.start * columns, (rows.start + count) * columns, device=codes.device)
+    """Return 16 random bits for every entry of some rows, int32: of a word of Philox each, four in a column at once."""
+    columns, top = 4 * codes.shape[1], rows.start // 4
+    count = min(rows.stop // 4, codes.shape[0]) - top
+    place = torch.arange(top * columns, (top + count) * columns, device=codes.device)
     counter = [torch.full((), word & 0xFFFFFFFF, device=codes.device) for word in (number, clock, 0)]
-    words = torch.stack(philox(SEED, place & 0xFFFFFFFF, *counter), dim=1)
-    return (words >> 16).to(torch.int32).view(count, 4 * columns)
+    words = torch.stack([word.view(count, columns) for word in philox(SEED, place & 0xFFFFFFFF, *counter)], dim=1)
+    return (words >> 16).to(torch.int32).view(4 * count, columns)
 
 
 def _masks(codes: Tensor) -> Iterator[tuple[slice, Tensor]]:

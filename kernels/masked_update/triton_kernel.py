@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_functions import join_columns, load_code, member, split_columns
+from ..device_functions import load_code, member
 from ..launch import are_aligned, groups_of_equal_layout, members, on_device_of, table
 from .reference import HALF_DTYPES
 from .reference import SEED as KEY
@@ -87,47 +87,34 @@ def masked_update_kernel(
 ):  # fmt: skip
     """Update ROWS × COLUMNS tiles of the program's target: add the masked decay if ADD, else zero what is pruned.
 
-    AT_RANDOM sums are rounded by a word of Philox for each entry, four of a row at a time.
+    Every entry is a thread's own, and so is its copy of its tile's code. AT_RANDOM sums are rounded by a word of Philox
+    for each entry, four of a column of a tile at a time.
     """
     tensor = tl.program_id(1)
     blocks = tl.cdiv(tile_columns, COLUMNS)
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    left = (tl.program_id(0) % blocks) * COLUMNS
-    column = left + tl.arange(0, COLUMNS)[None, :]
-    inside = (row < tile_rows) & (column < tile_columns)
-    code = load_code(member(code_base, code_offsets, tensor, ALIGNED) + row * tile_columns + column, inside)
-    element = left * 4 + tl.arange(0, 4 * COLUMNS)[None, :]
+    element = (tl.program_id(0) % blocks) * (4 * COLUMNS) + tl.arange(0, 4 * COLUMNS)[None, :]
     within = (row < tile_rows) & (element < tile_columns * 4)
+    codes = member(code_base, code_offsets, tensor, ALIGNED) + row * tile_columns + (element >> 2)
+    bits = load_code(codes, within) >> (element & 3)  # bit 4·line says whether the entry of a line is kept
     targets = member(target_base, target_offsets, tensor, ALIGNED) + row * 4 * target_stride + element
     weights = member(weight_base, weight_offsets, tensor, ALIGNED) + row * 4 * weight_stride + element
+    if ADD:
+        factor = tl.load(decay)
+        if AT_RANDOM:
+            place = (row * (4 * tile_columns) + element).to(tl.uint32)
+            number = tl.load(numbers + tensor).to(tl.uint32)
+            above = (bits >> 16).to(tl.uint32)  # zeros, which have every thread draw for its own entries
+            r0, r1, r2, r3 = tl.philox(SEED, place, number, tl.cast(clock, tl.uint32), above)
     for line in tl.static_range(4):
         target = tl.load(targets + line * target_stride, mask=within, other=0.0)
-        nibble = code >> (4 * line)
+        pruned = ((bits >> (4 * line)) & 1) == 0
         if ADD:
             weight = tl.load(weights + line * weight_stride, mask=within, other=0.0).to(tl.float32)
-            w0, w1, w2, w3 = split_columns(weight, ROWS, COLUMNS)
-            pruned = join_columns(
-                tl.where((nibble & 1) != 0, 0.0, w0),
-                tl.where((nibble & 2) != 0, 0.0, w1),
-                tl.where((nibble & 4) != 0, 0.0, w2),
-                tl.where((nibble & 8) != 0, 0.0, w3),
-                ROWS, COLUMNS,
-            )  # fmt: skip
-            result = target.to(tl.float32) + pruned * tl.load(decay)
+            result = target.to(tl.float32) + tl.where(pruned, weight, 0.0) * factor
             if AT_RANDOM:
-                place = ((row * 4 + line) * tile_columns + column).to(tl.uint32)
-                number = tl.load(numbers + tensor).to(tl.uint32)
-                r0, r1, r2, r3 = tl.philox(SEED, place, number, tl.cast(clock, tl.uint32), tl.full((), 0, tl.uint32))
-                draw = join_columns(r0, r1, r2, r3, ROWS, COLUMNS) >> 16
-                result = rounded_at_random(result, draw, target.dtype)
+                draw = r0 if line == 0 else r1 if line == 1 else r2 if line == 2 else r3
+                result = rounded_at_random(result, draw >> 16, target.dtype)
         else:
-            t0, t1, t2, t3 = split_columns(target, ROWS, COLUMNS)
-            zero = tl.zeros((ROWS, COLUMNS), target.dtype)
-            result = join_columns(
-                tl.where((nibble & 1) != 0, t0, zero),
-                tl.where((nibble & 2) != 0, t1, zero),
-                tl.where((nibble & 4) != 0, t2, zero),
-                tl.where((nibble & 8) != 0, t3, zero),
-                ROWS, COLUMNS,
-            )  # fmt: skip
+            result = tl.where(pruned, tl.zeros_like(target), target)
         tl.store(targets + line * target_stride, result.to(target.dtype), mask=within)

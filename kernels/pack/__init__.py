@@ -2,5 +2,6 @@
 
 from .operator import pack_tiles, pack_tiles_, search_and_pack, search_and_pack_, unpack_rows
 from .reference import empty_packed
+from .sides import Side
 
-__all__ = ["empty_packed", "pack_tiles", "pack_tiles_", "search_and_pack", "search_and_pack_", "unpack_rows"]
+__all__ = ["Side", "empty_packed", "pack_tiles", "pack_tiles_", "search_and_pack", "search_and_pack_", "unpack_rows"]

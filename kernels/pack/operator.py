@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from ..mask_search.reference import search_transposable
+from ..metadata_order import Order, metadata_words
+from ..statistics.reference import FIELDS, measure
 from . import reference
+from .sides import Side
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -66,18 +69,23 @@ def search_and_pack(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 @torch.library.custom_op("sparsetrain::pack_tiles_", mutates_args={"values", "meta", "values_t", "meta_t"})
 def pack_tiles_(
     weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor],
+    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    orders: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
     """Pack several weights by their codes into existing operands; on CUDA, one launch for each layout among them.
 
     Args:
         weights: As in :func:`pack_tiles`, each.
-        codes: As in :func:`pack_tiles`, contiguous, each; where they keep two of four along columns alone, what is
-            written for W itself means nothing.
-        values: Contiguous, shaped as :func:`pack_tiles` returns it, all of one dtype; overwritten.
-        meta: The same.
-        values_t: The same; or an empty list, to leave the transposes out (masks may then be row-wise).
+        codes: As in :func:`pack_tiles`, contiguous, each; W needs two of four along rows, Wᵀ along columns.
+        values: Contiguous, shaped as :func:`pack_tiles` returns it, all of one dtype; overwritten. Or an empty list, to
+            leave W out.
+        meta: Metadata of W: int16, contiguous, shaped as there or, in another order, of the size that it needs; what is
+            padding there stays as it is.
+        values_t: The same of the transposes; or an empty list.
         meta_t: The same.
+        tables: Int32, the places of a matrix's words: one for every ``Order.TABLE`` among the orders.
+        orders: Numbers of :class:`..metadata_order.Order`: of every ``meta``, then of every ``meta_t``; None if all are
+            natural.
 
     Raises:
         ValueError: If the lists or their entries do not fit; nothing is written then.
@@ -85,14 +93,9 @@ def pack_tiles_(
     Example:
         >>> weight, codes = torch.randn(4, 16), torch.full((1, 4), 0x5A5A, dtype=torch.int16)
         >>> parts = [[torch.empty_like(part)] for part in pack_tiles(weight, codes, torch.bfloat16)]
-        >>> pack_tiles_([weight], [codes], *parts)
+        >>> pack_tiles_([weight], [codes], *parts, [])
     """
-    _check_targets(weights, codes, values, meta, values_t, meta_t)
-    for position, (weight, code) in enumerate(zip(weights, codes, strict=True)):
-        targets = [column[position] for column in (values, meta, values_t, meta_t) if column]
-        packed = reference.pack(weight, code, targets[0].dtype, transposed=bool(values_t))
-        for target, part in zip(targets, packed, strict=True):
-            target.copy_(part)
+    _pack_in_torch(weights, codes, *_sides(weights, codes, values, meta, values_t, meta_t, tables, orders))
 
 
 @torch.library.custom_op(
@@ -100,19 +103,34 @@ def pack_tiles_(
 )
 def search_and_pack_(
     weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor],
-) -> None:  # fmt: skip
-    """Search and pack several weights into existing codes and operands; see :func:`pack_tiles_`.
+    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    orders: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Search the masks of several weights into their codes, pack by them and measure, reading every weight once.
+
+    The arguments are those of :func:`pack_tiles_`; with no values at all, masks are searched and measured alone.
+
+    Returns:
+        float64 ``[weights, 6]`` on their device: what ``tile_statistics`` measures; entries whose mask changed count
+        from the codes that were there.
+
+    Raises:
+        ValueError: If the lists or their entries do not fit; nothing is written then.
 
     Example:
         >>> weight = torch.randn(4, 16)
         >>> parts = [[torch.empty_like(part)] for part in search_and_pack(weight, torch.bfloat16)]
-        >>> search_and_pack_([weight], *parts)
+        >>> search_and_pack_([weight], *parts, []).shape
+        torch.Size([1, 6])
     """
-    _check_targets(weights, codes, values, meta, values_t, meta_t)
-    for weight, code in zip(weights, codes, strict=True):
-        code.copy_(search_transposable(weight, magnitude=True))
-    pack_tiles_(weights, codes, values, meta, values_t, meta_t)
+    sides = _sides(weights, codes, values, meta, values_t, meta_t, tables, orders)
+    statistics = _empty_statistics(weights)
+    for row, weight, code in zip(statistics, weights, codes, strict=True):
+        found = search_transposable(weight, magnitude=True)
+        row.copy_(measure(weight, found, code))
+        code.copy_(found)
+    _pack_in_torch(weights, codes, *sides)
+    return statistics
 
 
 @torch.library.custom_op("sparsetrain::unpack_rows", mutates_args=())
@@ -169,19 +187,29 @@ def _(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 @pack_tiles_.register_fake
+def _(
+    weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
+    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    orders: Sequence[int] | None = None,
+) -> None:  # fmt: skip
+    _sides(weights, codes, values, meta, values_t, meta_t, tables, orders)
+
+
 @search_and_pack_.register_fake
 def _(
     weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor],
-) -> None:  # fmt: skip
-    _check_targets(weights, codes, values, meta, values_t, meta_t)
+    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    orders: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    _sides(weights, codes, values, meta, values_t, meta_t, tables, orders)
+    return _empty_statistics(weights)
 
 
 @pack_tiles.register_kernel("cuda")
 def _(weight: Tensor, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(weight, codes, dtype)
     values, meta, values_t, meta_t = reference.empty_packed(weight, dtype)
-    _pack_on_cuda([weight], [codes.contiguous()], [[values], [meta], [values_t], [meta_t]], search=False)
+    _pack_on_cuda([weight], [codes.contiguous()], _side([values], [meta]), _side([values_t], [meta_t]), search=False)
     return values, meta, values_t, meta_t
 
 
@@ -190,37 +218,74 @@ def _(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tenso
     _check(weight, None, dtype)
     codes = _empty_codes(weight)
     values, meta, values_t, meta_t = reference.empty_packed(weight, dtype)
-    _pack_on_cuda([weight], [codes], [[values], [meta], [values_t], [meta_t]], search=True)
+    _pack_on_cuda([weight], [codes], _side([values], [meta]), _side([values_t], [meta_t]), search=True)
     return codes, values, meta, values_t, meta_t
 
 
 @pack_tiles_.register_kernel("cuda")
 def _(
     weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor],
+    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    orders: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
-    _check_targets(weights, codes, values, meta, values_t, meta_t)
-    _pack_on_cuda(weights, codes, [column for column in (values, meta, values_t, meta_t) if column], search=False)
+    sides = _sides(weights, codes, values, meta, values_t, meta_t, tables, orders)
+    _pack_on_cuda(weights, codes, *sides, search=False)
 
 
 @search_and_pack_.register_kernel("cuda")
 def _(
     weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor],
-) -> None:  # fmt: skip
-    _check_targets(weights, codes, values, meta, values_t, meta_t)
-    _pack_on_cuda(weights, codes, [column for column in (values, meta, values_t, meta_t) if column], search=True)
+    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    orders: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    sides = _sides(weights, codes, values, meta, values_t, meta_t, tables, orders)
+    statistics = _empty_statistics(weights)
+    _pack_on_cuda(weights, codes, *sides, search=True, statistics=statistics)
+    return statistics
 
 
 def _pack_on_cuda(
-    weights: Sequence[Tensor], codes: Sequence[Tensor], packed: Sequence[Sequence[Tensor]], search: bool
-) -> None:
+    weights: Sequence[Tensor], codes: Sequence[Tensor], side: Side | None, side_t: Side | None, search: bool,
+    statistics: Tensor | None = None,
+) -> None:  # fmt: skip
     from .triton_kernel import pack_into
 
     filled = [i for i, weight in enumerate(weights) if weight.numel()]
-    if filled:
-        sources = [weights[i] if weights[i].stride(1) == 1 else weights[i].contiguous() for i in filled]
-        pack_into(sources, [codes[i] for i in filled], [[column[i] for i in filled] for column in packed], search)
+    if len(filled) < len(weights):
+        if statistics is not None:
+            statistics.zero_()
+        if not filled:
+            return
+        part = None if statistics is None else statistics[filled]
+        first, second = (None if each is None else each.of(filled) for each in (side, side_t))
+        _pack_on_cuda([weights[i] for i in filled], [codes[i] for i in filled], first, second, search, part)
+        if statistics is not None and part is not None:
+            statistics[filled] = part
+        return
+    sources = [weight if weight.stride(1) == 1 else weight.contiguous() for weight in weights]
+    pack_into(sources, codes, side, side_t, search, statistics)
+
+
+def _pack_in_torch(weights: Sequence[Tensor], codes: Sequence[Tensor], side: Side | None, side_t: Side | None) -> None:
+    sides = [given for given in (side, side_t) if given is not None]
+    for position, (weight, code) in enumerate(zip(weights, codes, strict=True)):
+        if not sides:
+            return
+        packed = reference.pack(weight, code, sides[0].values[position].dtype, transposed=side_t is not None)
+        pairs = (packed[:2], packed[2:])[side is None :]
+        for given, (values, meta) in zip(sides, pairs, strict=False):
+            given.values[position].copy_(values)
+            reference.place_words_(given.meta[position], meta, given.orders[position], given.tables[position])
+
+
+def _side(values: Sequence[Tensor], meta: Sequence[Tensor]) -> Side:
+    """Return targets in natural order."""
+    return Side(values, meta, [Order.NATURAL] * len(values), meta)
+
+
+def _empty_statistics(weights: Sequence[Tensor]) -> Tensor:
+    device = weights[0].device if weights else None
+    return torch.empty(len(weights), len(FIELDS), dtype=torch.float64, device=device)
 
 
 def _empty_codes(weight: Tensor) -> Tensor:
@@ -259,29 +324,64 @@ def _check_packed(values: Tensor, meta: Tensor) -> None:
         )
 
 
-def _check_targets(weights: Sequence[Tensor], codes: Sequence[Tensor], *columns: Sequence[Tensor]) -> None:
-    values, meta, values_t, meta_t = columns
-    sizes = [len(column) for column in (weights, codes, *columns)]
-    transposed = bool(values_t) or bool(meta_t)
-    if len(set(sizes if transposed else sizes[:4])) != 1:
+def _sides(
+    weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
+    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    orders: Sequence[int] | None,
+) -> tuple[Side | None, Side | None]:  # fmt: skip
+    """Return the targets of W and of Wᵀ, if they are wanted, or raise ``ValueError`` where something does not fit."""
+    sizes = [len(column) for column in (weights, codes, values, meta, values_t, meta_t)]
+    count = len(weights)
+    if len(codes) != count or any(tuple(pair) not in ((0, 0), (count, count)) for pair in (sizes[2:4], sizes[4:])):
         raise ValueError(
             f"weights, codes, values, meta, values_t, meta_t have {sizes} entries: pass one of each for every weight, "
-            "and of the last two also none."
+            "and of values and meta, or of values_t and meta_t, also none."
         )
+    known = [Order(order) for order in orders] if orders is not None else [Order.NATURAL] * (len(meta) + len(meta_t))
+    rest = iter(tables)
+    places = [next(rest, None) if order == Order.TABLE else None for order in known]
+    if len(known) != len(meta) + len(meta_t) or len(tables) != known.count(Order.TABLE):
+        raise ValueError(
+            f"orders and tables have {len(known)} and {len(tables)} entries: pass an order for each of "
+            f"{len(meta) + len(meta_t)} meta and meta_t, and a table for each Order.TABLE among them."
+        )
+    dtype = next((entry.dtype for entry in (*values, *values_t)), torch.float32)
     for position, (weight, code) in enumerate(zip(weights, codes, strict=True)):
-        dtype = values[0].dtype
         _check(weight, code, dtype)
-        shapes = [(rows, size // 2) for rows, size in (weight.shape, weight.shape[::-1])]
-        words = [(rows, -(-size // 16)) for rows, size in (weight.shape, weight.shape[::-1])]
-        expected = {"values": (values, shapes[0], dtype), "meta": (meta, words[0], torch.int16)}
-        if transposed:
-            expected |= {"values_t": (values_t, shapes[1], dtype), "meta_t": (meta_t, words[1], torch.int16)}
-        expected["codes"] = (codes, (weight.shape[0] // 4, weight.shape[1] // 4), torch.int16)
-        for name, (column, shape, kind) in expected.items():
-            target = column[position]
-            fits = target.dtype == kind and tuple(target.shape) == shape and target.is_contiguous()
-            if not fits or target.device != weight.device:
-                raise ValueError(
-                    f"{name}[{position}] is {target.dtype} {tuple(target.shape)} on {target.device}: it must be "
-                    f"contiguous {kind} {shape} on {weight.device}."
-                )
+        _check_target(f"codes[{position}]", code, torch.int16, tuple(code.shape), weight.device)
+    sides: list[Side | None] = []
+    for suffix, packed, words, first in (("", values, meta, 0), ("_t", values_t, meta_t, len(meta))):
+        own, table = known[first : first + len(packed)], places[first : first + len(packed)]
+        for position, target in enumerate(packed):
+            device, shape = weights[position].device, weights[position].shape
+            rows, columns = (shape[0], shape[1]) if not suffix else (shape[1], shape[0])
+            _check_target(f"values{suffix}[{position}]", target, dtype, (rows, columns // 2), device)
+            _check_meta(
+                f"meta{suffix}[{position}]", words[position], rows, columns, own[position], table[position], device
+            )
+        entries = [meant if entry is None else entry for entry, meant in zip(table, words, strict=True)]
+        sides.append(Side(packed, words, own, entries) if packed else None)
+    return sides[0], sides[1]
+
+
+def _check_meta(
+    name: str, meta: Tensor, rows: int, columns: int, order: Order, table: Tensor | None, device: torch.device
+) -> None:
+    if order == Order.NATURAL:
+        _check_target(name, meta, torch.int16, (rows, -(-columns // 16)), device)
+        return
+    if table is not None:
+        _check_target(f"the table of {name}", table, torch.int32, (rows * -(-columns // 16),), device)
+    size = meta.numel() if table is not None else metadata_words(rows, columns, order)
+    if size == 0 and meta.numel():
+        raise ValueError(f"order of {name} is {order.name}: a matrix [{rows}, {columns}] has none; use another order.")
+    _check_target(name, meta.view(-1) if meta.is_contiguous() else meta, torch.int16, (size,), device)
+
+
+def _check_target(name: str, target: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    fits = target.dtype == dtype and tuple(target.shape) == shape and target.is_contiguous()
+    if not fits or target.device != device:
+        raise ValueError(
+            f"{name} is {target.dtype} {tuple(target.shape)} on {target.device}: it must be contiguous {dtype} {shape} "
+            f"on {device}."
+        )

@@ -1,7 +1,11 @@
-"""Packing by tile codes in plain torch: kept values and where they were, in natural order."""
+"""Packing by tile codes in plain torch: kept values and where they were, in natural order and in others."""
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from ..metadata_order import Order, metadata_places
 
 _TILES_PER_CHUNK = {"cpu": 1 << 17}  # whose planes stay in the caches
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -88,6 +92,34 @@ def unpack_rows(values: Tensor, meta: Tensor) -> Tensor:
     positions = torch.stack([nibbles & 3, nibbles >> 2], dim=-1)  # [R, C/4, 2]
     dense = torch.zeros(rows, groups, 4, dtype=values.dtype, device=values.device)
     return dense.scatter_(2, positions, values.reshape(rows, groups, 2)).view(rows, groups * 4)
+
+
+@torch.no_grad()
+def place_words_(meta: Tensor, natural: Tensor, order: int, table: Tensor) -> None:
+    """Write words of natural metadata to their places in an order; what lies between them stays.
+
+    Args:
+        meta: int16, contiguous, as large as the order needs; changed.
+        natural: int16 ``[R, ceil(C/16)]``.
+        order: A number of :class:`Order`.
+        table: int32 ``[R·ceil(C/16)]``, the places if the order is ``Order.TABLE``; else anything.
+
+    Example:
+        >>> meta, words = torch.zeros(4, dtype=torch.int16), torch.tensor([[5, 7]], dtype=torch.int16)
+        >>> place_words_(meta, words, Order.TABLE, torch.tensor([3, 1], dtype=torch.int32))
+        >>> meta.tolist()
+        [0, 7, 0, 5]
+    """
+    if order == Order.NATURAL:
+        meta.view(natural.shape).copy_(natural)
+        return
+    known = None if order == Order.TABLE else _places(*natural.shape, order, natural.device)
+    meta.view(-1).index_copy_(0, table.long() if known is None else known, natural.reshape(-1))
+
+
+@lru_cache(maxsize=64)
+def _places(rows: int, words: int, order: int, device: torch.device) -> Tensor:
+    return metadata_places(rows, 16 * words, Order(order), device).flatten()
 
 
 def _planes(codes: Tensor, dtype: torch.dtype) -> Tensor:

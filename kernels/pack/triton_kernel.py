@@ -1,4 +1,4 @@
-"""Packing a weight and its transpose in one pass, with or without the mask search, as a Triton kernel."""
+"""Packing a weight and its transpose in one pass, with or without search and statistics, as a Triton kernel."""
 
 from collections.abc import Sequence
 
@@ -8,57 +8,108 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import (
+    count_bits,
     join_columns,
     kept_pair,
     load_code,
     member,
+    metadata_place,
     nibbles_of,
     pair_bits,
     places,
+    pruned_pair,
     split_columns,
     transposed_nibbles,
 )
-from ..launch import are_aligned, groups_of_equal_layout, interpreted, members, on_device_of
+from ..launch import are_aligned, groups_of_equal_layout, interpreted, members, on_device_of, table
 from ..mask_search.triton_kernel import best_nibbles, ranking_key
+from .sides import Side
 
 # one program: rows and columns in tiles, warps. Both sides write runs of at least 64 bytes.
 BOTH = {torch.float32: (32, 32, 8), torch.float16: (16, 32, 4), torch.bfloat16: (16, 32, 4)}
 ALONE = (4, 64, 4)  # without the transpose
+SUMS = 4  # of every block: kept, pruned, entries that are not finite, flips
 PAIRS = {torch.float32: torch.int64, torch.float16: torch.int32, torch.bfloat16: torch.int32}
 TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def pack_into(
-    weights: Sequence[Tensor], codes: Sequence[Tensor], packed: Sequence[Sequence[Tensor]], search: bool
-) -> None:
+    weights: Sequence[Tensor], codes: Sequence[Tensor], side: Side | None, side_t: Side | None, search: bool,
+    statistics: Tensor | None = None,
+) -> None:  # fmt: skip
     """Pack several weights; weights of equal layout share one launch.
 
     Args:
         weights: float32, float16 or bfloat16 ``[O, I]`` each, columns contiguous, rows at any stride.
         codes: int16 ``[O/4, I/4]`` each, contiguous; read, or overwritten if ``search``.
-        packed: Lists of ``values``, ``meta`` and, for the transpose, ``values_t``, ``meta_t``: one entry for each
-            weight, shaped as by :func:`.reference.empty_packed`, contiguous; overwritten.
+        side: Targets of W, overwritten; or None.
+        side_t: The same of Wᵀ; values of both sides have one dtype.
         search: Search the masks of largest ``Σ|w|`` first.
+        statistics: With ``search``: float64 ``[weights, 6]``, overwritten, see ``FIELDS`` of the statistics; flips are
+            counted from the codes that were there.
     """
-    for group in groups_of_equal_layout(weights, codes, *packed):
-        sources, targets = [weights[i] for i in group], [codes[i] for i in group]
-        dtype, (tile_rows, tile_columns) = packed[0][group[0]].dtype, targets[0].shape
-        # a pair of kept values is one integer
-        outputs = [
-            [column[i].view(PAIRS[dtype]) if place % 2 == 0 else column[i] for i in group]
-            for place, column in enumerate(packed)
-        ]
-        transposed = len(outputs) == 4
-        rows, columns, warps = BOTH[sources[0].dtype] if transposed else ALONE
-        arguments = [entry for column in (outputs if transposed else outputs * 2) for entry in members(column)]
-        grid = (triton.cdiv(tile_rows, rows) * triton.cdiv(tile_columns, columns), len(group))
-        with on_device_of(sources[0]):
-            pack_kernel[grid](
-                *members(sources), *members(targets), *arguments, tile_rows, tile_columns, triton.cdiv(tile_rows, 4),
-                triton.cdiv(tile_columns, 4), sources[0].stride(0), DTYPE=TRITON[dtype], SEARCH=search,
-                TRANSPOSED=transposed, ALIGNED=are_aligned(sources, targets, *outputs), BY_HAND=interpreted(),
-                ROWS=rows, COLUMNS=columns, num_warps=warps,
-            )  # fmt: skip
+    groups = _groups(weights, codes, [given for given in (side, side_t) if given is not None])
+    order = [i for group in groups for i in group]
+    blocks = max(_blocks(weights[i], side_t is not None) for i in order)
+    # rows in the order of the launches, so that each writes to one piece
+    sums = None if statistics is None else weights[0].new_zeros((len(order), SUMS, blocks), dtype=torch.float32)
+    start = 0
+    for group in groups:
+        first, second = (None if given is None else given.of(group) for given in (side, side_t))
+        piece = None if sums is None else sums[start : start + len(group)]
+        _launch([weights[i] for i in group], [codes[i] for i in group], first, second, search, piece)
+        start += len(group)
+    if statistics is not None and sums is not None:
+        kept, pruned, nonfinite, flips = sums.sum(2, dtype=torch.float64).unbind(1)
+        total = table(tuple(weights[i].numel() for i in order), statistics.device)
+        rows = torch.stack([kept, pruned, total / 2, total.double(), nonfinite, flips], dim=1)
+        statistics.index_copy_(0, table(tuple(order), statistics.device), rows)
+
+
+def _groups(weights: Sequence[Tensor], codes: Sequence[Tensor], sides: Sequence[Side]) -> list[list[int]]:
+    """Return positions that can share a launch."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for alike in groups_of_equal_layout(weights, codes, *(column for side in sides for column in side.columns)):
+        for position in alike:
+            orders = (side.orders[position] for side in sides)
+            groups.setdefault((alike[0], *orders), []).append(position)
+    return list(groups.values())
+
+
+def _block(weight: Tensor, transposed: bool) -> tuple[int, int, int]:
+    return BOTH[weight.dtype] if transposed else ALONE
+
+
+def _blocks(weight: Tensor, transposed: bool) -> int:
+    rows, columns, _ = _block(weight, transposed)
+    return int(triton.cdiv(weight.shape[0], 4 * rows) * triton.cdiv(weight.shape[1], 4 * columns))
+
+
+def _launch(
+    weights: Sequence[Tensor], codes: Sequence[Tensor], side: Side | None, side_t: Side | None, search: bool,
+    sums: Tensor | None,
+) -> None:  # fmt: skip
+    first = side or side_t
+    dtype = weights[0].dtype if first is None else first.values[0].dtype
+    aligned, arguments = [weights, codes], []
+    for given in (side, side_t):
+        if given is None:
+            arguments += [*members(codes)] * 3  # not read
+            continue
+        pairs = [values.view(PAIRS[dtype]) for values in given.values]  # a pair of kept values is one integer
+        aligned += [pairs, given.meta]
+        arguments += [*members(pairs), *members(given.meta), *members(given.tables)]
+    tile_rows, tile_columns = codes[0].shape
+    rows, columns, warps = _block(weights[0], side_t is not None)
+    with on_device_of(weights[0]):
+        pack_kernel[(_blocks(weights[0], side_t is not None), len(weights))](
+            *members(weights), *members(codes), *arguments, codes[0] if sums is None else sums, tile_rows,
+            tile_columns, triton.cdiv(tile_rows, 4), triton.cdiv(tile_columns, 4),
+            0 if sums is None else sums.shape[2], weights[0].stride(0), DTYPE=TRITON[dtype], SEARCH=search,
+            STATISTICS=sums is not None, FORWARD=side is not None, TRANSPOSED=side_t is not None,
+            ORDER=int(side.orders[0]) if side else 0, ORDER_T=int(side_t.orders[0]) if side_t else 0,
+            ALIGNED=are_aligned(*aligned), BY_HAND=interpreted(), ROWS=rows, COLUMNS=columns, num_warps=warps,
+        )  # fmt: skip
 
 
 def unpack_into(values: Tensor, meta: Tensor, dense: Tensor) -> None:
@@ -83,11 +134,16 @@ def unpack_into(values: Tensor, meta: Tensor, dense: Tensor) -> None:
 @triton.jit
 def pack_kernel(
     weight_base, weight_offsets, code_base, code_offsets, values_base, values_offsets, meta_base, meta_offsets,
-    values_t_base, values_t_offsets, meta_t_base, meta_t_offsets, tile_rows, tile_columns, word_rows, word_columns,
-    stride, DTYPE: tl.constexpr, SEARCH: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr,
-    BY_HAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    table_base, table_offsets, values_t_base, values_t_offsets, meta_t_base, meta_t_offsets, table_t_base,
+    table_t_offsets, sums, tile_rows, tile_columns, word_rows, word_columns, blocks_of_sums, stride,
+    DTYPE: tl.constexpr, SEARCH: tl.constexpr, STATISTICS: tl.constexpr, FORWARD: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ORDER: tl.constexpr, ORDER_T: tl.constexpr, ALIGNED: tl.constexpr, BY_HAND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Pack ROWS × COLUMNS tiles of the program's weight; its codes are written if SEARCH, else read."""
+    """Handle ROWS × COLUMNS tiles of the program's weight; codes are written if SEARCH, else read.
+
+    W is packed if FORWARD, Wᵀ if TRANSPOSED, metadata in ORDER and ORDER_T; STATISTICS writes the block's sums.
+    """
     tensor = tl.program_id(1)
     blocks = tl.cdiv(tile_columns, COLUMNS)
     top = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
@@ -115,30 +171,47 @@ def pack_kernel(
             ranking_key(c0, True), ranking_key(c1, True), ranking_key(c2, True), ranking_key(c3, True),
             ranking_key(d0, True), ranking_key(d1, True), ranking_key(d2, True), ranking_key(d3, True),
         )  # fmt: skip
-        tl.store(codes, (a | (b << 4) | (c << 8) | (d << 12)).to(tl.int16), mask=inside)
+        code = a | (b << 4) | (c << 8) | (d << 12)
+        if STATISTICS:
+            flips = tl.where(inside, count_bits(code ^ load_code(codes, inside)), 0)
+        tl.store(codes, code.to(tl.int16), mask=inside)
     else:
         a, b, c, d = nibbles_of(load_code(codes, inside))
 
-    values = member(values_base, values_offsets, tensor, ALIGNED) + row * 4 * tile_columns + column
-    first, last = kept_pair(a, a0, a1, a2, a3)
-    tl.store(values, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
-    first, last = kept_pair(b, b0, b1, b2, b3)
-    tl.store(values + tile_columns, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
-    first, last = kept_pair(c, c0, c1, c2, c3)
-    tl.store(values + 2 * tile_columns, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
-    first, last = kept_pair(d, d0, d1, d2, d3)
-    tl.store(values + 3 * tile_columns, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
+    if STATISTICS:
+        kept = tl.zeros((ROWS, COLUMNS), tl.float32)
+        pruned = tl.zeros((ROWS, COLUMNS), tl.float32)
+        others = tl.zeros((ROWS, COLUMNS), tl.int32)
+        kept, pruned, others = add_row(a, a0, a1, a2, a3, kept, pruned, others)
+        kept, pruned, others = add_row(b, b0, b1, b2, b3, kept, pruned, others)
+        kept, pruned, others = add_row(c, c0, c1, c2, c3, kept, pruned, others)
+        kept, pruned, others = add_row(d, d0, d1, d2, d3, kept, pruned, others)
+        place = sums + tensor.to(tl.int64) * 4 * blocks_of_sums + tl.program_id(0)
+        tl.store(place, tl.sum(kept))
+        tl.store(place + blocks_of_sums, tl.sum(pruned))
+        counts = tl.sum(flips | (others << 16))  # of at most 16384 entries each
+        tl.store(place + 2 * blocks_of_sums, (counts >> 16).to(tl.float32))
+        tl.store(place + 3 * blocks_of_sums, (counts & 0xFFFF).to(tl.float32))
 
-    # the words of two rows in one integer: half as many exchanges between threads
-    upper = four_nibbles(tl.where(inside, places(a) | (places(b) << 16), 0), ROWS, COLUMNS)
-    lower = four_nibbles(tl.where(inside, places(c) | (places(d) << 16), 0), ROWS, COLUMNS)
-    word = left // 4 + tl.arange(0, COLUMNS // 4)[None, :]
-    written = (row < tile_rows) & (word < word_columns)
-    words = member(meta_base, meta_offsets, tensor, ALIGNED) + row * 4 * word_columns + word
-    tl.store(words, upper.to(tl.int16), mask=written)
-    tl.store(words + word_columns, (upper >> 16).to(tl.int16), mask=written)
-    tl.store(words + 2 * word_columns, lower.to(tl.int16), mask=written)
-    tl.store(words + 3 * word_columns, (lower >> 16).to(tl.int16), mask=written)
+    if FORWARD:
+        values = member(values_base, values_offsets, tensor, ALIGNED) + row * 4 * tile_columns + column
+        first, last = kept_pair(a, a0, a1, a2, a3)
+        tl.store(values, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
+        first, last = kept_pair(b, b0, b1, b2, b3)
+        tl.store(values + tile_columns, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
+        first, last = kept_pair(c, c0, c1, c2, c3)
+        tl.store(values + 2 * tile_columns, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
+        first, last = kept_pair(d, d0, d1, d2, d3)
+        tl.store(values + 3 * tile_columns, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
+
+        # the words of two rows in one integer: half as many exchanges between threads
+        upper = four_nibbles(tl.where(inside, places(a) | (places(b) << 16), 0), ROWS, COLUMNS)
+        lower = four_nibbles(tl.where(inside, places(c) | (places(d) << 16), 0), ROWS, COLUMNS)
+        word = left // 4 + tl.arange(0, COLUMNS // 4)[None, :]
+        written = (row < tile_rows) & (word < word_columns)
+        meta = member(meta_base, meta_offsets, tensor, ALIGNED)
+        table = table_base + tl.load(table_offsets + tensor)
+        store_words(meta, upper, lower, row * 4, word, written, word_columns, tile_rows * 4, ORDER, table)
 
     if TRANSPOSED:
         w, x, y, z = transposed_nibbles(a, b, c, d)
@@ -158,11 +231,41 @@ def pack_kernel(
         lower = four_nibbles(tl.trans(tl.where(inside, places(y) | (places(z) << 16), 0)), COLUMNS, ROWS)
         word_t = top // 4 + tl.arange(0, ROWS // 4)[None, :]
         written = (column_t < tile_columns) & (word_t < word_rows)
-        words_t = member(meta_t_base, meta_t_offsets, tensor, ALIGNED) + column_t * 4 * word_rows + word_t
-        tl.store(words_t, upper.to(tl.int16), mask=written)
-        tl.store(words_t + word_rows, (upper >> 16).to(tl.int16), mask=written)
-        tl.store(words_t + 2 * word_rows, lower.to(tl.int16), mask=written)
-        tl.store(words_t + 3 * word_rows, (lower >> 16).to(tl.int16), mask=written)
+        meta_t = member(meta_t_base, meta_t_offsets, tensor, ALIGNED)
+        table_t = table_t_base + tl.load(table_t_offsets + tensor)
+        store_words(meta_t, upper, lower, column_t * 4, word_t, written, word_rows, tile_columns * 4, ORDER_T, table_t)
+
+
+@triton.jit
+def store_words(meta, upper, lower, row, word, inside, word_columns, rows, ORDER: tl.constexpr, table):
+    """Write the words of four rows from ``row`` on, two to an integer, to their places in the ORDER."""
+    place = metadata_place(row, word, inside, word_columns, rows, ORDER, table)
+    tl.store(meta + place, upper.to(tl.int16), mask=inside)
+    place = metadata_place(row + 1, word, inside, word_columns, rows, ORDER, table)
+    tl.store(meta + place, (upper >> 16).to(tl.int16), mask=inside)
+    place = metadata_place(row + 2, word, inside, word_columns, rows, ORDER, table)
+    tl.store(meta + place, lower.to(tl.int16), mask=inside)
+    place = metadata_place(row + 3, word, inside, word_columns, rows, ORDER, table)
+    tl.store(meta + place, (lower >> 16).to(tl.int16), mask=inside)
+
+
+@triton.jit
+def add_row(nibble, x0, x1, x2, x3, kept, pruned, others):
+    """Add a row of every tile, of which two entries are kept: magnitudes of finite entries, and a count of others."""
+    first, last = kept_pair(nibble, x0, x1, x2, x3)
+    kept, others = add_finite(first, kept, others)
+    kept, others = add_finite(last, kept, others)
+    first, last = pruned_pair(nibble, x0, x1, x2, x3)
+    pruned, others = add_finite(first, pruned, others)
+    pruned, others = add_finite(last, pruned, others)
+    return kept, pruned, others
+
+
+@triton.jit
+def add_finite(value, total, others):
+    """Add a magnitude to the sum, or 1 to the count of what is not finite."""
+    finite = tl.abs(value) < float("inf")
+    return total + tl.where(finite, tl.abs(value), 0.0), others + tl.where(finite, 0, 1)
 
 
 @triton.jit

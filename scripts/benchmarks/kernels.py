@@ -154,8 +154,8 @@ def whole_model(repeats: int, csv: Path | None) -> None:
     columns = [[part[place] for part in parts] for place in range(5)]
     calls: dict[str, Callable[[Tensor], object]] = {
         "refresh masks": lambda _: search_tiles_(weights, columns[0], True),
-        "refresh masks and operands": lambda _: search_and_pack_(weights, *columns),
-        "repack operands": lambda _: pack_tiles_(weights, *columns),
+        "refresh masks and operands": lambda _: search_and_pack_(weights, *columns, []),
+        "repack operands": lambda _: pack_tiles_(weights, *columns, []),
     }
     result = []
     for name, call in calls.items():

@@ -1,26 +1,19 @@
 """The ``cutlass`` backend: PyTorch's own sparse products, on compute capability 8.x alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..environment import machine_from_torch
-from ..kernels.layouts import LearnedLayout, cutlass_layout
+from ..kernels.layouts import cutlass_layout
+from ..kernels.metadata_order import Order
 from ..requirements import why_not
 from .interface import Operand
 from .tokens import padded_tokens, readable_rows
 
 TOKENS = 8
 """The operator wants a multiple of it."""
-
-
-@dataclass
-class CutlassOperand(Operand):
-    """Values ``[R, C/2]``, metadata ``[R, C/16]`` in CUTLASS's order, and that order."""
-
-    layout: LearnedLayout | None = None
 
 
 class CutlassBackend:
@@ -46,13 +39,12 @@ class CutlassBackend:
         rows, columns = shape
         values = torch.zeros(rows, columns // 2, dtype=dtype, device=device)
         meta = torch.zeros(rows, columns // 16, dtype=torch.int16, device=device)
-        return CutlassOperand(shape, (values, meta), values, layout=cutlass_layout(rows, columns, device))
+        return Operand(shape, (values, meta), values, meta, Order.CUTLASS)
 
     def finish_(self, operand: Operand, source: Tensor) -> None:
         """Put metadata into CUTLASS's order, in place."""
-        assert isinstance(operand, CutlassOperand)
-        assert operand.layout is not None
-        operand.layout.arrange_(source, operand.tensors[1].view(-1))
+        meta = operand.tensors[1]
+        cutlass_layout(*operand.shape, meta.device).arrange_(source, meta.view(-1))
 
     def product(
         self, operand: Operand, rows: Tensor, bias: Tensor | None = None, algorithm: str = "",

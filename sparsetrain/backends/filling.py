@@ -1,20 +1,15 @@
 """Filling operands: masked weights packed, or masked and copied, into the forms of backends."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..kernels.masked_update.operator import apply_masks_
+from ..kernels.metadata_order import Order
 from ..kernels.pack.operator import pack_tiles_, unpack_rows
 from .interface import Backend, Operand
-
-SCRATCH_WORDS = 1 << 25
-"""Words of metadata, 64 MiB, that are packed before they are reordered; at least those of one weight."""
-
-_SCRATCH: dict[torch.device, Tensor] = {}
-"""Natural metadata, at addresses that are the same in every step, so that launches reuse their tables of addresses."""
 
 
 @dataclass
@@ -53,19 +48,6 @@ class Filling:
         """The operands there are."""
         return [part for part in (self.operand, self.transpose) if part is not None]
 
-    @property
-    def sides(self) -> list[tuple[Operand | None, tuple[int, int]]]:
-        """What is packed, with its shape: W, and Wᵀ if it is wanted; W comes along even if it is not."""
-        rows, columns = self.weight.shape
-        both = [(self.operand, (rows, columns)), (self.transpose, (columns, rows))]
-        return both if self.transpose is not None else both[:1]
-
-    @property
-    def scratch_words(self) -> int:
-        """Words of metadata that need room beside the operands, each side at 16 bytes."""
-        sizes = [_words(shape) for part, shape in self.sides if part is None or part.meta is None]
-        return sum(size + -size % 8 for size in sizes)
-
 
 def fill_(fillings: Iterable[Filling]) -> None:
     """Mask and pack weights into operands; equal layouts share a launch."""
@@ -77,11 +59,10 @@ def fill_(fillings: Iterable[Filling]) -> None:
             else:
                 # alone if its source is a copy, so that there is one copy at a time
                 alone = None if filling.within is None else id(filling)
-                key = (filling.weight.device, filling.dtype, filling.transpose is None, alone)
-                groups.setdefault(key, []).append(filling)
+                sides = (filling.operand is None, filling.transpose is None)
+                groups.setdefault((filling.weight.device, filling.dtype, sides, alone), []).append(filling)
         for group in groups.values():
-            for batch in _batches(group):
-                _pack(batch)
+            _pack(group)
 
 
 def operand_of_packed(backend: Backend, values: Tensor, meta: Tensor) -> Operand:
@@ -94,57 +75,52 @@ def operand_of_packed(backend: Backend, values: Tensor, meta: Tensor) -> Operand
         backend.finish_(operand, unpack_rows(values, meta))
         return operand
     operand.values.copy_(values)
-    if operand.meta is None:
-        backend.finish_(operand, meta)
-    else:
+    if operand.meta is not None and operand.order == Order.NATURAL:
         operand.meta.copy_(meta)
+    else:
+        backend.finish_(operand, meta)
     return operand
 
 
-def _words(shape: tuple[int, int]) -> int:
-    return shape[0] * -(-shape[1] // 16)
-
-
-def _batches(fillings: list[Filling]) -> Iterator[list[Filling]]:
-    """Yield fillings whose metadata fits the scratch together."""
-    batch: list[Filling] = []
-    words = 0
-    for filling in fillings:
-        if batch and words + filling.scratch_words > SCRATCH_WORDS:
-            yield batch
-            batch, words = [], 0
-        batch.append(filling)
-        words += filling.scratch_words
-    yield batch
-
-
 def _pack(fillings: list[Filling]) -> None:
-    scratch = _scratch(fillings[0].weight.device, sum(filling.scratch_words for filling in fillings))
-    columns: list[list[Tensor]] = [[], [], [], []]
-    for filling in fillings:
-        for place, (part, shape) in enumerate(filling.sides):
-            values, meta = (None, None) if part is None else (part.values, part.meta)
-            if values is None:  # W's, which is not wanted
-                values = torch.empty(shape[0], shape[1] // 2, dtype=filling.dtype, device=filling.weight.device)
-            if meta is None:
-                size = _words(shape)
-                meta, scratch = scratch[:size].view(shape[0], -1), scratch[size + -size % 8 :]
-            columns[2 * place].append(values)
-            columns[2 * place + 1].append(meta)
-    pack_tiles_([filling.source for filling in fillings], [filling.codes for filling in fillings], *columns)
-    for position, filling in enumerate(fillings):
-        for part, metas in ((filling.operand, columns[1]), (filling.transpose, columns[3])):
-            if part is not None and part.meta is None:
-                filling.backend.finish_(part, metas[position])
+    sources, codes = [filling.source for filling in fillings], [filling.codes for filling in fillings]
+    targets = Targets([(filling.operand, filling.transpose) for filling in fillings])
+    pack_tiles_(sources, codes, *targets.columns, targets.tables, targets.orders)
+    for position, operand, natural in targets.unordered:
+        fillings[position].backend.finish_(operand, natural)
 
 
-def _scratch(device: torch.device, words: int) -> Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # the graph's own, which no later call frees
-        return torch.empty(words, dtype=torch.int16, device=device)
-    held = _SCRATCH.get(device)
-    if held is None or held.numel() < words:
-        held = _SCRATCH[device] = torch.empty(words, dtype=torch.int16, device=device)
-    return held
+class Targets:
+    """Where operands of several weights are packed, as the packer takes it.
+
+    Args:
+        operands: W's and Wᵀ's of every weight; None for one that no weight has.
+    """
+
+    def __init__(self, operands: Sequence[tuple[Operand | None, Operand | None]]) -> None:
+        self.columns: tuple[list[Tensor], ...] = ([], [], [], [])  # values, meta, values_t, meta_t
+        self.tables: list[Tensor] = []
+        self.orders: list[int] = []
+        self.unordered: list[tuple[int, Operand, Tensor]] = []  # whose bytes or nibbles are moved afterwards
+        for side in (0, 1):
+            for position, pair in enumerate(operands):
+                operand = pair[side]
+                if operand is not None:
+                    self._add(position, operand, *self.columns[2 * side : 2 * side + 2])
+
+    def _add(self, position: int, operand: Operand, values: list[Tensor], metas: list[Tensor]) -> None:
+        assert operand.values is not None
+        meta = operand.meta
+        if meta is None:
+            size = (operand.shape[0], -(-operand.shape[1] // 16))
+            meta = torch.empty(size, dtype=torch.int16, device=operand.values.device)
+            self.unordered.append((position, operand, meta))
+        values.append(operand.values)
+        metas.append(meta)
+        self.orders.append(int(operand.order))
+        if operand.order == Order.TABLE:
+            assert operand.places is not None
+            self.tables.append(operand.places)
 
 
 def _fill_from_matrix(filling: Filling) -> None:

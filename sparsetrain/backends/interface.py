@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels.metadata_order import Order
+
 
 @dataclass
 class Operand:
@@ -17,13 +19,17 @@ class Operand:
         tensors: What the products read; their bytes are what the operand costs.
         values: Where the packer writes kept values ``[R, C/2]``; a view of ``tensors``. None if the backend takes the
             masked matrix itself.
-        meta: Where the packer writes natural metadata int16 ``[R, ceil(C/16)]``; None if they need another order.
+        meta: Where the packer writes metadata, int16, contiguous; None if they need an order that it cannot write.
+        order: Of those metadata: natural, ``[R, ceil(C/16)]``, or another.
+        places: Int32, the place of every natural word in ``meta``, with ``Order.TABLE``.
     """
 
     shape: tuple[int, int]
     tensors: tuple[Tensor, ...]
     values: Tensor | None = None
     meta: Tensor | None = None
+    order: Order = Order.NATURAL
+    places: Tensor | None = None
 
     @property
     def bytes(self) -> int:
@@ -56,8 +62,8 @@ class Backend(Protocol):
 
         Args:
             operand: Of this backend.
-            source: The natural metadata, after the packer wrote ``operand.values``; or, for an operand without
-                ``values``, the masked matrix ``[R, C]`` in the operand's dtype.
+            source: The natural metadata, after ``operand.values`` were written, if they are not in ``operand.meta``
+                already; or, for an operand without ``values``, the masked matrix ``[R, C]`` in the operand's dtype.
         """
 
     def product(

@@ -9,7 +9,6 @@ import threading
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,13 +19,21 @@ from ..kernels.layouts import (
     Compressor,
     LayoutError,
     LearnedLayout,
-    cusparselt_sm80_layout,
+    known_layout,
     learn_layout,
-    to_cusparselt_sm80,
     verify_layout,
 )
+from ..kernels.metadata_order import Order, metadata_words
 from ..kernels.pack import pack_tiles_
 from ..kernels.tile_codes.reference import unpack_codes
+
+KNOWN = {
+    "cusparselt_sm80": Order.CUSPARSELT_SM80,
+    "cutlass_sm90_4": Order.CUTLASS_SM90_4,
+    "cutlass_sm90_2": Order.CUTLASS_SM90_2,
+    "cutlass_sm90_1": Order.CUTLASS_SM90_1,
+}
+"""Orders that are tried, in this order, before one is learned."""
 
 _FORMAT = "sparsetrain metadata layout 1"
 _ROWS_OF_A_TILE = (0x3, 0x5, 0x6, 0x9, 0xA, 0xC)  # two of four bits
@@ -41,7 +48,7 @@ class MetadataLayout:
     """What was decided about the metadata of one shape in one environment.
 
     Args:
-        name: ``"cusparselt_sm80"``, ``"learned"`` or ``"vendor"``: then compress with the vendor's own call.
+        name: One of ``KNOWN``, ``"learned"``, or ``"vendor"``: then compress with the vendor's own call.
         reason: One sentence.
         environment: Architecture and library version.
         rows: R of the matrix ``[R, C]``.
@@ -54,13 +61,18 @@ class MetadataLayout:
         True
     """
 
-    name: Literal["cusparselt_sm80", "learned", "vendor"]
+    name: str
     reason: str
     environment: str
     rows: int
     columns: int
     dtype: torch.dtype
     table: LearnedLayout | None = None
+
+    @property
+    def order(self) -> Order:
+        """What the packer is told; without a table there is nothing to tell."""
+        return KNOWN.get(self.name, Order.TABLE)
 
     def arrange_(self, meta: Tensor, tail: Tensor) -> None:
         """Write natural metadata behind the values of a vendor's buffer; never waits for the device.
@@ -90,8 +102,8 @@ def prove_layout(
 ) -> MetadataLayout:  # fmt: skip
     """Find the layout in which packed rows equal the buffers of a vendor's compressor; decided once in a process.
 
-    The layout of compute capability 8.x is compared byte by byte. Where it differs, the order is read from ``folder``
-    or learned, and verified on random matrices. Where that fails too, the answer is ``"vendor"``.
+    Known orders are compared byte by byte, padding aside. Where they differ, the order is read from ``folder`` or
+    learned, and verified on random matrices. Where that fails too, the answer is ``"vendor"``.
 
     Args:
         compress: Takes an exactly 2:4 ``[R, C]`` and returns one contiguous buffer, values first; it is called only if
@@ -140,16 +152,25 @@ def known_layouts() -> list[MetadataLayout]:
     return [next(iter(by_device.values())) for by_device in list(_decisions.values())]
 
 
-_Decision = tuple[Literal["cusparselt_sm80", "learned", "vendor"], str, LearnedLayout | None]
+_Decision = tuple[str, str, LearnedLayout | None]
 
 
 @torch.no_grad()
 def _decide(compress: Compressor, key: _Key, device: torch.device, folder: Path | None) -> _Decision:
+    try:
+        return _compare_or_learn(compress, key, device, folder)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the vendor's, whatever it raises
+        return "vendor", f"The vendor's compressor failed: {_first_line(error)}", None
+
+
+def _compare_or_learn(compress: Compressor, key: _Key, device: torch.device, folder: Path | None) -> _Decision:
     _, rows, columns, dtype = key
-    difference = _difference_from_sm80(compress, rows, columns, dtype, device)
-    if difference is None:
-        reason = f"The packer's buffers in the layout of 8.x equal the vendor's in every byte for {_CHECKS} matrices."
-        return "cusparselt_sm80", reason, cusparselt_sm80_layout(rows, columns, device)
+    known, difference = _known(compress, rows, columns, dtype, device)
+    if known is not None:
+        reason = f"The packer's buffers in this order equal the vendor's in every byte for {_CHECKS} matrices."
+        return known, reason, known_layout(KNOWN[known], rows, columns, device)
     path = None if folder is None else _path(folder, key)
     table = None if path is None else _read(path, key, compress, device)
     if table is not None:
@@ -165,8 +186,12 @@ def _decide(compress: Compressor, key: _Key, device: torch.device, folder: Path 
     return "learned", f"{difference}; it is a fixed order of {unit}, verified on random matrices.", table
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".") + "."
+
+
 def _packed(
-    rows: int, columns: int, dtype: torch.dtype, device: torch.device, seed: int
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device, seed: int, order: Order = Order.NATURAL
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a random 2:4 matrix without zeros among the kept, and the packer's ``values`` and ``meta`` of it."""
     generator = torch.Generator(device).manual_seed(seed)  # the training's own stays as it is
@@ -178,26 +203,43 @@ def _packed(
         choice = torch.randint(0, 6, (codes.numel(),), dtype=torch.int32, device=device, generator=generator)
         codes |= choices.index_select(0, choice).view_as(codes) << 4 * row
     values = torch.empty(rows, columns // 2, dtype=dtype, device=device)
-    meta = torch.empty(rows, columns // 16, dtype=torch.int16, device=device)
-    pack_tiles_([weight], [codes], [values], [meta], [], [])
+    size = metadata_words(rows, columns, order)
+    meta = torch.zeros((rows, columns // 16) if order == Order.NATURAL else (size,), dtype=torch.int16, device=device)
+    pack_tiles_([weight], [codes], [values], [meta], [], [], [], [order])
     return weight.masked_fill_(~unpack_codes(codes), 0), values, meta
 
 
-def _difference_from_sm80(
+def _known(
     compress: Compressor, rows: int, columns: int, dtype: torch.dtype, device: torch.device
-) -> str | None:
-    """Say without a full stop how the vendor's buffers differ from the layout of 8.x, or return None."""
-    if rows < 1 or columns < 1 or rows % 128 or columns % 128:
-        return "The layout of 8.x is known for multiples of 128 alone"
-    for seed in range(_CHECKS):
-        dense, values, meta = _packed(rows, columns, dtype, device, seed)
-        ours, theirs = to_cusparselt_sm80(values, meta).view(torch.int16), compress(dense)
-        if theirs.dtype.itemsize != 2 or theirs.numel() != ours.numel():
-            return f"The vendor's buffer is {theirs.dtype} {tuple(theirs.shape)}, and {ours.numel()} elements in 8.x"
-        different = int((theirs.flatten().view(torch.int16) != ours).sum())
-        if different:
-            return f"The vendor's buffer differs from the layout of 8.x in {different} of {ours.numel()} elements"
-    return None
+) -> tuple[str | None, str]:
+    """Return the known order that the vendor's buffers have, and say without a full stop how they differ from all."""
+    buffers: dict[int, Tensor] = {}  # of the vendor
+    differences = {}
+    for name, order in KNOWN.items():
+        size = metadata_words(rows, columns, order)
+        differences[name] = None if size else "sizes that do not fit"
+        for seed in range(_CHECKS if size else 0):
+            dense, values, meta = _packed(rows, columns, dtype, device, seed, order)
+            if seed not in buffers:
+                buffers[seed] = compress(dense)
+            differences[name] = differences[name] or _difference(values, meta, buffers[seed], order)
+        if differences[name] is None:
+            return name, ""
+    listed = ", ".join(f"{name}: {difference}" for name, difference in differences.items())
+    return None, f"The vendor's buffer has none of the known orders ({listed})"
+
+
+def _difference(values: Tensor, meta: Tensor, theirs: Tensor, order: Order) -> str | None:
+    """Say how a vendor's buffer differs from packed values and metadata, padding aside, or return None."""
+    ours = torch.cat([values.view(-1).view(torch.int16), meta])
+    if theirs.dtype.itemsize != 2 or theirs.numel() != ours.numel():
+        return f"it is {theirs.dtype} {tuple(theirs.shape)} for {ours.numel()} elements"
+    wrong = theirs.flatten().view(torch.int16) != ours
+    rows, columns = values.shape[0], 2 * values.shape[1]
+    if meta.numel() > rows * columns // 16:
+        wrong[values.numel() :] &= known_layout(order, rows, columns, meta.device).source >= 0
+    different = int(wrong.sum())
+    return f"{different} of {ours.numel()} elements differ" if different else None
 
 
 def _header(key: _Key) -> dict[str, str]:

@@ -60,7 +60,7 @@ class Trial:
         rows, columns = self.problem.matrix
         values = torch.empty(rows, columns // 2, dtype=self.problem.dtype, device=self._weight.device)
         meta = torch.empty(rows, columns // 16, dtype=torch.int16, device=self._weight.device)
-        pack_tiles_([self._weight], [self._codes], [values], [meta], [], [])
+        pack_tiles_([self._weight], [self._codes], [values], [meta], [], [], [])
         return values, meta
 
     def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

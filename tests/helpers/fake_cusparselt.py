@@ -207,14 +207,15 @@ class FakeCuSparseLt:
         size = self.workspace and self.workspace + values["d"]["cols"]
         require(bool(workspace) == bool(size), "workspace")
         a, b, d = values["a"], values["b"], values["d"]
-        result = scalar(alpha) * (decompress(d_a, a).float() @ view(d_b, b).float())
+        result = scalar(alpha) * (self.read(d_a, a).float() @ view(d_b, b).float())
         if scalar(beta):
             result += scalar(beta) * view(d_c, d).float()
         if values["BIAS_POINTER"]:
             result += vector(values["BIAS_POINTER"], d["dtype"], d["rows"]).float()[:, None]
         result = F.relu(result) if values.get("ACTIVATION_RELU") else result
         result = F.gelu(result) if values.get("ACTIVATION_GELU") else result
-        ctypes.memset(workspace, 0xAB, size)
+        if size:
+            ctypes.memset(workspace, 0xAB, size)
         view(d_d, d).copy_(result)
         split = values.get("SPLIT_K", 1), values.get("SPLIT_K_MODE", 0)
         stream = ctypes.c_void_p.from_address(streams).value or 0
@@ -225,7 +226,7 @@ class FakeCuSparseLt:
     def do_sp_mma_compressed_size2(self, handle: int, sparse_mat_descr: int) -> tuple[int, int]:
         self._handle(handle)
         matrix = self._get(sparse_mat_descr, "matrix").values
-        return matrix["rows"] * matrix["cols"] * 5 // 4 + PADDING, self.workspace
+        return self.size(matrix["rows"], matrix["cols"]), self.workspace
 
     def do_sp_mma_compress2(
         self, handle: int, sparse_mat_descr: int, is_sparse_a: int, op: int, d_dense: int, d_compressed: int,
@@ -235,9 +236,20 @@ class FakeCuSparseLt:
         matrix = self._get(sparse_mat_descr, "matrix").values
         require(matrix["sparse"] and is_sparse_a == 1 and op == 0, "operand")
         require(not (d_dense | d_compressed) % 16 and bool(d_compressed_buffer) == bool(self.workspace), "memory")
-        compress(view(d_dense, matrix), d_compressed)
-        ctypes.memset(d_compressed_buffer, 0xCD, self.workspace)
+        self.write(view(d_dense, matrix), d_compressed)
+        if self.workspace:
+            ctypes.memset(d_compressed_buffer, 0xCD, self.workspace)
         self.compress_streams.append(stream)
+
+    def size(self, rows: int, columns: int) -> int:
+        """Bytes of a compressed matrix."""
+        return rows * columns * 5 // 4 + PADDING
+
+    def write(self, dense: Tensor, address: int) -> None:
+        compress(dense, address)
+
+    def read(self, address: int, matrix: dict[str, Any]) -> Tensor:
+        return decompress(address, matrix)
 
     # life of things
 

@@ -11,6 +11,7 @@ LIMITS = {  # on sm_90: where the arithmetic would take longer than the memory
     "search bfloat16 to codes": {"registers": 48, "instructions_per_element": 19},
     "search and pack bf16 to bf16, both": {"registers": 178, "instructions_per_element": 27},
     "search and pack fp32 to bf16, both": {"registers": 178, "instructions_per_element": 27},
+    "search and pack bf16 to bf16, both, measured, cutlass_sm90_4": {"registers": 178, "instructions_per_element": 37},
 }
 
 
@@ -22,6 +23,7 @@ def test_kernels_stay_within_their_budgets(name: str, capability: int) -> None:
     for case, found in measured.items():
         assert found["spills"] == found["local_bytes"] == 0, f"{case} on sm_{capability}: {found}"
         assert found["widest_load_bits"] >= found["vector_bits"], f"{case} on sm_{capability}: {found}"
+        assert not (name == "masked_update" and found["shared_bytes"]), f"{case} moves entries between threads: {found}"
         budget = BUDGETS[case][str(capability)]
         for key, slack in SLACK.items():
             assert found[key] <= budget[key] * slack, (

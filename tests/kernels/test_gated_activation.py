@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from poisoned import Margins
 from torch import Tensor
 
 from sparsetrain.kernels.gated_activation import KINDS, gated_activation, gated_activation_backward
@@ -28,13 +29,20 @@ def expected(gate: Tensor, up: Tensor | None, kind: str, grad: Tensor) -> list[T
     return [result.detach(), *torch.autograd.grad(result, leaves, grad.double())]
 
 
-def operand(shape: tuple[int, int], dtype: torch.dtype, layout: str, device: str) -> Tensor:
+def operand(shape: tuple[int, int], dtype: torch.dtype, layout: str, margins: Margins) -> Tensor:
     rows, columns = shape
     if layout == "columns":
-        return torch.randn(columns, rows, device=device).to(dtype).t()
+        return margins.of(torch.randn(columns, rows).to(dtype)).t()
     if layout == "strided":
-        return torch.randn(rows, columns + 3, device=device).to(dtype)[:, 1 : 1 + columns]
-    return torch.randn(shape, device=device).to(dtype)
+        return margins.of(torch.randn(rows, columns + 1).to(dtype), gap=2)[:, 1:]
+    return margins.of(torch.randn(shape).to(dtype))
+
+
+def target(like: Tensor, margins: Margins) -> Tensor:
+    """Strides of the operand, nothing written yet."""
+    by_columns = like.stride(0) == 1
+    found = margins.empty(*(like.shape[::-1] if by_columns else like.shape), dtype=like.dtype)
+    return found.t() if by_columns else found
 
 
 def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -43,15 +51,13 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernels_agree_with_torch_in_every_mixture_of_layouts(
-    kind: str, dtype: torch.dtype, kernel_device: str
-) -> None:
+def test_kernels_agree_with_torch_in_every_mixture_of_layouts(kind: str, dtype: torch.dtype, margins: Margins) -> None:
     layouts = ("rows", "columns", "strided")
     for shape, gate_layout, up_layout in itertools.product([(5, 7), (70, 130)], layouts, layouts):
-        gate, up = (operand(shape, dtype, layout, kernel_device) for layout in (gate_layout, up_layout))
+        gate, up = (operand(shape, dtype, layout, margins) for layout in (gate_layout, up_layout))
         given = None if kind == "relu2" else up
-        grad = operand(shape, dtype, up_layout, kernel_device)
-        results = [torch.full_like(tensor, 77.0) for tensor in (gate, gate, up)]
+        grad = operand(shape, dtype, up_layout, margins)
+        results = [target(tensor, margins) for tensor in (gate, gate, up)]
         forward_into(gate, given, kind, results[0])
         backward_into(grad, gate, given, kind, results[1], None if given is None else results[2])
         wanted = expected(gate, given, kind, grad)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from poisoned import Margins
 from support import brute_force_sums, tiles_of
 from torch import Tensor
 
@@ -36,13 +37,13 @@ SCORES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def launch(scores: Tensor, device: str, magnitude: bool = False) -> tuple[Tensor, Tensor]:
-    """Codes and mask of the kernel, from outputs that held poison."""
+def launch(scores: Tensor, margins: Margins, magnitude: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes and mask of the kernel."""
     rows, columns = scores.shape
-    codes = torch.full((rows // 4, columns // 4), POISON, dtype=torch.int16, device=device)
-    mask = torch.full((rows, columns), 0x5A, dtype=torch.uint8, device=device)
+    codes = margins.empty(rows // 4, columns // 4, dtype=torch.int16)
+    mask = margins.empty(rows, columns, dtype=torch.uint8)
     search_into([scores], [codes], magnitude, [mask.view(torch.bool)])
-    alone = torch.full_like(codes, POISON)
+    alone = margins.like(codes)
     search_into([scores], [alone], magnitude)
     assert torch.equal(codes, alone)
     assert int(mask.max()) <= 1
@@ -53,37 +54,37 @@ def launch(scores: Tensor, device: str, magnitude: bool = False) -> tuple[Tensor
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_kernel_and_reference_agree_bit_for_bit(
-    kind: str, dtype: torch.dtype, magnitude: bool, kernel_device: str
+    kind: str, dtype: torch.dtype, magnitude: bool, margins: Margins
 ) -> None:
     torch.manual_seed(0)
     for shape in SHAPES:
         scores = SCORES[kind](*shape).to(dtype)
         expected = search_transposable(scores.abs() if magnitude else scores)
-        codes, mask = launch(scores.to(kernel_device), kernel_device, magnitude)
+        codes, mask = launch(margins.of(scores), margins, magnitude)
         assert torch.equal(codes, expected), shape
         assert torch.equal(mask, unpack_codes(expected)), shape
 
 
-def test_many_blocks_of_rows_are_searched(kernel_device: str) -> None:
+def test_many_blocks_of_rows_are_searched(margins: Margins) -> None:
     scores = torch.randn(1028, 36)
-    assert torch.equal(launch(scores.to(kernel_device), kernel_device)[0], search_transposable(scores))
+    assert torch.equal(launch(margins.of(scores), margins)[0], search_transposable(scores))
 
 
-def test_the_kernel_is_optimal_over_the_90_patterns(kernel_device: str) -> None:
+def test_the_kernel_is_optimal_over_the_90_patterns(margins: Margins) -> None:
     torch.manual_seed(1)
     scores = torch.randint(-50, 50, (16, 1024)).float()
-    _, mask = launch(scores.to(kernel_device), kernel_device)
+    _, mask = launch(margins.of(scores), margins)
     assert torch.equal(tiles_of(scores.double() * mask).sum(1), brute_force_sums(scores))
 
 
 @pytest.mark.parametrize("start", [0, 1, 4])
-def test_strided_and_unaligned_views_are_read_in_place(start: int, kernel_device: str) -> None:
-    storage = torch.randn(40, 100, device=kernel_device)
-    view = storage[2:38:1, start : start + 64]
+def test_strided_and_unaligned_views_are_read_in_place(start: int, margins: Margins) -> None:
+    storage = margins.of(torch.randn(40, start + 64), gap=36 - start)
+    view = storage[2:38:1, start:]
     expected = search_transposable(view.cpu())
-    assert torch.equal(launch(view, kernel_device)[0], expected)
-    every_second = storage[::2, start : start + 64]
-    assert torch.equal(launch(every_second, kernel_device)[0], search_transposable(every_second.cpu()))
+    assert torch.equal(launch(view, margins)[0], expected)
+    every_second = storage[::2, start:]
+    assert torch.equal(launch(every_second, margins)[0], search_transposable(every_second.cpu()))
 
 
 def test_tensors_of_several_layouts_are_searched_in_one_call(kernel_device: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from poisoned import Margins
 from torch import Tensor
 
 from sparsetrain.kernels.masked_update.operator import add_masked_decays_, apply_masks_
@@ -33,7 +34,7 @@ def test_applying_a_mask_removes_non_finite_values_too() -> None:
     assert torch.equal(apply_mask_(tensor, pack_codes(mask)), 2 * torch.eye(4))
 
 
-def test_the_decay_kernel_equals_the_reference_bit_for_bit(kernel_device: str) -> None:
+def test_the_decay_kernel_equals_the_reference_bit_for_bit(margins: Margins) -> None:
     torch.manual_seed(0)
     gradients, weights = [torch.randn(shape) for shape in SHAPES], [torch.randn(shape) for shape in SHAPES]
     codes = [random_codes(shape) for shape in SHAPES]
@@ -41,8 +42,8 @@ def test_the_decay_kernel_equals_the_reference_bit_for_bit(kernel_device: str) -
         gradient + torch.where(unpack_codes(code), torch.zeros(()), weight) * 0.3
         for gradient, weight, code in zip(gradients, weights, codes, strict=True)
     ]
-    on_device = [[tensor.clone().to(kernel_device) for tensor in column] for column in (gradients, weights, codes)]
-    decay_in_place(*on_device, torch.tensor(0.3, device=kernel_device), [0] * len(SHAPES), 0)
+    on_device = [[margins.of(tensor) for tensor in column] for column in (gradients, weights, codes)]
+    decay_in_place(*on_device, margins.of(torch.tensor([0.3]))[0], [0] * len(SHAPES), 0)
     add_masked_decays_(gradients, weights, codes, torch.tensor(0.3, dtype=torch.float64))
     for by_kernel, by_reference, want in zip(on_device[0], gradients, wanted, strict=True):
         assert torch.equal(by_kernel.cpu(), want)
@@ -50,7 +51,7 @@ def test_the_decay_kernel_equals_the_reference_bit_for_bit(kernel_device: str) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_mask_kernel_equals_the_reference_bit_for_bit(dtype: torch.dtype, kernel_device: str) -> None:
+def test_the_mask_kernel_equals_the_reference_bit_for_bit(dtype: torch.dtype, margins: Margins) -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(shape).to(dtype) for shape in SHAPES]
     tensors[1][0, 0] = float("nan")
@@ -60,7 +61,7 @@ def test_the_mask_kernel_equals_the_reference_bit_for_bit(dtype: torch.dtype, ke
         torch.where(unpack_codes(code), tensor, torch.zeros((), dtype=dtype))
         for tensor, code in zip(tensors, codes, strict=True)
     ]
-    on_device = [[tensor.clone().to(kernel_device) for tensor in column] for column in (tensors, codes)]
+    on_device = [[margins.of(tensor) for tensor in column] for column in (tensors, codes)]
     mask_in_place(*on_device)
     apply_masks_(tensors, codes)
     for by_kernel, by_reference, want in zip(on_device[0], tensors, wanted, strict=True):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from poisoned import Margins
 from torch import Tensor
 
 from sparsetrain.kernels.mvue import ESTIMATORS as METHODS
@@ -41,14 +42,13 @@ def gradients(kind: str, shape: tuple[int, int]) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["gaussian", "heavy", "zeros", "ties", "nonfinite"])
 @pytest.mark.parametrize("method", METHODS)
-def test_kernel_and_reference_draw_the_same(method: str, kind: str, dtype: torch.dtype, kernel_device: str) -> None:
+def test_kernel_and_reference_draw_the_same(method: str, kind: str, dtype: torch.dtype, margins: Margins) -> None:
     for shape in SHAPES if kind == "gaussian" else SHAPES[1:2]:
         gradient = gradients(kind, shape).to(dtype)
         seed, layer, counter = 2**40 + 12345, 7, torch.tensor([2**32 - 1, 3])
         wanted_values, wanted_meta = mvue(gradient, counter, seed, layer, method)
-        values = torch.full_like(wanted_values, 77.0, device=kernel_device)
-        meta = torch.full_like(wanted_meta, 0x5A5A, device=kernel_device)
-        estimate_into(gradient.to(kernel_device), counter.to(kernel_device), seed, layer, method, values, meta)
+        values, meta = margins.like(wanted_values), margins.like(wanted_meta)
+        estimate_into(margins.of(gradient), margins.of(counter), seed, layer, method, values, meta)
         assert torch.equal(meta.cpu(), wanted_meta), shape
         torch.testing.assert_close(values.cpu(), wanted_values, rtol=0, atol=0, equal_nan=True)
 
@@ -128,14 +128,10 @@ def test_a_lone_entry_is_kept_as_it_is() -> None:
         assert torch.equal(dense(gradient, method), gradient)
 
 
-def test_strided_rows_and_opcheck(kernel_device: str) -> None:
-    storage = torch.randn(20, 40, device=kernel_device)
-    view = storage[:, 3:30]
-    values, meta = (
-        torch.empty(27, 10, device=kernel_device),
-        torch.empty(27, 2, dtype=torch.int16, device=kernel_device),
-    )
-    counter = torch.tensor([2, 3], device=kernel_device)
+def test_strided_rows_and_opcheck(margins: Margins) -> None:
+    view = margins.of(torch.randn(20, 30), gap=10)[:, 3:]
+    values, meta = margins.empty(27, 10), margins.empty(27, 2, dtype=torch.int16)
+    counter = margins.of(torch.tensor([2, 3]))
     estimate_into(view, counter, 0, 1, "exact", values, meta)
     assert all(map(torch.equal, (values.cpu(), meta.cpu()), draw(view.cpu().contiguous(), 0, 1, 2, 3)))
     for method in METHODS:

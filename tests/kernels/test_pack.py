@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from poisoned import Margins
 from torch import Tensor
 
 from sparsetrain.kernels.mask_search.reference import search_transposable
-from sparsetrain.kernels.pack import operator, reference
+from sparsetrain.kernels.metadata_order import Order
+from sparsetrain.kernels.pack import Side, operator, reference
 from sparsetrain.kernels.pack.triton_kernel import pack_into, unpack_into
 from sparsetrain.kernels.tile_codes.reference import pack_codes, unpack_codes
 
@@ -54,18 +56,27 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def poisoned(weight: Tensor, dtype: torch.dtype, transposed: bool = True) -> list[list[Tensor]]:
-    parts = reference.empty_packed(weight, dtype, transposed)
-    for part in parts:
-        part.view(torch.int16).fill_(0x7B5A)
-    return [[part] for part in parts]
+def side(margins: Margins, rows: int, columns: int, dtype: torch.dtype) -> Side:
+    """Targets of one matrix, in natural order."""
+    values = margins.empty(rows, columns // 2, dtype=dtype)
+    meta = margins.empty(rows, -(-columns // 16), dtype=torch.int16)
+    return Side([values], [meta], [Order.NATURAL], [meta])
+
+
+def sides(margins: Margins, weight: Tensor, dtype: torch.dtype) -> tuple[Side, Side]:
+    rows, columns = weight.shape
+    return side(margins, rows, columns, dtype), side(margins, columns, rows, dtype)
+
+
+def parts_of(*packed: Side) -> list[Tensor]:
+    return [part.cpu() for each in packed for part in (each.values[0], each.meta[0])]
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # 3e38 is infinite in float16
 @pytest.mark.parametrize(("source", "target"), DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["gaussian", "ties", "nonfinite"])
 def test_reference_and_kernel_pack_what_a_loop_packs(
-    kind: str, source: torch.dtype, target: torch.dtype, kernel_device: str
+    kind: str, source: torch.dtype, target: torch.dtype, margins: Margins
 ) -> None:
     torch.manual_seed(0)
     for shape in SHAPES if kind == "gaussian" else SHAPES[:2]:
@@ -76,28 +87,28 @@ def test_reference_and_kernel_pack_what_a_loop_packs(
         expected = [*loop(dense, mask), *loop(dense.t(), mask.t())]
         found = reference.pack(weight, codes, target)
         assert all(map(same_bits, found, expected)), shape
-        on_device = weight.to(kernel_device)
+        on_device = margins.of(weight)
         for search in (True, False):
-            packed = poisoned(on_device, target)
-            given = torch.full_like(codes, 0x5A5A).to(kernel_device) if search else codes.to(kernel_device)
-            pack_into([on_device], [given], packed, search)
+            packed = sides(margins, weight, target)
+            given = margins.like(codes) if search else margins.of(codes)
+            pack_into([on_device], [given], *packed, search)
             assert torch.equal(given.cpu(), codes), shape
-            assert all(same_bits(part.cpu(), want) for (part,), want in zip(packed, expected, strict=True)), shape
+            assert all(map(same_bits, parts_of(*packed), expected)), shape
 
 
-def test_one_side_alone_packs_row_wise_masks(kernel_device: str) -> None:
+def test_one_side_alone_packs_row_wise_masks(margins: Margins) -> None:
     weight = torch.randn(12, 84)
     kept = torch.rand(12, 21, 4).argsort(-1).argsort(-1) < 2
     mask = kept.view(12, 84)
     codes = pack_codes(mask)
     expected = loop(weight, mask)
     assert all(map(same_bits, reference.pack(weight, codes, torch.float32, transposed=False), expected))
-    packed = poisoned(weight.to(kernel_device), torch.float32, transposed=False)
-    pack_into([weight.to(kernel_device)], [codes.to(kernel_device)], packed, search=False)
-    assert all(same_bits(part.cpu(), want) for (part,), want in zip(packed, expected, strict=True))
+    packed = side(margins, 12, 84, torch.float32)
+    pack_into([margins.of(weight)], [margins.of(codes)], packed, None, search=False)
+    assert all(map(same_bits, parts_of(packed), expected))
 
 
-def test_the_transpose_needs_no_rows_that_keep_two(kernel_device: str) -> None:
+def test_the_transpose_needs_no_rows_that_keep_two(margins: Margins) -> None:
     weight = torch.randn(20, 84)
     kept = torch.rand(5, 4, 84).argsort(1).argsort(1) < 2
     mask = kept.view(20, 84)
@@ -105,9 +116,12 @@ def test_the_transpose_needs_no_rows_that_keep_two(kernel_device: str) -> None:
     codes = pack_codes(mask)
     expected = loop(weight.t().bfloat16(), mask.t())
     assert all(map(same_bits, reference.pack(weight, codes, torch.bfloat16)[2:], expected))
-    packed = poisoned(weight.to(kernel_device), torch.bfloat16)
-    pack_into([weight.to(kernel_device)], [codes.to(kernel_device)], packed, search=False)
-    assert all(same_bits(part.cpu(), want) for (part,), want in zip(packed[2:], expected, strict=True))
+    packed = side(margins, 84, 20, torch.bfloat16)
+    pack_into([margins.of(weight)], [margins.of(codes)], None, packed, search=False)
+    assert all(map(same_bits, parts_of(packed), expected))
+    alone = side(margins, 84, 20, torch.bfloat16)
+    operator.pack_tiles_([margins.of(weight)], [margins.of(codes)], [], [], alone.values, alone.meta, [])
+    assert all(map(same_bits, parts_of(alone), expected))
 
 
 def test_chunks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,12 +132,12 @@ def test_chunks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(map(torch.equal, reference.pack(weight, codes, torch.bfloat16), whole))
 
 
-def test_the_transpose_is_the_mask_of_the_weight_transposed_even_with_ties(kernel_device: str) -> None:
-    weight = torch.randint(0, 2, (64, 132)).float().to(kernel_device)
-    codes = torch.empty(16, 33, dtype=torch.int16, device=kernel_device)
-    packed = poisoned(weight, torch.float16)
-    pack_into([weight], [codes], packed, search=True)
-    values, meta, values_t, meta_t = (part.cpu() for (part,) in packed)
+def test_the_transpose_is_the_mask_of_the_weight_transposed_even_with_ties(margins: Margins) -> None:
+    weight = margins.of(torch.randint(0, 2, (64, 132)).float())
+    codes = margins.empty(16, 33, dtype=torch.int16)
+    packed = sides(margins, weight, torch.float16)
+    pack_into([weight], [codes], *packed, search=True)
+    values, meta, values_t, meta_t = parts_of(*packed)
     ones = torch.ones_like
     kept, kept_t = reference.unpack_rows(ones(values), meta), reference.unpack_rows(ones(values_t), meta_t)
     assert torch.equal(kept, kept_t.t())
@@ -151,25 +165,28 @@ def test_the_unpacking_kernel_equals_the_reference(dtype: torch.dtype, kernel_de
 
 
 @pytest.mark.parametrize("start", [0, 1, 8])
-def test_strided_views_are_read_in_place(start: int, kernel_device: str) -> None:
-    view = torch.randn(40, 150, device=kernel_device)[3:31, start : start + 132]
-    codes = torch.empty(7, 33, dtype=torch.int16, device=kernel_device)
-    packed = poisoned(view, torch.bfloat16)
-    pack_into([view], [codes], packed, search=True)
+def test_strided_views_are_read_in_place(start: int, margins: Margins) -> None:
+    view = margins.of(torch.randn(28, start + 132), gap=17 - start)[:, start:]
+    codes = margins.empty(7, 33, dtype=torch.int16)
+    packed = sides(margins, view, torch.bfloat16)
+    pack_into([view], [codes], *packed, search=True)
     expected = reference.pack(view.cpu(), search_transposable(view.cpu().abs()), torch.bfloat16)
-    assert all(same_bits(part.cpu(), want) for (part,), want in zip(packed, expected, strict=True))
+    assert all(map(same_bits, parts_of(*packed), expected))
 
 
-def test_weights_of_several_layouts_are_packed_in_one_call(kernel_device: str) -> None:
-    sources = [torch.randn(shape, device=kernel_device) for shape in ((8, 16), (12, 20), (8, 16))]
-    codes = [torch.empty(w.shape[0] // 4, w.shape[1] // 4, dtype=torch.int16, device=kernel_device) for w in sources]
-    parts = [poisoned(weight, torch.bfloat16) for weight in sources]
-    packed = [[part[place][0] for part in parts] for place in range(4)]
-    pack_into(sources, codes, packed, search=True)
+def test_weights_of_several_layouts_are_packed_in_one_call(margins: Margins) -> None:
+    sources = [margins.of(torch.randn(shape)) for shape in ((8, 16), (12, 20), (8, 16))]
+    codes = [margins.empty(w.shape[0] // 4, w.shape[1] // 4, dtype=torch.int16) for w in sources]
+    each = [sides(margins, weight, torch.bfloat16) for weight in sources]
+    both = []
+    for place in (0, 1):
+        values, meta = ([getattr(pair[place], name)[0] for pair in each] for name in ("values", "meta"))
+        both.append(Side(values, meta, [Order.NATURAL] * 3, meta))
+    pack_into(sources, codes, *both, search=True)
     for position, weight in enumerate(sources):
         expected = operator.search_and_pack(weight.cpu(), torch.bfloat16)
-        found = [codes[position], *(column[position] for column in packed)]
-        assert all(same_bits(part.cpu(), want) for part, want in zip(found, expected, strict=True))
+        found = [codes[position].cpu(), *parts_of(*each[position])]
+        assert all(map(same_bits, found, expected))
 
 
 def test_operators_pass_opcheck(kernel_device: str) -> None:
@@ -180,12 +197,12 @@ def test_operators_pass_opcheck(kernel_device: str) -> None:
         (operator.search_and_pack, (weight, torch.bfloat16)),
         (operator.search_and_pack, (weight.t(), torch.float32)),
         (operator.pack_tiles, (weight, parts[0], torch.float16)),
-        (operator.search_and_pack_, ([weight], *columns)),
-        (operator.pack_tiles_, ([weight], [parts[0]], *columns[1:])),
-        (operator.pack_tiles_, ([weight], [parts[0]], *columns[1:3], [], [])),
+        (operator.search_and_pack_, ([weight], *columns, [])),
+        (operator.pack_tiles_, ([weight], [parts[0]], *columns[1:], [])),
+        (operator.pack_tiles_, ([weight], [parts[0]], *columns[1:3], [], [], [])),
     ):
         torch.library.opcheck(call, arguments)
-    operator.search_and_pack_([weight], *columns)
+    operator.search_and_pack_([weight], *columns, [])
     assert all(same_bits(found, want) for (found,), want in zip(columns, parts, strict=True))
 
 
@@ -198,8 +215,12 @@ BAD: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
     (operator.unpack_rows, (TILE, CODES), r"meta is torch.int16 \(1, 1\)"),
     (operator.unpack_rows, (TILE[:, :3], CODES), r"values is torch.float32 \(4, 3\)"),
     (operator.pack_tiles, (TILE, CODES.int(), torch.float16), "codes is torch.int32"),
-    (operator.pack_tiles_, ([TILE], [CODES], [], [], [], []), "have .1, 1, 0, 0, 0, 0. entries"),
-    (operator.pack_tiles_, ([TILE], [CODES], [TILE[:, :2]], [TILE], [], []), r"values\[0\] is torch.float32 \(4, 2\)"),
+    (operator.pack_tiles_, ([TILE], [CODES], [TILE[:, :2]], [], [], [], []), "have .1, 1, 1, 0, 0, 0. entries"),
+    (
+        operator.pack_tiles_,
+        ([TILE], [CODES], [TILE[:, :2]], [TILE], [], [], []),
+        r"values\[0\] is torch.float32 \(4, 2\)",
+    ),
 ]
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from poisoned import Margins
 from torch import Tensor
 
 from sparsetrain.kernels.masked_update.operator import add_masked_decays_
@@ -97,7 +98,7 @@ def test_what_is_kept_or_not_finite_stays_as_it_is(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_kernel_equals_the_reference_bit_for_bit(dtype: torch.dtype, kernel_device: str) -> None:
+def test_the_kernel_equals_the_reference_bit_for_bit(dtype: torch.dtype, margins: Margins) -> None:
     torch.manual_seed(0)
     shapes = [(12, 20), (4, 1036), (12, 20)]
     gradients = [(torch.randn(shape) * 10.0 ** torch.randint(-9, 3, shape)).to(dtype) for shape in shapes]
@@ -106,8 +107,9 @@ def test_the_kernel_equals_the_reference_bit_for_bit(dtype: torch.dtype, kernel_
     weights = [torch.randn(shape).to(dtype) for shape in shapes]
     codes = [torch.randint(-(2**15), 2**15, (rows // 4, columns // 4)).to(torch.int16) for rows, columns in shapes]
     numbers, clock = [5, 2**32 - 1, 6], 2**31 + 11
-    on_device = [[tensor.clone().to(kernel_device) for tensor in column] for column in (gradients, weights, codes)]
-    decay_in_place(*on_device, torch.tensor(1e-3, device=kernel_device), numbers, clock)
+    on_device = [[margins.of(tensor, gap=12) for tensor in column] for column in (gradients, weights)]
+    on_device.append([margins.of(code) for code in codes])
+    decay_in_place(*on_device, margins.of(torch.tensor([1e-3]))[0], numbers, clock)
     add_masked_decays_(gradients, weights, codes, torch.tensor(1e-3, dtype=torch.float64), numbers, clock)
     for by_kernel, by_reference in zip(on_device[0], gradients, strict=True):
         nan = by_reference.isnan()

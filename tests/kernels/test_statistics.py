@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from poisoned import Margins
 from torch import Tensor
 
 from sparsetrain.kernels.statistics import operator, reference
@@ -29,7 +30,7 @@ def expected(weight: Tensor, codes: Tensor, previous: Tensor | None) -> list[flo
 @pytest.mark.parametrize("nonfinite", [False, True])
 @pytest.mark.parametrize("compare", [False, True])
 def test_kernel_and_reference_sum_what_plain_masks_sum(
-    dtype: torch.dtype, nonfinite: bool, compare: bool, kernel_device: str
+    dtype: torch.dtype, nonfinite: bool, compare: bool, margins: Margins
 ) -> None:
     torch.manual_seed(0)
     weights, codes, previous, wanted = [], [], [], []
@@ -44,8 +45,8 @@ def test_kernel_and_reference_sum_what_plain_masks_sum(
         wanted.append(expected(weight, codes[-1], previous[-1] if compare else None))
     found = operator.tile_statistics(weights, codes, previous if compare else [])
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=0)
-    on_device = [[tensor.to(kernel_device) for tensor in column] for column in (weights, codes, previous)]
-    found = torch.full((4, 6), -7.0, dtype=torch.float64, device=kernel_device)
+    on_device = [[margins.of(tensor) for tensor in column] for column in (weights, codes, previous)]
+    found = margins.empty(4, 6, dtype=torch.float64)
     partial_sums(on_device[0], on_device[1], on_device[2] if compare else [], found)
     torch.testing.assert_close(found.cpu(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=0)
     assert torch.equal(found[:, 2:].cpu(), torch.tensor(wanted, dtype=torch.float64)[:, 2:])

@@ -7,7 +7,7 @@ import torch
 from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 
-from sparsetrain.backends import BACKENDS, filling
+from sparsetrain.backends import BACKENDS
 from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.operands import Execution, Operands
@@ -25,27 +25,6 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state[0])
     monkeypatch.setitem(BACKENDS, "simulated", SimulatedBackend())
     return state
-
-
-def test_scratch_of_a_capture_is_its_own(capturing: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Device:
-        type = "cuda"
-
-        def __hash__(self) -> int:
-            return 1
-
-    real = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: real(size, dtype=dtype))
-    monkeypatch.setattr(filling, "_SCRATCH", {})
-    device = Device()
-    shared = filling._scratch(device, 64)
-    assert filling._scratch(device, 32) is shared
-    capturing[0] = True
-    captured = filling._scratch(device, 32)
-    capturing[0] = False
-    assert captured is not shared
-    assert filling._scratch(device, 128).data_ptr() != captured.data_ptr()  # a regrown one
-    assert captured.numel() == 32
 
 
 def test_a_shared_operand_that_a_graph_reads_outlives_a_release(capturing: list[bool]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...environment import cache_folder, machine_from_torch
+from ...kernels.metadata_order import Order
 from ...requirements import why_not
 from ..interface import Operand
 from ..metadata_layout import MetadataLayout, prove_layout
@@ -69,9 +70,13 @@ class CuSparseLtBackend:
             return CompressedOperand(
                 shape, (compress(torch.zeros(shape, dtype=dtype, device=device)),), layout=layout
             )  # fmt: skip
-        tail = layout.table.source.numel() * layout.table.unit_bits // 16
-        buffer = torch.zeros(kept + tail, dtype=dtype, device=device)
-        return CompressedOperand(shape, (buffer,), buffer[:kept].view(rows, columns // 2), layout=layout)
+        buffer = torch.zeros(kept + layout.table.words, dtype=dtype, device=device)
+        values, tail = buffer[:kept].view(rows, columns // 2), buffer[kept:].view(torch.int16)
+        places = layout.table.places if layout.order == Order.TABLE else None
+        if layout.order == Order.TABLE and places is None:  # bytes or nibbles are moved
+            return CompressedOperand(shape, (buffer,), values, layout=layout)
+        layout.table.pad_(tail)
+        return CompressedOperand(shape, (buffer,), values, tail, layout.order, places, layout)
 
     def finish_(self, operand: Operand, source: Tensor) -> None:
         """Put metadata behind the values, or compress the masked matrix; in place."""
