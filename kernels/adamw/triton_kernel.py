@@ -1,0 +1,241 @@
+"""AdamW, masked decay and packing in one pass, as a Triton kernel over several weights."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..device_functions import (
+    join_columns,
+    kept_pair,
+    load_code,
+    member,
+    nibbles_of,
+    pair_bits,
+    places,
+    rounded,
+    split_columns,
+    transposed_nibbles,
+)
+from ..launch import are_aligned, groups_of_equal_layout, interpreted, members, on_device_of, table
+from ..masked_update.reference import SEED as KEY
+from ..masked_update.triton_kernel import rounded_at_random
+from ..pack.triton_kernel import PAIRS, TRITON, four_nibbles
+from .reference import RULES, Factors
+
+# one program: rows and columns in tiles, warps
+BOTH = {torch.float32: (32, 32, 8), torch.bfloat16: (16, 32, 4)}
+ALONE = (4, 64, 4)  # without the transpose
+SEED = tl.constexpr(KEY)
+
+
+def update_in_place(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    codes: Sequence[Tensor], packed: Sequence[Sequence[Tensor]], numbers: Sequence[int], sums: Factors, rule: str,
+    decay: float, zeros: bool, maximize: bool, clock: int,
+) -> None:  # fmt: skip
+    """Update weights and moments, and pack the weights; tensors of equal layout share one launch.
+
+    Args:
+        weights: float32 or bfloat16 ``[O, I]`` each, columns contiguous, rows at any stride; changed.
+        gradients: The same shapes and dtypes; rows at any stride.
+        exp_avgs: The same; changed.
+        exp_avg_sqs: The same, with the strides of ``exp_avgs``; changed.
+        codes: int16 ``[O/4, I/4]`` each, contiguous.
+        packed: None, two or four lists as :func:`..pack.triton_kernel.pack_into` takes them; overwritten.
+        numbers: Of the layers, one each: the counter of the random numbers that round a decay in 16 bits.
+        sums: Of the step.
+        rule: One of :data:`.reference.RULES`.
+        decay: What the rule adds times pruned weights.
+        zeros: Write zeros into what is pruned of the weights.
+        maximize: Follow gradients upwards.
+        clock: The counter's other word.
+    """
+    for group in groups_of_equal_layout(weights, gradients, exp_avgs, codes, *packed):
+        own = [[column[i] for i in group] for column in (weights, gradients, exp_avgs, exp_avg_sqs, codes)]
+        first, (tile_rows, tile_columns) = own[0][0], own[4][0].shape
+        dtype = packed[0][group[0]].dtype if packed else first.dtype
+        # a pair of kept values is one integer
+        outputs = [
+            [column[i].view(PAIRS[dtype]) if place % 2 == 0 else column[i] for i in group]
+            for place, column in enumerate(packed)
+        ]
+        rows, columns, warps = BOTH[first.dtype] if len(outputs) == 4 else ALONE
+        unused = [own[4]] * (4 - len(outputs))
+        grid = (triton.cdiv(tile_rows, rows) * triton.cdiv(tile_columns, columns), len(group))
+        with on_device_of(first):
+            adamw_kernel[grid](
+                *(entry for column in (*own, *outputs, *unused) for entry in members(column)),
+                table(tuple(numbers[i] for i in group), first.device), clock & 0xFFFFFFFF, *map(float, sums), decay,
+                tile_rows, tile_columns, triton.cdiv(tile_rows, 4), triton.cdiv(tile_columns, 4), first.stride(0),
+                own[1][0].stride(0), own[2][0].stride(0), DTYPE=TRITON[dtype], RULE=RULES.index(rule), ZEROS=zeros,
+                MAXIMIZE=maximize, FROM_END=sums.share >= 0.5, SIDES=len(outputs) // 2,
+                ALIGNED=are_aligned(*own, *outputs), BY_HAND=interpreted(), ROWS=rows, COLUMNS=columns, num_warps=warps,
+                enable_fp_fusion=False,  # the reference rounds products
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["clock"])
+def adamw_kernel(
+    weight_base, weight_offsets, gradient_base, gradient_offsets, average_base, average_offsets, square_base,
+    square_offsets, code_base, code_offsets, values_base, values_offsets, meta_base, meta_offsets, values_t_base,
+    values_t_offsets, meta_t_base, meta_t_offsets, numbers, clock, shrink, share, fading, square_share, correction,
+    epsilon, step_size, decay, tile_rows, tile_columns, word_rows, word_columns, weight_stride, gradient_stride,
+    moment_stride, DTYPE: tl.constexpr, RULE: tl.constexpr, ZEROS: tl.constexpr, MAXIMIZE: tl.constexpr,
+    FROM_END: tl.constexpr, SIDES: tl.constexpr, ALIGNED: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Update ROWS × COLUMNS tiles of the program's weight, a row of the tiles at a time, and pack SIDES of them."""
+    tensor = tl.program_id(1)
+    blocks = tl.cdiv(tile_columns, COLUMNS)
+    top = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
+    left = (tl.program_id(0) % blocks) * COLUMNS
+    row, column = top + tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
+    element = left * 4 + tl.arange(0, 4 * COLUMNS)[None, :]
+    within = (row < tile_rows) & (element < tile_columns * 4)
+    codes = member(code_base, code_offsets, tensor, ALIGNED)
+    if (RULE != 0) or ZEROS:
+        kept = load_code(codes + row * tile_columns + element // 4, within) >> (element % 4)
+    else:
+        kept = tl.full((ROWS, 4 * COLUMNS), 0, tl.int32)
+    weights = member(weight_base, weight_offsets, tensor, ALIGNED) + row * 4 * weight_stride + element
+    gradients = member(gradient_base, gradient_offsets, tensor, ALIGNED) + row * 4 * gradient_stride + element
+    averages = member(average_base, average_offsets, tensor, ALIGNED) + row * 4 * moment_stride + element
+    squares = member(square_base, square_offsets, tensor, ALIGNED) + row * 4 * moment_stride + element
+    pointers, strides = (weights, gradients, averages, squares), (weight_stride, gradient_stride, moment_stride)
+    sums = (shrink, share, fading, square_share, correction, epsilon, step_size, decay)
+    counter = (row * 4 * tile_columns + column, tile_columns, tl.load(numbers + tensor).to(tl.uint32), clock)
+    row_a = updated(
+        0, pointers, strides, kept, within, counter, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND, ROWS, COLUMNS
+    )
+    row_b = updated(
+        1, pointers, strides, kept, within, counter, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND, ROWS, COLUMNS
+    )
+    row_c = updated(
+        2, pointers, strides, kept, within, counter, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND, ROWS, COLUMNS
+    )
+    row_d = updated(
+        3, pointers, strides, kept, within, counter, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND, ROWS, COLUMNS
+    )
+    if SIDES > 0:
+        inside = (row < tile_rows) & (column < tile_columns)
+        a, b, c, d = nibbles_of(load_code(codes + row * tile_columns + column, inside))
+        a0, a1, a2, a3 = split_columns(row_a, ROWS, COLUMNS)
+        b0, b1, b2, b3 = split_columns(row_b, ROWS, COLUMNS)
+        c0, c1, c2, c3 = split_columns(row_c, ROWS, COLUMNS)
+        d0, d1, d2, d3 = split_columns(row_d, ROWS, COLUMNS)
+
+        values = member(values_base, values_offsets, tensor, ALIGNED) + row * 4 * tile_columns + column
+        tl.store(values, packed_pair(a, a0, a1, a2, a3, DTYPE, BY_HAND), mask=inside)
+        tl.store(values + tile_columns, packed_pair(b, b0, b1, b2, b3, DTYPE, BY_HAND), mask=inside)
+        tl.store(values + 2 * tile_columns, packed_pair(c, c0, c1, c2, c3, DTYPE, BY_HAND), mask=inside)
+        tl.store(values + 3 * tile_columns, packed_pair(d, d0, d1, d2, d3, DTYPE, BY_HAND), mask=inside)
+        word = left // 4 + tl.arange(0, COLUMNS // 4)[None, :]
+        words = member(meta_base, meta_offsets, tensor, ALIGNED) + row * 4 * word_columns + word
+        upper, lower = two_places(a, b, inside), two_places(c, d, inside)
+        written = (row < tile_rows) & (word < word_columns)
+        store_words(words, upper, lower, word_columns, written, ROWS, COLUMNS)
+    if SIDES > 1:
+        w, x, y, z = transposed_nibbles(a, b, c, d)
+        row_t, column_t = top + tl.arange(0, ROWS)[None, :], left.to(tl.int64) + tl.arange(0, COLUMNS)[:, None]
+        inside_t = (row_t < tile_rows) & (column_t < tile_columns)
+        values_t = member(values_t_base, values_t_offsets, tensor, ALIGNED) + column_t * 4 * tile_rows + row_t
+        tl.store(values_t, tl.trans(packed_pair(w, a0, b0, c0, d0, DTYPE, BY_HAND)), mask=inside_t)
+        tl.store(values_t + tile_rows, tl.trans(packed_pair(x, a1, b1, c1, d1, DTYPE, BY_HAND)), mask=inside_t)
+        tl.store(values_t + 2 * tile_rows, tl.trans(packed_pair(y, a2, b2, c2, d2, DTYPE, BY_HAND)), mask=inside_t)
+        tl.store(values_t + 3 * tile_rows, tl.trans(packed_pair(z, a3, b3, c3, d3, DTYPE, BY_HAND)), mask=inside_t)
+        word_t = top // 4 + tl.arange(0, ROWS // 4)[None, :]
+        words_t = member(meta_t_base, meta_t_offsets, tensor, ALIGNED) + column_t * 4 * word_rows + word_t
+        upper, lower = tl.trans(two_places(w, x, inside)), tl.trans(two_places(y, z, inside))
+        written = (column_t < tile_columns) & (word_t < word_rows)
+        store_words(words_t, upper, lower, word_rows, written, COLUMNS, ROWS)
+
+
+@triton.jit
+def updated(
+    line: tl.constexpr, pointers, strides, kept, within, counter, sums, RULE: tl.constexpr, ZEROS: tl.constexpr,
+    MAXIMIZE: tl.constexpr, FROM_END: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Update a row of each tile in memory, and return its weights in float32; rounded after every sum, as torch's."""
+    weight_stride, gradient_stride, moment_stride = strides
+    weights, gradients = pointers[0] + line * weight_stride, pointers[1] + line * gradient_stride
+    averages, squares = pointers[2] + line * moment_stride, pointers[3] + line * moment_stride
+    shrink, share, fading, square_share, correction, epsilon, step_size, decay = sums
+    weight = tl.load(weights, mask=within, other=0.0).to(tl.float32)
+    gradient = tl.load(gradients, mask=within, other=0.0).to(tl.float32)
+    average = tl.load(averages, mask=within, other=0.0).to(tl.float32)
+    square = tl.load(squares, mask=within, other=0.0).to(tl.float32)
+    own = (kept >> (4 * line)) & 1
+    if RULE == 1:
+        total = gradient + tl.where(own != 0, 0.0, weight) * decay
+        gradient = at_random(total, line, counter, weights.dtype.element_ty, ROWS, COLUMNS)
+    elif RULE == 2:
+        total = weight + tl.where(own != 0, 0.0, weight) * decay
+        weight = at_random(total, line, counter, weights.dtype.element_ty, ROWS, COLUMNS)
+    elif RULE == 3:
+        gradient = tl.where(own != 0, gradient, 0.0)
+    if MAXIMIZE:
+        gradient = -gradient
+    weight = narrowed(weight * shrink, weights.dtype.element_ty, BY_HAND)
+    average = gradient - (gradient - average) * (1.0 - share) if FROM_END else average + share * (gradient - average)
+    average = narrowed(average, weights.dtype.element_ty, BY_HAND)
+    square = narrowed(square * fading, weights.dtype.element_ty, BY_HAND)
+    square = narrowed(square + square_share * gradient * gradient, weights.dtype.element_ty, BY_HAND)
+    divisor = narrowed(tl.sqrt_rn(square), weights.dtype.element_ty, BY_HAND)
+    divisor = narrowed(tl.div_rn(divisor, correction), weights.dtype.element_ty, BY_HAND)
+    divisor = narrowed(divisor + epsilon, weights.dtype.element_ty, BY_HAND)
+    weight = narrowed(weight + tl.div_rn(step_size * average, divisor), weights.dtype.element_ty, BY_HAND)
+    if ZEROS:
+        weight = tl.where(own != 0, weight, 0.0)
+    tl.store(weights, rounded(weight, weights.dtype.element_ty, BY_HAND), mask=within)
+    tl.store(averages, rounded(average, weights.dtype.element_ty, BY_HAND), mask=within)
+    tl.store(squares, rounded(square, weights.dtype.element_ty, BY_HAND), mask=within)
+    return weight
+
+
+@triton.jit
+def at_random(total, line: tl.constexpr, counter, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A row of float32 sums in DTYPE; 16 bits are rounded by a word of Philox for each, four of a row at a time."""
+    if DTYPE == tl.float32:
+        return total
+    else:
+        first, step, number, clock = counter
+        place = (first + line * step).to(tl.uint32)
+        zero = tl.full((), 0, tl.uint32)
+        r0, r1, r2, r3 = tl.philox(SEED, place, number, tl.cast(clock, tl.uint32), zero)
+        draw = join_columns(r0, r1, r2, r3, ROWS, COLUMNS) >> 16
+        return rounded_at_random(total, draw, DTYPE).to(tl.float32)
+
+
+@triton.jit
+def narrowed(value, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
+    """A float32 value rounded to DTYPE, in float32."""
+    if DTYPE == tl.float32:
+        return value
+    else:
+        return rounded(value, DTYPE, BY_HAND).to(tl.float32)
+
+
+@triton.jit
+def packed_pair(nibble, x0, x1, x2, x3, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
+    """The two kept of four candidates, as one integer."""
+    first, last = kept_pair(nibble, x0, x1, x2, x3)
+    return pair_bits(first, last, DTYPE, BY_HAND)
+
+
+@triton.jit
+def two_places(first, second, inside):
+    """Where two rows of tiles keep entries, in the halves of an integer: half as many exchanges between threads."""
+    return tl.where(inside, places(first) | (places(second) << 16), 0)
+
+
+@triton.jit
+def store_words(words, upper, lower, stride, written, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store the metadata of the four rows of tiles, in natural order."""
+    upper, lower = four_nibbles(upper, ROWS, COLUMNS), four_nibbles(lower, ROWS, COLUMNS)
+    tl.store(words, upper.to(tl.int16), mask=written)
+    tl.store(words + stride, (upper >> 16).to(tl.int16), mask=written)
+    tl.store(words + 2 * stride, lower.to(tl.int16), mask=written)
+    tl.store(words + 3 * stride, (lower >> 16).to(tl.int16), mask=written)
