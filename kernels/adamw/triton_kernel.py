@@ -26,7 +26,7 @@ from ..pack.triton_kernel import PAIRS, TRITON, four_nibbles
 from .reference import RULES, Factors
 
 # one program: rows and columns in tiles, warps
-BOTH = {torch.float32: (32, 32, 8), torch.bfloat16: (16, 32, 4)}
+BOTH = {torch.float32: (16, 32, 8), torch.bfloat16: (16, 32, 8)}
 ALONE = (4, 64, 4)  # without the transpose
 SEED = tl.constexpr(KEY)
 
