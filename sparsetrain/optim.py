@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from .backends.filling import Filling, fill_
+from .backends.filling import Filling, Targets, fill_
 from .kernels.adamw.operator import DTYPES, sparse_adamw_
 from .kernels.adamw.reference import Rule
 from .masked_layer import MaskedLayer
@@ -210,12 +210,13 @@ def _update_alike(
 ) -> None:
     """Update weights of one device and dtype in their step number ``count``."""
 
-    def write(names: Sequence[str], *columns: list[Tensor]) -> None:
+    def write(names: Sequence[str], targets: Targets) -> None:
         weights, gradients, averages, squares = (list(column) for column in zip(*map(entries.get, names), strict=True))
         sparse_adamw_(
-            weights, gradients, averages, squares, [step.layers[name].mask_codes for name in names], *columns,
-            float(group["lr"]), *map(float, group["betas"]), group["eps"], group["weight_decay"], count, step.rule,
-            step.decay, step.zeros, group["maximize"], [zlib.crc32(name.encode()) for name in names], step.clock,
+            weights, gradients, averages, squares, [step.layers[name].mask_codes for name in names],
+            *targets.columns, targets.tables, float(group["lr"]), *map(float, group["betas"]), group["eps"],
+            group["weight_decay"], count, targets.orders, step.rule, step.decay, step.zeros, group["maximize"],
+            [zlib.crc32(name.encode()) for name in names], step.clock,
         )  # fmt: skip
 
     fillings: dict[int, str] = {}
@@ -227,8 +228,8 @@ def _update_alike(
             wanted.append(filling)
             fillings[id(filling)] = name
     if rest := [name for name in entries if name not in fillings.values()]:
-        write(rest, [], [], [], [])
-    fill_(wanted, lambda batch, columns: write([fillings[id(filling)] for filling in batch], *columns))
+        write(rest, Targets([]))
+    fill_(wanted, lambda batch, targets: write([fillings[id(filling)] for filling in batch], targets))
     for name in fillings.values():
         renewed_(step.layers[name])
         step.packed.add(name)

@@ -6,7 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..pack.operator import _check_targets, pack_tiles_
+from ..pack.operator import pack_tiles_, sides_of
+from ..pack.sides import Side
 from .reference import RULES, Factors, Rule, adamw_, factors
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -19,9 +20,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 def sparse_adamw_(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor], values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor], lr: float, beta1: float, beta2: float, epsilon: float, weight_decay: float, step: float,
-    rule: str = "none", decay: float = 0.0, zeros: bool = False, maximize: bool = False,
-    numbers: Sequence[int] | None = None, clock: int = 0,
+    meta_t: Sequence[Tensor], tables: Sequence[Tensor], lr: float, beta1: float, beta2: float, epsilon: float,
+    weight_decay: float, step: float, orders: Sequence[int] | None = None, rule: str = "none",
+    decay: float = 0.0, zeros: bool = False, maximize: bool = False, numbers: Sequence[int] | None = None,
+    clock: int = 0,
 ) -> None:  # fmt: skip
     """Do a step of AdamW with several weights, and pack them; on CUDA, one launch for each layout among them.
 
@@ -31,17 +33,18 @@ def sparse_adamw_(
         exp_avgs: First moments, like the weights; changed.
         exp_avg_sqs: Second moments; changed.
         codes: int16 ``[O/4, I/4]``, contiguous, each.
-        values: Where the updated weights are packed, as in :func:`..pack.operator.pack_tiles_`; or empty, to pack
-            nothing.
+        values: Where the updated weights are packed, as in :func:`..pack.operator.pack_tiles_`; or an empty list.
         meta: The same.
-        values_t: Of the transposes; or empty.
+        values_t: Of the transposes; or an empty list.
         meta_t: The same.
+        tables: As there.
         lr: Learning rate.
         beta1: Of the first moment.
         beta2: Of the second moment.
         epsilon: Added to the root of the second moment.
         weight_decay: Of every entry, decoupled.
         step: Number of this step, from 1 up.
+        orders: Of metadata, as there.
         rule: What masks do before the update: one of :data:`.reference.RULES`.
         decay: λ of the rule.
         zeros: Write zeros into what is pruned of the weights, after the update.
@@ -56,56 +59,54 @@ def sparse_adamw_(
     Example:
         >>> weight, gradient = torch.ones(4, 4), torch.ones(4, 4)
         >>> moments, codes = torch.zeros(2, 4, 4), torch.full((1, 1), 0x5A5A, dtype=torch.int16)
-        >>> lists = [[weight], [gradient], [moments[0]], [moments[1]], [codes], [], [], [], []]
+        >>> lists = [[weight], [gradient], [moments[0]], [moments[1]], [codes], *[[]] * 5]
         >>> sparse_adamw_(*lists, lr=0.5, beta1=0.9, beta2=0.999, epsilon=0.0, weight_decay=0.0, step=1.0)
         >>> weight[0, 0].item()
         0.5
     """
     lists = weights, gradients, exp_avgs, exp_avg_sqs, codes
-    own = _check(*lists, values, meta, values_t, meta_t, rule, numbers)
+    own, _ = _check(*lists, values, meta, values_t, meta_t, tables, orders, rule, numbers)
     sums = factors(lr, beta1, beta2, epsilon, weight_decay, step), rule, _factor(rule, decay, lr), zeros, maximize
     _update_by_reference(*lists, own, *sums, clock)
-    if values:
-        pack_tiles_(weights, codes, values, meta, values_t, meta_t)
+    if values or values_t:
+        pack_tiles_(weights, codes, values, meta, values_t, meta_t, tables, orders)
 
 
 @sparse_adamw_.register_fake
 def _(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor], values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor], lr: float, beta1: float, beta2: float, epsilon: float, weight_decay: float, step: float,
-    rule: str = "none", decay: float = 0.0, zeros: bool = False, maximize: bool = False,
-    numbers: Sequence[int] | None = None, clock: int = 0,
+    meta_t: Sequence[Tensor], tables: Sequence[Tensor], lr: float, beta1: float, beta2: float, epsilon: float,
+    weight_decay: float, step: float, orders: Sequence[int] | None = None, rule: str = "none",
+    decay: float = 0.0, zeros: bool = False, maximize: bool = False, numbers: Sequence[int] | None = None,
+    clock: int = 0,
 ) -> None:  # fmt: skip
-    _check(weights, gradients, exp_avgs, exp_avg_sqs, codes, values, meta, values_t, meta_t, rule, numbers)
+    lists = weights, gradients, exp_avgs, exp_avg_sqs, codes
+    _check(*lists, values, meta, values_t, meta_t, tables, orders, rule, numbers)
 
 
 @sparse_adamw_.register_kernel("cuda")
 def _(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor], values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor], lr: float, beta1: float, beta2: float, epsilon: float, weight_decay: float, step: float,
-    rule: str = "none", decay: float = 0.0, zeros: bool = False, maximize: bool = False,
-    numbers: Sequence[int] | None = None, clock: int = 0,
+    meta_t: Sequence[Tensor], tables: Sequence[Tensor], lr: float, beta1: float, beta2: float, epsilon: float,
+    weight_decay: float, step: float, orders: Sequence[int] | None = None, rule: str = "none",
+    decay: float = 0.0, zeros: bool = False, maximize: bool = False, numbers: Sequence[int] | None = None,
+    clock: int = 0,
 ) -> None:  # fmt: skip
     from .triton_kernel import update_in_place
 
     lists = weights, gradients, exp_avgs, exp_avg_sqs, codes
-    own = _check(*lists, values, meta, values_t, meta_t, rule, numbers)
+    own, sides = _check(*lists, values, meta, values_t, meta_t, tables, orders, rule, numbers)
     sums = factors(lr, beta1, beta2, epsilon, weight_decay, step), rule, _factor(rule, decay, lr), zeros, maximize
-    targets = values, meta, values_t, meta_t
-    by_kernel = [position for position, entry in enumerate(zip(*lists[:4], strict=True)) if _suits_kernel(*entry)]
-    others = sorted(set(range(len(weights))) - set(by_kernel))
-    if others:
-        rest = [[column[i] for i in others] for column in lists]
-        _update_by_reference(*rest, [own[i] for i in others], *sums, clock)
-        if values:
-            pack_tiles_(rest[0], rest[4], *([column[i] for i in others] if column else [] for column in targets))
-    if by_kernel:
-        update_in_place(
-            *([column[i] for i in by_kernel] for column in lists),
-            [[column[i] for i in by_kernel] for column in targets if column], [own[i] for i in by_kernel], *sums, clock,
-        )  # fmt: skip
+    entries = zip(weights, exp_avgs, exp_avg_sqs, strict=True)
+    if all(_suits_kernel(*entry) for entry in entries):
+        by_rows = [gradient if gradient.stride(1) == 1 else gradient.contiguous() for gradient in gradients]
+        update_in_place(weights, by_rows, exp_avgs, exp_avg_sqs, codes, *sides, own, *sums, clock)
+        return
+    _update_by_reference(*lists, own, *sums, clock)
+    if values or values_t:
+        pack_tiles_(weights, codes, values, meta, values_t, meta_t, tables, orders)
 
 
 def _update_by_reference(
@@ -113,25 +114,27 @@ def _update_by_reference(
     codes: Sequence[Tensor], numbers: Sequence[int], sums: Factors, rule: str, decay: float, zeros: bool,
     maximize: bool, clock: int,
 ) -> None:  # fmt: skip
-    for *entry, number in zip(weights, gradients, exp_avgs, exp_avg_sqs, codes, numbers, strict=True):
-        adamw_(*entry, sums, cast(Rule, rule), decay, zeros=zeros, maximize=maximize, number=number, clock=clock)
+    options = {"rule": cast(Rule, rule), "decay": decay, "zeros": zeros, "maximize": maximize, "clock": clock}
+    for position, entry in enumerate(zip(weights, gradients, exp_avgs, exp_avg_sqs, codes, strict=True)):
+        adamw_(*entry, sums, number=numbers[position], **options)  # type: ignore[arg-type]
 
 
 def _factor(rule: str, decay: float, lr: float) -> float:
     return -decay * lr if rule == "decay_weight" else decay
 
 
-def _suits_kernel(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
-    same = exp_avg.stride() == exp_avg_sq.stride()
-    return same and weight.numel() > 0 and all(one.stride(1) == 1 for one in (weight, gradient, exp_avg))
+def _suits_kernel(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
+    by_rows = weight.stride(1) == exp_avg.stride(1) == 1
+    return by_rows and exp_avg.stride() == exp_avg_sq.stride() and weight.numel() > 0
 
 
 def _check(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor], values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor], rule: str, numbers: Sequence[int] | None,
-) -> Sequence[int]:  # fmt: skip
-    """Return the numbers of the layers."""
+    meta_t: Sequence[Tensor], tables: Sequence[Tensor], orders: Sequence[int] | None, rule: str,
+    numbers: Sequence[int] | None,
+) -> tuple[Sequence[int], tuple[Side | None, Side | None]]:  # fmt: skip
+    """Return the numbers of the layers and the targets, or raise ``ValueError`` where something does not fit."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}: it must be one of {', '.join(map(repr, RULES))}.")
     columns = {"gradients": gradients, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "codes": codes}
@@ -155,6 +158,5 @@ def _check(
                     f"{tuple(weight.shape)} it must be {'contiguous ' * (name == 'codes')}{dtype} {shape} on "
                     f"{weight.device}."
                 )
-    if values or meta or values_t or meta_t:
-        _check_targets(weights, codes, values, meta, values_t, meta_t)
-    return [0] * len(weights) if numbers is None else numbers
+    sides = sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
+    return [0] * len(weights) if numbers is None else numbers, sides

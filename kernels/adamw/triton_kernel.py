@@ -2,38 +2,35 @@
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import (
     join_columns,
-    kept_pair,
     load_code,
     member,
     nibbles_of,
-    pair_bits,
-    places,
     rounded,
     split_columns,
     transposed_nibbles,
 )
-from ..launch import are_aligned, groups_of_equal_layout, interpreted, members, on_device_of, table
+from ..launch import are_aligned, interpreted, members, on_device_of, table
 from ..masked_update.reference import SEED as KEY
 from ..masked_update.triton_kernel import rounded_at_random
-from ..pack.triton_kernel import PAIRS, TRITON, four_nibbles
+from ..pack.sides import Side
+from ..pack.triton_kernel import TRITON, groups_of_equal_sides, side_arguments, store_side, store_turned_side
 from .reference import RULES, Factors
 
-# one program: rows and columns in tiles, warps
-BOTH = {torch.float32: (16, 32, 8), torch.bfloat16: (16, 32, 8)}
+# one program: rows and columns in tiles, warps; two tiles a thread leave registers for two blocks on a multiprocessor
+BOTH = (16, 32, 8)
 ALONE = (4, 64, 4)  # without the transpose
 SEED = tl.constexpr(KEY)
 
 
 def update_in_place(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    codes: Sequence[Tensor], packed: Sequence[Sequence[Tensor]], numbers: Sequence[int], sums: Factors, rule: str,
+    codes: Sequence[Tensor], side: Side | None, side_t: Side | None, numbers: Sequence[int], sums: Factors, rule: str,
     decay: float, zeros: bool, maximize: bool, clock: int,
 ) -> None:  # fmt: skip
     """Update weights and moments, and pack the weights; tensors of equal layout share one launch.
@@ -44,7 +41,8 @@ def update_in_place(
         exp_avgs: The same; changed.
         exp_avg_sqs: The same, with the strides of ``exp_avgs``; changed.
         codes: int16 ``[O/4, I/4]`` each, contiguous.
-        packed: None, two or four lists as :func:`..pack.triton_kernel.pack_into` takes them; overwritten.
+        side: Targets of W, overwritten; or None.
+        side_t: The same of Wᵀ; values of both sides have one dtype.
         numbers: Of the layers, one each: the counter of the random numbers that round a decay in 16 bits.
         sums: Of the step.
         rule: One of :data:`.reference.RULES`.
@@ -53,41 +51,51 @@ def update_in_place(
         maximize: Follow gradients upwards.
         clock: The counter's other word.
     """
-    for group in groups_of_equal_layout(weights, gradients, exp_avgs, codes, *packed):
-        own = [[column[i] for i in group] for column in (weights, gradients, exp_avgs, exp_avg_sqs, codes)]
-        first, (tile_rows, tile_columns) = own[0][0], own[4][0].shape
-        dtype = packed[0][group[0]].dtype if packed else first.dtype
-        # a pair of kept values is one integer
-        outputs = [
-            [column[i].view(PAIRS[dtype]) if place % 2 == 0 else column[i] for i in group]
-            for place, column in enumerate(packed)
-        ]
-        rows, columns, warps = BOTH[first.dtype] if len(outputs) == 4 else ALONE
-        unused = [own[4]] * (4 - len(outputs))
-        grid = (triton.cdiv(tile_rows, rows) * triton.cdiv(tile_columns, columns), len(group))
-        with on_device_of(first):
-            adamw_kernel[grid](
-                *(entry for column in (*own, *outputs, *unused) for entry in members(column)),
-                table(tuple(numbers[i] for i in group), first.device), clock & 0xFFFFFFFF, *map(float, sums), decay,
-                tile_rows, tile_columns, triton.cdiv(tile_rows, 4), triton.cdiv(tile_columns, 4), first.stride(0),
-                own[1][0].stride(0), own[2][0].stride(0), DTYPE=TRITON[dtype], RULE=RULES.index(rule), ZEROS=zeros,
-                MAXIMIZE=maximize, FROM_END=sums.share >= 0.5, SIDES=len(outputs) // 2,
-                ALIGNED=are_aligned(*own, *outputs), BY_HAND=interpreted(), ROWS=rows, COLUMNS=columns, num_warps=warps,
-                enable_fp_fusion=False,  # the reference rounds products
-            )  # fmt: skip
+    lists = [weights, gradients, exp_avgs, exp_avg_sqs, codes]
+    for group in groups_of_equal_sides(lists, side, side_t):
+        own = [[column[i] for i in group] for column in lists]
+        parts = [None if given is None else given.of(group) for given in (side, side_t)]
+        _launch(own, *parts, [numbers[i] for i in group], sums, rule, decay, zeros, maximize, clock)
+
+
+def _launch(
+    lists: Sequence[Sequence[Tensor]], side: Side | None, side_t: Side | None, numbers: Sequence[int], sums: Factors,
+    rule: str, decay: float, zeros: bool, maximize: bool, clock: int,
+) -> None:  # fmt: skip
+    (weight, gradient, moment, _, codes), packed = (column[0] for column in lists), side or side_t
+    tile_rows, tile_columns = codes.shape
+    outputs, arguments = side_arguments(side, side_t, lists[4])
+    rows, columns, warps = ALONE if side_t is None else BOTH
+    grid = (triton.cdiv(tile_rows, rows) * triton.cdiv(tile_columns, columns), len(numbers))
+    with on_device_of(weight):
+        adamw_kernel[grid](
+            *(entry for column in lists for entry in members(column)), *arguments,
+            table(tuple(numbers), weight.device), clock & 0xFFFFFFFF, *map(float, sums), float(decay), tile_rows,
+            tile_columns, triton.cdiv(tile_rows, 4), triton.cdiv(tile_columns, 4), weight.stride(0),
+            gradient.stride(0), moment.stride(0), DTYPE=TRITON[packed.values[0].dtype if packed else weight.dtype],
+            RULE=RULES.index(rule), ZEROS=zeros, MAXIMIZE=maximize, FROM_END=sums.share >= 0.5,
+            FORWARD=side is not None, TRANSPOSED=side_t is not None, ORDER=int(side.orders[0]) if side else 0,
+            ORDER_T=int(side_t.orders[0]) if side_t else 0, ALIGNED=are_aligned(*lists, *outputs),
+            BY_HAND=interpreted(), ROWS=rows, COLUMNS=columns, num_warps=warps,
+            enable_fp_fusion=False,  # the reference rounds products
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["clock"])
 def adamw_kernel(
     weight_base, weight_offsets, gradient_base, gradient_offsets, average_base, average_offsets, square_base,
-    square_offsets, code_base, code_offsets, values_base, values_offsets, meta_base, meta_offsets, values_t_base,
-    values_t_offsets, meta_t_base, meta_t_offsets, numbers, clock, shrink, share, fading, square_share, correction,
-    epsilon, step_size, decay, tile_rows, tile_columns, word_rows, word_columns, weight_stride, gradient_stride,
-    moment_stride, DTYPE: tl.constexpr, RULE: tl.constexpr, ZEROS: tl.constexpr, MAXIMIZE: tl.constexpr,
-    FROM_END: tl.constexpr, SIDES: tl.constexpr, ALIGNED: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    square_offsets, code_base, code_offsets, values_base, values_offsets, meta_base, meta_offsets, table_base,
+    table_offsets, values_t_base, values_t_offsets, meta_t_base, meta_t_offsets, table_t_base, table_t_offsets, numbers,
+    clock, shrink, share, fading, square_share, correction, epsilon, step_size, decay, tile_rows, tile_columns,
+    word_rows, word_columns, weight_stride, gradient_stride, moment_stride, DTYPE: tl.constexpr, RULE: tl.constexpr,
+    ZEROS: tl.constexpr, MAXIMIZE: tl.constexpr, FROM_END: tl.constexpr, FORWARD: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ORDER: tl.constexpr, ORDER_T: tl.constexpr, ALIGNED: tl.constexpr, BY_HAND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Update ROWS × COLUMNS tiles of the program's weight, a row of the tiles at a time, and pack SIDES of them."""
+    """Update ROWS × COLUMNS tiles of the program's weight, a row of the tiles at a time.
+
+    W is packed if FORWARD, Wᵀ if TRANSPOSED, metadata in ORDER and ORDER_T.
+    """
     tensor = tl.program_id(1)
     blocks = tl.cdiv(tile_columns, COLUMNS)
     top = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
@@ -119,38 +127,27 @@ def adamw_kernel(
     row_d = updated(
         3, pointers, strides, kept, within, counter, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND, ROWS, COLUMNS
     )
-    if SIDES > 0:
+    if FORWARD or TRANSPOSED:
         inside = (row < tile_rows) & (column < tile_columns)
         a, b, c, d = nibbles_of(load_code(codes + row * tile_columns + column, inside))
         a0, a1, a2, a3 = split_columns(row_a, ROWS, COLUMNS)
         b0, b1, b2, b3 = split_columns(row_b, ROWS, COLUMNS)
         c0, c1, c2, c3 = split_columns(row_c, ROWS, COLUMNS)
         d0, d1, d2, d3 = split_columns(row_d, ROWS, COLUMNS)
-
-        values = member(values_base, values_offsets, tensor, ALIGNED) + row * 4 * tile_columns + column
-        tl.store(values, packed_pair(a, a0, a1, a2, a3, DTYPE, BY_HAND), mask=inside)
-        tl.store(values + tile_columns, packed_pair(b, b0, b1, b2, b3, DTYPE, BY_HAND), mask=inside)
-        tl.store(values + 2 * tile_columns, packed_pair(c, c0, c1, c2, c3, DTYPE, BY_HAND), mask=inside)
-        tl.store(values + 3 * tile_columns, packed_pair(d, d0, d1, d2, d3, DTYPE, BY_HAND), mask=inside)
-        word = left // 4 + tl.arange(0, COLUMNS // 4)[None, :]
-        words = member(meta_base, meta_offsets, tensor, ALIGNED) + row * 4 * word_columns + word
-        upper, lower = two_places(a, b, inside), two_places(c, d, inside)
-        written = (row < tile_rows) & (word < word_columns)
-        store_words(words, upper, lower, word_columns, written, ROWS, COLUMNS)
-    if SIDES > 1:
-        w, x, y, z = transposed_nibbles(a, b, c, d)
-        row_t, column_t = top + tl.arange(0, ROWS)[None, :], left.to(tl.int64) + tl.arange(0, COLUMNS)[:, None]
-        inside_t = (row_t < tile_rows) & (column_t < tile_columns)
-        values_t = member(values_t_base, values_t_offsets, tensor, ALIGNED) + column_t * 4 * tile_rows + row_t
-        tl.store(values_t, tl.trans(packed_pair(w, a0, b0, c0, d0, DTYPE, BY_HAND)), mask=inside_t)
-        tl.store(values_t + tile_rows, tl.trans(packed_pair(x, a1, b1, c1, d1, DTYPE, BY_HAND)), mask=inside_t)
-        tl.store(values_t + 2 * tile_rows, tl.trans(packed_pair(y, a2, b2, c2, d2, DTYPE, BY_HAND)), mask=inside_t)
-        tl.store(values_t + 3 * tile_rows, tl.trans(packed_pair(z, a3, b3, c3, d3, DTYPE, BY_HAND)), mask=inside_t)
-        word_t = top // 4 + tl.arange(0, ROWS // 4)[None, :]
-        words_t = member(meta_t_base, meta_t_offsets, tensor, ALIGNED) + column_t * 4 * word_rows + word_t
-        upper, lower = tl.trans(two_places(w, x, inside)), tl.trans(two_places(y, z, inside))
-        written = (column_t < tile_columns) & (word_t < word_rows)
-        store_words(words_t, upper, lower, word_rows, written, COLUMNS, ROWS)
+        side = (values_base, values_offsets, meta_base, meta_offsets, table_base, table_offsets)
+        side_t = (values_t_base, values_t_offsets, meta_t_base, meta_t_offsets, table_t_base, table_t_offsets)
+        if FORWARD:
+            rows_of_tiles = ((a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3))
+            store_side(
+                (a, b, c, d), rows_of_tiles, side, tensor, top, left, tile_rows, tile_columns, word_columns, ORDER,
+                DTYPE, ALIGNED, BY_HAND, ROWS, COLUMNS,
+            )  # fmt: skip
+        if TRANSPOSED:
+            columns_of_tiles = ((a0, b0, c0, d0), (a1, b1, c1, d1), (a2, b2, c2, d2), (a3, b3, c3, d3))
+            store_turned_side(
+                transposed_nibbles(a, b, c, d), columns_of_tiles, side_t, tensor, top, left, tile_rows, tile_columns,
+                word_rows, ORDER_T, DTYPE, ALIGNED, BY_HAND, ROWS, COLUMNS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -216,26 +213,3 @@ def narrowed(value, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
         return value
     else:
         return rounded(value, DTYPE, BY_HAND).to(tl.float32)
-
-
-@triton.jit
-def packed_pair(nibble, x0, x1, x2, x3, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
-    """The two kept of four candidates, as one integer."""
-    first, last = kept_pair(nibble, x0, x1, x2, x3)
-    return pair_bits(first, last, DTYPE, BY_HAND)
-
-
-@triton.jit
-def two_places(first, second, inside):
-    """Where two rows of tiles keep entries, in the halves of an integer: half as many exchanges between threads."""
-    return tl.where(inside, places(first) | (places(second) << 16), 0)
-
-
-@triton.jit
-def store_words(words, upper, lower, stride, written, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Store the metadata of the four rows of tiles, in natural order."""
-    upper, lower = four_nibbles(upper, ROWS, COLUMNS), four_nibbles(lower, ROWS, COLUMNS)
-    tl.store(words, upper.to(tl.int16), mask=written)
-    tl.store(words + stride, (upper >> 16).to(tl.int16), mask=written)
-    tl.store(words + 2 * stride, lower.to(tl.int16), mask=written)
-    tl.store(words + 3 * stride, (lower >> 16).to(tl.int16), mask=written)

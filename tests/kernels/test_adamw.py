@@ -9,7 +9,9 @@ from torch import Tensor
 from sparsetrain.kernels.adamw import RULES, Rule, adamw_, sparse_adamw_
 from sparsetrain.kernels.adamw.reference import factors
 from sparsetrain.kernels.adamw.triton_kernel import update_in_place
+from sparsetrain.kernels.metadata_order import Order
 from sparsetrain.kernels.pack.reference import empty_packed
+from sparsetrain.kernels.pack.sides import Side
 from sparsetrain.kernels.tile_codes.reference import pack_codes
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
@@ -74,15 +76,24 @@ class Ours:
     def step(self, gradient: Tensor) -> None:
         self.count += 1
         weight, *moments = self.state
-        lists = [[weight], [gradient], [moments[0]], [moments[1]], [self.codes], [], [], [], []]
-        sparse_adamw_(*lists, *self.numbers, float(self.count), self.rule, DECAY, self.zeros, self.maximize)
+        lists = [[weight], [gradient], [moments[0]], [moments[1]], [self.codes], [], [], [], [], []]
+        sparse_adamw_(*lists, *self.numbers, float(self.count), None, self.rule, DECAY, self.zeros, self.maximize)
 
-    def kernel_step(self, gradient: Tensor, device: str, packed: Any = ()) -> None:
+    def kernel_step(self, gradient: Tensor, device: str) -> None:
         self.count += 1
         decay = -DECAY * self.numbers[0] if self.rule == "decay_weight" else DECAY
         on_device = [[one.to(device)] for one in (self.state[0], gradient, *self.state[1:], self.codes)]
         update_in_place(
-            *on_device, packed, [0], factors(*self.numbers, self.count), self.rule, decay, self.zeros, self.maximize, 0
+            *on_device,
+            None,
+            None,
+            [0],
+            factors(*self.numbers, self.count),
+            self.rule,
+            decay,
+            self.zeros,
+            self.maximize,
+            0,
         )
         self.state = [on_device[place][0].cpu() for place in (0, 2, 3)]
 
@@ -155,46 +166,63 @@ def test_the_kernel_rounds_bfloat16_where_torch_does(rule: Rule, kernel_device: 
         kernel.kernel_step(gradient, kernel_device)
     for mine, other in zip(kernel.state, reference.state, strict=True):
         assert (mine != other).double().mean() < 1e-3
-        torch.testing.assert_close(mine.float(), other.float(), rtol=2**-7, atol=1e-30)
+        near(mine, other)
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float32")]
+    ("source", "target", "sides", "order"),
+    [
+        ("float32", "bfloat16", "both", Order.NATURAL),
+        ("bfloat16", "bfloat16", "both", Order.TABLE),
+        ("float32", "float32", "W", Order.TABLE),
+        ("bfloat16", "float16", "Wt", Order.NATURAL),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("sides", [1, 2])
 def test_several_weights_are_updated_and_packed_in_one_launch_a_layout(
-    source: str, target: str, sides: int, kernel_device: str
+    source: str, target: str, sides: str, order: Order, kernel_device: str
 ) -> None:
-    dtype, packed_dtype = getattr(torch, source), getattr(torch, target)
+    dtype, values_dtype = getattr(torch, source), getattr(torch, target)
     weights = [torch.randn(shape).to(dtype) for shape in SHAPES]
-    codes = [pack_codes(mask_of(shape)) for shape in SHAPES]
+    masks = [mask_of(shape) for shape in SHAPES]
     gradients = [gradient_of(step, weight) for step, weight in enumerate(weights)]
     moments = [[torch.rand_like(weight) for weight in weights] for _ in range(2)]
-    columns = [weights, gradients, *moments, codes]
-    targets = [
-        list(column) for column in zip(*(empty_packed(one, packed_dtype, sides == 2) for one in weights), strict=True)
-    ]
+    columns = [weights, gradients, *moments, [pack_codes(mask) for mask in masks]]
     on_device = [[one.clone().to(kernel_device) for one in column] for column in columns]
-    packed = [[one.to(kernel_device) for one in column] for column in targets]
+    side, side_t = (
+        side_for(shapes, values_dtype, order, kernel_device) if sides in wanted else None
+        for shapes, wanted in ((SHAPES, ("W", "both")), ([shape[::-1] for shape in SHAPES], ("Wt", "both")))
+    )
     numbers, sums = [3, 1, 4, 1], factors(3e-3, 0.9, 0.999, 1e-8, 0.1, 7)
-    update_in_place(*on_device, packed, numbers, sums, "decay_gradient", DECAY, False, False, 5)
+    update_in_place(*on_device, side, side_t, numbers, sums, "decay_gradient", DECAY, False, False, 5)
     for position, entry in enumerate(zip(*columns, strict=True)):
-        number = numbers[position]
-        adamw_(*entry, sums, "decay_gradient", DECAY, number=number, clock=5)
-        for column, wanted in zip((0, 2, 3), (entry[0], entry[2], entry[3]), strict=True):
-            found = on_device[column][position].cpu()
-            torch.testing.assert_close(
-                found.float(), wanted.float(), rtol=2**-7 if dtype != torch.float32 else 1e-6, atol=1e-30
-            )
+        adamw_(*entry, sums, "decay_gradient", DECAY, number=numbers[position], clock=5)
+        for column in (0, 2, 3):
+            near(on_device[column][position], entry[column])
         assert torch.equal(on_device[1][position].cpu(), gradients[position])
-        updated, mask = on_device[0][position].cpu(), torch.zeros(weights[position].shape, dtype=torch.bool)
-        bits = codes[position].int() & 0xFFFF
-        for place in range(16):
-            mask[place // 4 :: 4, place % 4 :: 4] = (bits >> place & 1).bool()
-        for side, matrix, kept in ((0, updated, mask), (1, updated.t(), mask.t()))[:sides]:
-            values = matrix[kept].view(matrix.shape[0], -1).to(packed_dtype)  # two of every four of a row
-            assert torch.equal(packed[2 * side][position].cpu(), values)
-            assert torch.equal(packed[2 * side + 1][position].cpu(), words_of(kept))
+        updated = on_device[0][position].cpu()
+        for given, matrix, kept in ((side, updated, masks[position]), (side_t, updated.t(), masks[position].t())):
+            if given is not None:
+                values = matrix[kept].view(matrix.shape[0], -1)  # two of every four of a row
+                assert torch.equal(given.values[position].cpu(), values.to(values_dtype))
+                meta, words = given.meta[position].cpu().flatten(), words_of(kept).flatten()
+                places = given.tables[position].cpu().long() if order == Order.TABLE else slice(None)
+                assert torch.equal(meta[places], words)
+
+
+def side_for(shapes: list[tuple[int, ...]], dtype: torch.dtype, order: Order, device: str) -> Side:
+    """Targets that hold other values, in natural order or in one that a table tells."""
+    words = [(rows, -(-columns // 16)) for rows, columns in shapes]
+    values = [torch.full((rows, columns // 2), float("nan"), dtype=dtype, device=device) for rows, columns in shapes]
+    meta = [torch.full(size, -1, dtype=torch.int16, device=device) for size in words]
+    tables = [torch.randperm(rows * columns).to(device, torch.int32) for rows, columns in words]
+    return Side(values, meta, [int(order)] * len(shapes), tables)
+
+
+def near(found: Tensor, wanted: Tensor) -> None:
+    """Equal, but for sums beside the middle of two numbers."""
+    relative = 1e-6 if wanted.dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found.cpu().float(), wanted.float(), rtol=relative, atol=1e-30)
 
 
 def words_of(mask: Tensor) -> Tensor:
@@ -218,13 +246,21 @@ def test_what_lies_around_a_weight_stays_as_it_was(dtype: torch.dtype, kernel_de
     sums = factors(3e-3, 0.9, 0.999, 1e-8, 0.1, 1)
     codes = pack_codes(mask)
     update_in_place(
-        *([view] for view in views), [codes.to(kernel_device)], [], [0], sums, "decay_gradient", DECAY, True, False, 0
+        *([view] for view in views),
+        [codes.to(kernel_device)],
+        None,
+        None,
+        [0],
+        sums,
+        "decay_gradient",
+        DECAY,
+        True,
+        False,
+        0,
     )
     adamw_(*reference, codes, sums, "decay_gradient", DECAY, zeros=True)
     for storage, view, wanted in zip(storages, views, reference, strict=True):
-        torch.testing.assert_close(
-            view.cpu().float(), wanted.float(), rtol=2**-7 if dtype != torch.float32 else 1e-6, atol=1e-30
-        )
+        near(view, wanted)
         assert int(storage.isnan().sum()) == storage.numel() - view.numel()
 
 
@@ -240,8 +276,8 @@ def test_the_operator_passes_opcheck(kernel_device: str) -> None:
         codes,
     ]
     numbers = (1e-3, 0.9, 0.99, 1e-8, 0.1, 3.0)
-    torch.library.opcheck(sparse_adamw_, (*columns, *targets, *numbers, "decay_weight", 0.1))
-    torch.library.opcheck(sparse_adamw_, (*columns, [], [], [], [], *numbers))
+    torch.library.opcheck(sparse_adamw_, (*columns, *targets, [], *numbers, None, "decay_weight", 0.1))
+    torch.library.opcheck(sparse_adamw_, (*columns, [], [], [], [], [], *numbers))
 
 
 TILE = torch.ones(4, 4)
@@ -263,7 +299,16 @@ CODE = torch.full((1, 1), 0x5A5A, dtype=torch.int16)
 )  # fmt: skip
 def test_bad_input_is_one_sentence_and_changes_nothing(change: dict[str, Any], words: str) -> None:
     arguments: dict[str, Any] = {name: [TILE.clone()] for name in ("weights", "gradients", "exp_avgs", "exp_avg_sqs")}
-    arguments |= {"codes": [CODE], "values": [], "meta": [], "values_t": [], "meta_t": [], "lr": 0.1, "beta1": 0.9}
+    arguments |= {
+        "codes": [CODE],
+        "values": [],
+        "meta": [],
+        "values_t": [],
+        "meta_t": [],
+        "tables": [],
+        "lr": 0.1,
+        "beta1": 0.9,
+    }
     arguments |= {"beta2": 0.9, "epsilon": 1e-8, "weight_decay": 0.1, "step": 1.0, **change}
     with pytest.raises(ValueError, match=words) as caught:
         sparse_adamw_(**arguments)
@@ -275,4 +320,4 @@ def test_bad_input_is_one_sentence_and_changes_nothing(change: dict[str, Any], w
 def test_weights_that_are_no_tiles_are_refused(shape: tuple[int, ...]) -> None:
     columns = [[torch.ones(shape)] for _ in range(4)]
     with pytest.raises(ValueError, match=r"leave it to torch.optim.AdamW"):
-        sparse_adamw_(*columns, [CODE], [], [], [], [], 0.1, 0.9, 0.9, 1e-8, 0.1, 1.0)
+        sparse_adamw_(*columns, [CODE], [], [], [], [], [], 0.1, 0.9, 0.9, 1e-8, 0.1, 1.0)
