@@ -66,8 +66,8 @@ def sparse_adamw_(
     """
     lists = weights, gradients, exp_avgs, exp_avg_sqs, codes
     own, _ = _check(*lists, values, meta, values_t, meta_t, tables, orders, rule, numbers)
-    sums = factors(lr, beta1, beta2, epsilon, weight_decay, step), rule, _factor(rule, decay, lr), zeros, maximize
-    _update_by_reference(*lists, own, *sums, clock)
+    sums, factor = factors(lr, beta1, beta2, epsilon, weight_decay, step), _factor(rule, decay, lr)
+    _update_by_reference(*lists, own, sums, rule, factor, zeros, maximize, clock)
     if values or values_t:
         pack_tiles_(weights, codes, values, meta, values_t, meta_t, tables, orders)
 
@@ -98,13 +98,15 @@ def _(
 
     lists = weights, gradients, exp_avgs, exp_avg_sqs, codes
     own, sides = _check(*lists, values, meta, values_t, meta_t, tables, orders, rule, numbers)
-    sums = factors(lr, beta1, beta2, epsilon, weight_decay, step), rule, _factor(rule, decay, lr), zeros, maximize
+    sums, factor = factors(lr, beta1, beta2, epsilon, weight_decay, step), _factor(rule, decay, lr)
     entries = zip(weights, exp_avgs, exp_avg_sqs, strict=True)
     if all(_suits_kernel(*entry) for entry in entries):
         by_rows = [gradient if gradient.stride(1) == 1 else gradient.contiguous() for gradient in gradients]
-        update_in_place(weights, by_rows, exp_avgs, exp_avg_sqs, codes, *sides, own, *sums, clock)
+        update_in_place(
+            weights, by_rows, exp_avgs, exp_avg_sqs, codes, *sides, own, sums, rule, factor, zeros, maximize, clock
+        )
         return
-    _update_by_reference(*lists, own, *sums, clock)
+    _update_by_reference(*lists, own, sums, rule, factor, zeros, maximize, clock)
     if values or values_t:
         pack_tiles_(weights, codes, values, meta, values_t, meta_t, tables, orders)
 

@@ -54,8 +54,8 @@ def update_in_place(
     lists = [weights, gradients, exp_avgs, exp_avg_sqs, codes]
     for group in groups_of_equal_sides(lists, side, side_t):
         own = [[column[i] for i in group] for column in lists]
-        parts = [None if given is None else given.of(group) for given in (side, side_t)]
-        _launch(own, *parts, [numbers[i] for i in group], sums, rule, decay, zeros, maximize, clock)
+        first, second = (None if given is None else given.of(group) for given in (side, side_t))
+        _launch(own, first, second, [numbers[i] for i in group], sums, rule, decay, zeros, maximize, clock)
 
 
 def _launch(

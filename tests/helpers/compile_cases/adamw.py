@@ -1,23 +1,27 @@
 """Launches of AdamW with masks."""
 
-import torch
 import triton.language as tl
 from compile_only import Case
 
 from sparsetrain.kernels.adamw.reference import RULES, Factors, Rule
 from sparsetrain.kernels.adamw.triton_kernel import ALONE, BOTH, adamw_kernel
+from sparsetrain.kernels.metadata_order import Order
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-COLUMNS = ("weight", "gradient", "average", "square", "code", "values", "meta", "values_t", "meta_t")
+COLUMNS = (
+    "weight", "gradient", "average", "square", "code", "values", "meta", "table", "values_t", "meta_t", "table_t",
+)  # fmt: skip
 CONSTANTS = (
-    "DTYPE", "RULE", "ZEROS", "MAXIMIZE", "FROM_END", "SIDES", "ALIGNED", "BY_HAND", "ROWS", "COLUMNS",
+    "DTYPE", "RULE", "ZEROS", "MAXIMIZE", "FROM_END", "FORWARD", "TRANSPOSED", "ORDER", "ORDER_T", "ALIGNED", "BY_HAND",
+    "ROWS", "COLUMNS",
 )  # fmt: skip
 
 
-def signature(source: str, packed: bool) -> dict[str, str]:
+def signature(source: str, packed: bool, tabled: bool) -> dict[str, str]:
     pointers = {}
     for name in COLUMNS:
-        kind = source if name in COLUMNS[:4] else "i32" if packed and name.startswith("values") else "i16"
+        kind = source if name in COLUMNS[:4] else "i16"
+        if (packed and name.startswith("values")) or (tabled and name.startswith("table")):
+            kind = "i32"
         pointers[f"{name}_base"] = "*" + kind
         pointers[f"{name}_offsets"] = "*i64"
     return (
@@ -30,17 +34,18 @@ def signature(source: str, packed: bool) -> dict[str, str]:
     )
 
 
-def case(source: str, rule: Rule, sides: int, zeros: bool = False) -> Case:
-    rows, columns, warps = BOTH[DTYPES[source]] if sides == 2 else ALONE
-    kinds = signature(source, sides > 0)
+def case(source: str, rule: Rule, sides: str, zeros: bool = False, order: Order = Order.NATURAL) -> Case:
+    rows, columns, warps = ALONE if sides in ("W", "none") else BOTH
+    kinds = signature(source, sides != "none", order == Order.TABLE)
     numbers = (*Factors._fields, "decay", "clock", "tile_rows")
     return Case(
-        f"adamw {source}, {rule}{', zeros' * zeros}, {('not packed', 'one side', 'both sides')[sides]} bf16",
+        f"adamw {source}, {rule}{', zeros' * zeros}, packed {sides}, {order.name}",
         adamw_kernel,
         kinds,
         {
             "DTYPE": tl.bfloat16, "RULE": RULES.index(rule), "ZEROS": zeros, "MAXIMIZE": False, "FROM_END": False,
-            "SIDES": sides, "ALIGNED": True, "BY_HAND": False, "ROWS": rows, "COLUMNS": columns,
+            "FORWARD": sides in ("W", "both"), "TRANSPOSED": sides == "both", "ORDER": int(order),
+            "ORDER_T": int(order), "ALIGNED": True, "BY_HAND": False, "ROWS": rows, "COLUMNS": columns,
         },
         elements=16 * rows * columns,
         warps=warps,
@@ -49,9 +54,9 @@ def case(source: str, rule: Rule, sides: int, zeros: bool = False) -> Case:
 
 
 CASES = [
-    case("fp32", "decay_gradient", 2),
-    case("bf16", "decay_gradient", 2),
-    case("fp32", "mask_gradient", 2, zeros=True),
-    case("fp32", "decay_weight", 1),
-    case("fp32", "decay_gradient", 0),
+    case("fp32", "decay_gradient", "both", order=Order.CUTLASS_SM90_4),
+    case("bf16", "decay_gradient", "both", order=Order.CUTLASS_SM90_4),
+    case("fp32", "mask_gradient", "both", zeros=True, order=Order.TABLE),
+    case("fp32", "decay_weight", "W"),
+    case("fp32", "decay_gradient", "none"),
 ]
