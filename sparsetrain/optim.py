@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from .backends.filling import Filling, Targets, fill_
+from .backends.filling import Targets
 from .kernels.adamw.operator import DTYPES, sparse_adamw_
 from .kernels.adamw.reference import Rule
 from .masked_layer import MaskedLayer
-from .operands import filling_of, renewed_
+from .one_pass import Sides, operands_to_write
 
 UNABLE = ("amsgrad", "capturable", "differentiable", "fused")
 """Options of torch's AdamW that this one has not."""
@@ -208,31 +208,27 @@ def update_(
 def _update_alike(
     step: MaskedStep, group: Mapping[str, Any], entries: Mapping[str, list[Tensor]], count: float
 ) -> None:
-    """Update weights of one device and dtype in their step number ``count``."""
-
-    def write(names: Sequence[str], targets: Targets) -> None:
-        weights, gradients, averages, squares = (list(column) for column in zip(*map(entries.get, names), strict=True))
-        sparse_adamw_(
-            weights, gradients, averages, squares, [step.layers[name].mask_codes for name in names],
-            *targets.columns, targets.tables, float(group["lr"]), *map(float, group["betas"]), group["eps"],
-            group["weight_decay"], count, targets.orders, step.rule, step.decay, step.zeros, group["maximize"],
-            [zlib.crc32(name.encode()) for name in names], step.clock,
-        )  # fmt: skip
-
-    fillings: dict[int, str] = {}
-    wanted: list[Filling] = []
+    """Update weights of one device and dtype in their step number ``count``, those of equal targets at once."""
+    batches: dict[tuple[object, ...], dict[str, Sides]] = {}
     for name in entries:
-        layer = step.layers[name]
-        filling = filling_of(layer) if step.pack and layer.soft_scale is None else None
-        if filling is not None:
-            wanted.append(filling)
-            fillings[id(filling)] = name
-    if rest := [name for name in entries if name not in fillings.values()]:
-        write(rest, Targets([]))
-    fill_(wanted, lambda batch, targets: write([fillings[id(filling)] for filling in batch], targets))
-    for name in fillings.values():
-        renewed_(step.layers[name])
-        step.packed.add(name)
+        sides = (operands_to_write(step.layers[name]) if step.pack else None) or (None, None)
+        kinds = {operand.values.dtype for operand in sides if operand is not None and operand.values is not None}
+        batches.setdefault((*kinds, sides[0] is None, sides[1] is None), {})[name] = sides
+    for batch in batches.values():
+        targets, layers = Targets(list(batch.values())), [step.layers[name] for name in batch]
+        weights, gradients, averages, squares = (
+            list(column) for column in zip(*(entries[name] for name in batch), strict=True)
+        )
+        sparse_adamw_(
+            weights, gradients, averages, squares, [layer.mask_codes for layer in layers], *targets.columns,
+            targets.tables, float(group["lr"]), *map(float, group["betas"]), group["eps"], group["weight_decay"], count,
+            targets.orders, step.rule, step.decay, step.zeros, group["maximize"],
+            [zlib.crc32(name.encode()) for name in batch], step.clock,
+        )  # fmt: skip
+        if targets.orders:
+            for name, layer in zip(batch, layers, strict=True):
+                layer.operands.written(layer.matrix.detach(), layer.mask_codes)
+                step.packed.add(name)
 
 
 def _require_able(options: Mapping[str, Any], verb: str) -> None:

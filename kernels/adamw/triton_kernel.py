@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import (
-    join_columns,
     load_code,
     member,
     nibbles_of,
@@ -22,8 +22,8 @@ from ..pack.sides import Side
 from ..pack.triton_kernel import TRITON, groups_of_equal_sides, side_arguments, store_side, store_turned_side
 from .reference import RULES, Factors
 
-# one program: rows and columns in tiles, warps; two tiles a thread leave registers for two blocks on a multiprocessor
-BOTH = (16, 32, 8)
+# one program: rows and columns in tiles, warps; with two tiles a thread, registers last for twelve warps and more
+BOTH = {torch.float32: (16, 32, 8), torch.bfloat16: (16, 16, 4)}
 ALONE = (4, 64, 4)  # without the transpose
 SEED = tl.constexpr(KEY)
 
@@ -65,7 +65,7 @@ def _launch(
     (weight, gradient, moment, _, codes), packed = (column[0] for column in lists), side or side_t
     tile_rows, tile_columns = codes.shape
     outputs, arguments = side_arguments(side, side_t, lists[4])
-    rows, columns, warps = ALONE if side_t is None else BOTH
+    rows, columns, warps = ALONE if side_t is None else BOTH[weight.dtype]
     grid = (triton.cdiv(tile_rows, rows) * triton.cdiv(tile_columns, columns), len(numbers))
     with on_device_of(weight):
         adamw_kernel[grid](
@@ -114,19 +114,17 @@ def adamw_kernel(
     squares = member(square_base, square_offsets, tensor, ALIGNED) + row * 4 * moment_stride + element
     pointers, strides = (weights, gradients, averages, squares), (weight_stride, gradient_stride, moment_stride)
     sums = (shrink, share, fading, square_share, correction, epsilon, step_size, decay)
-    counter = (row * 4 * tile_columns + column, tile_columns, tl.load(numbers + tensor).to(tl.uint32), clock)
-    row_a = updated(
-        0, pointers, strides, kept, within, counter, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND, ROWS, COLUMNS
-    )
-    row_b = updated(
-        1, pointers, strides, kept, within, counter, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND, ROWS, COLUMNS
-    )
-    row_c = updated(
-        2, pointers, strides, kept, within, counter, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND, ROWS, COLUMNS
-    )
-    row_d = updated(
-        3, pointers, strides, kept, within, counter, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND, ROWS, COLUMNS
-    )
+    if (RULE == 1 or RULE == 2) and weights.dtype.element_ty != tl.float32:
+        place = (row * (4 * tile_columns) + element).to(tl.uint32)
+        number = tl.load(numbers + tensor).to(tl.uint32)
+        above = (kept >> 16).to(tl.uint32)  # zeros, which have every thread draw for its own entries
+        draws = tl.philox(SEED, place, number, tl.cast(clock, tl.uint32), above)
+    else:
+        draws = (kept, kept, kept, kept)  # not read
+    row_a = updated(0, pointers, strides, kept, within, draws, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND)
+    row_b = updated(1, pointers, strides, kept, within, draws, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND)
+    row_c = updated(2, pointers, strides, kept, within, draws, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND)
+    row_d = updated(3, pointers, strides, kept, within, draws, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND)
     if FORWARD or TRANSPOSED:
         inside = (row < tile_rows) & (column < tile_columns)
         a, b, c, d = nibbles_of(load_code(codes + row * tile_columns + column, inside))
@@ -152,8 +150,8 @@ def adamw_kernel(
 
 @triton.jit
 def updated(
-    line: tl.constexpr, pointers, strides, kept, within, counter, sums, RULE: tl.constexpr, ZEROS: tl.constexpr,
-    MAXIMIZE: tl.constexpr, FROM_END: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    line: tl.constexpr, pointers, strides, kept, within, draws, sums, RULE: tl.constexpr, ZEROS: tl.constexpr,
+    MAXIMIZE: tl.constexpr, FROM_END: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     """Update a row of each tile in memory, and return its weights in float32; rounded after every sum, as torch's."""
     weight_stride, gradient_stride, moment_stride = strides
@@ -167,10 +165,10 @@ def updated(
     own = (kept >> (4 * line)) & 1
     if RULE == 1:
         total = gradient + tl.where(own != 0, 0.0, weight) * decay
-        gradient = at_random(total, line, counter, weights.dtype.element_ty, ROWS, COLUMNS)
+        gradient = at_random(total, draws[line], weights.dtype.element_ty)
     elif RULE == 2:
         total = weight + tl.where(own != 0, 0.0, weight) * decay
-        weight = at_random(total, line, counter, weights.dtype.element_ty, ROWS, COLUMNS)
+        weight = at_random(total, draws[line], weights.dtype.element_ty)
     elif RULE == 3:
         gradient = tl.where(own != 0, gradient, 0.0)
     if MAXIMIZE:
@@ -193,17 +191,12 @@ def updated(
 
 
 @triton.jit
-def at_random(total, line: tl.constexpr, counter, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A row of float32 sums in DTYPE; 16 bits are rounded by a word of Philox for each, four of a row at a time."""
+def at_random(total, draw, DTYPE: tl.constexpr):
+    """Float32 sums in DTYPE; 16 bits are rounded by a word of Philox for each, four of a tile's column at a time."""
     if DTYPE == tl.float32:
         return total
     else:
-        first, step, number, clock = counter
-        place = (first + line * step).to(tl.uint32)
-        zero = tl.full((), 0, tl.uint32)
-        r0, r1, r2, r3 = tl.philox(SEED, place, number, tl.cast(clock, tl.uint32), zero)
-        draw = join_columns(r0, r1, r2, r3, ROWS, COLUMNS) >> 16
-        return rounded_at_random(total, draw, DTYPE).to(tl.float32)
+        return rounded_at_random(total, draw >> 16, DTYPE).to(tl.float32)
 
 
 @triton.jit

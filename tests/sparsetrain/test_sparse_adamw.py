@@ -142,7 +142,7 @@ def test_operands_are_packed_once_a_step_and_hold_the_updated_weights(
     require_equal(*runs)
     assert len(counts[SparseAdamW]) >= 3
     assert set(counts[torch.optim.AdamW]) == {2}  # every layer, after the step
-    assert set(counts[SparseAdamW]) == {0}  # inside it
+    assert set(counts[SparseAdamW]) == {0 if native else 2}  # inside it, where the packer can write all
 
 
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
