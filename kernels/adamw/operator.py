@@ -60,7 +60,7 @@ def sparse_adamw_(
         >>> weight, gradient = torch.ones(4, 4), torch.ones(4, 4)
         >>> moments, codes = torch.zeros(2, 4, 4), torch.full((1, 1), 0x5A5A, dtype=torch.int16)
         >>> lists = [[weight], [gradient], [moments[0]], [moments[1]], [codes], *[[]] * 5]
-        >>> sparse_adamw_(*lists, lr=0.5, beta1=0.9, beta2=0.999, epsilon=0.0, weight_decay=0.0, step=1.0)
+        >>> sparse_adamw_(*lists, lr=0.5, beta1=0.75, beta2=0.75, epsilon=0.0, weight_decay=0.0, step=1.0)
         >>> weight[0, 0].item()
         0.5
     """

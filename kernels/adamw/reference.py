@@ -73,7 +73,7 @@ def adamw_(
         >>> weight, gradient = torch.ones(4, 4), torch.ones(4, 4)
         >>> moments = torch.zeros(4, 4), torch.zeros(4, 4)
         >>> codes = torch.full((1, 1), 0x000F, dtype=torch.int16)  # keeps the first row
-        >>> sums = factors(0.5, 0.9, 0.999, 0.0, 0.0, 1)
+        >>> sums = factors(0.5, 0.75, 0.75, 0.0, 0.0, 1)
         >>> adamw_(weight, gradient, *moments, codes, sums, "mask_gradient", zeros=True)
         >>> weight[:, 0].tolist()
         [0.5, 0.0, 0.0, 0.0]
