@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,7 +22,7 @@ from ..pack.triton_kernel import TRITON, groups_of_equal_sides, side_arguments, 
 from .reference import RULES, Factors
 
 # one program: rows and columns in tiles, warps; with two tiles a thread, registers last for twelve warps and more
-BOTH = {torch.float32: (16, 32, 8), torch.bfloat16: (16, 16, 4)}
+BOTH = (16, 16, 4)
 ALONE = (4, 64, 4)  # without the transpose
 SEED = tl.constexpr(KEY)
 
@@ -65,7 +64,7 @@ def _launch(
     (weight, gradient, moment, _, codes), packed = (column[0] for column in lists), side or side_t
     tile_rows, tile_columns = codes.shape
     outputs, arguments = side_arguments(side, side_t, lists[4])
-    rows, columns, warps = ALONE if side_t is None else BOTH[weight.dtype]
+    rows, columns, warps = ALONE if side_t is None else BOTH
     grid = (triton.cdiv(tile_rows, rows) * triton.cdiv(tile_columns, columns), len(numbers))
     with on_device_of(weight):
         adamw_kernel[grid](

@@ -1,6 +1,5 @@
 """Launches of AdamW with masks."""
 
-import torch
 import triton.language as tl
 from compile_only import Case
 
@@ -8,7 +7,6 @@ from sparsetrain.kernels.adamw.reference import RULES, Factors, Rule
 from sparsetrain.kernels.adamw.triton_kernel import ALONE, BOTH, adamw_kernel
 from sparsetrain.kernels.metadata_order import Order
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLUMNS = (
     "weight", "gradient", "average", "square", "code", "values", "meta", "table", "values_t", "meta_t", "table_t",
 )  # fmt: skip
@@ -37,7 +35,7 @@ def signature(source: str, packed: bool, tabled: bool) -> dict[str, str]:
 
 
 def case(source: str, rule: Rule, sides: str, zeros: bool = False, order: Order = Order.NATURAL) -> Case:
-    rows, columns, warps = ALONE if sides in ("W", "none") else BOTH[DTYPES[source]]
+    rows, columns, warps = ALONE if sides in ("W", "none") else BOTH
     kinds = signature(source, sides != "none", order == Order.TABLE)
     numbers = (*Factors._fields, "decay", "clock", "tile_rows")
     return Case(
