@@ -27,12 +27,13 @@ _EXPORTS = {
     "verification": ("VerificationReport", "verify"),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
-_SUBMODULES = ("callbacks", "methods")
+_SUBMODULES = ("callbacks", "methods", "optim")
 
-__all__ = [*sorted(_HOME), "methods"]
+__all__ = [*sorted(_HOME), "methods", "optim"]
 
 if TYPE_CHECKING:
     from . import methods as methods
+    from . import optim as optim
     from .backends import Backend as Backend
     from .checkpoint import detach_pruned as detach_pruned
     from .checkpoint import read_masks as read_masks

@@ -22,8 +22,8 @@ def write_masks_(layers: Mapping[str, MaskedLayer], active: Collection[str]) -> 
         >>> int((layer.weight == 0).sum())
         32
     """
-    for weights in by_device({name: layer.weight for name, layer in layers.items()}):
-        wanted = [layers[name] for name in weights if name in active]
+    for weights in by_device({name: layer.weight for name, layer in layers.items() if name in active}):
+        wanted = [layers[name] for name in weights]
         with written_as_matrices(wanted, [layer.weight for layer in wanted]) as matrices:
             apply_masks_now_(matrices, [layer.mask_codes for layer in wanted])
 

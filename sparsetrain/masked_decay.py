@@ -56,6 +56,10 @@ class MaskedDecay:
         """Return λ in the sparse phase's step number ``age``, from 0 up."""
         return self.value * min(1.0, (age + 1) / self.ramp) if self.ramp else self.value
 
+    def is_on_gradients(self, optimizer: Optimizer) -> bool:
+        """Say whether the decay is added to gradients, not to weights."""
+        return self._target == "gradient" or (self._target == "by_optimizer" and not isinstance(optimizer, SGD))
+
     def adapt(self, ratio: float | None) -> None:
         """Change an automatic λ after a refresh, given the flip rate over that of dense training."""
         if self.automatic and ratio is not None:
@@ -78,7 +82,7 @@ class MaskedDecay:
         device = next(iter(layers.values())).weight.device
         # a number is written on the device, never read from it
         decay = torch.full((), self.at(age), dtype=torch.float64, device=device)
-        if self._target == "gradient" or (self._target == "by_optimizer" and not isinstance(optimizer, SGD)):
+        if self.is_on_gradients(optimizer):
             decay = decay if scale is None else decay * scale.to(device)
             _add_(layers, [layer.weight.grad for layer in layers.values()], decay, clock)
             return

@@ -43,7 +43,7 @@ def search_in_one_pass_(layers: Sequence[MaskedLayer], pack: bool) -> Tensor:
     """
     groups: dict[tuple[object, ...], list[tuple[int, Sides]]] = {}
     for position, layer in enumerate(layers):
-        sides = _operands(layer) if pack else None
+        sides = operands_to_write(layer) if pack else None
         found = [operand for operand in sides or () if operand is not None]
         dtype = found[0].values.dtype if found and found[0].values is not None else None
         first, second = sides or (None, None)
@@ -67,7 +67,14 @@ def search_in_one_pass_(layers: Sequence[MaskedLayer], pack: bool) -> Tensor:
     return rows
 
 
-def _operands(layer: MaskedLayer) -> Sides | None:
+def operands_to_write(layer: MaskedLayer) -> Sides | None:
+    """Return W's and Wᵀ's operand of a layer, if who writes its weight or its mask can pack all there is.
+
+    Example:
+        >>> from sparsetrain import SparseLinear
+        >>> operands_to_write(SparseLinear(8, 4)) is None  # nothing asked for any yet
+        True
+    """
     if layer.soft_scale is not None or layer.backward_codes is not None:
         return None
     return layer.operands.packed_alone() if layer.operands.bytes else None

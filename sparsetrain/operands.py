@@ -105,7 +105,7 @@ class Operands:
         self._captured: set[Key] = set()
         self._shared: dict[tuple[object, ...], Operand] = {}
         self._stamp: Stamp | None = None
-        self._fresh: Stamp | None = None  # of what a refresh packed, which the renewal after it need not
+        self._fresh: Stamp | None = None  # of what a refresh or a step packed, which the renewal after it need not
         self._held: tuple[StorageWeakRef, ...] = ()  # so that no other storage gets the stamp's address
         self._bias: dict[torch.dtype, _Bias] = {}
         self._device: torch.device | None = None

@@ -1,7 +1,7 @@
 """``SparseTraining``: the engine that runs a method's schedule on a model, from the optimizer's own steps."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,15 +17,15 @@ from .distillation import Distillation
 from .ending import Ending, Progress, ending
 from .frozen_moments import FrozenMoments
 from .gradient_rules import resolve_gradient_rule
-from .kernels.masked_update.operator import apply_masks_now_
 from .layer_group import number_draws_, repack_, write_masks_
 from .lr_restart import LRRestart
 from .mask_metrics import mask_metrics
 from .mask_state import MaskState
 from .masked_decay import MaskedDecay
-from .masked_layer import MaskedLayer, PhaseKind, written_as_matrices
+from .masked_layer import MaskedLayer, PhaseKind
+from .masked_steps import MaskedSteps
 from .masters import Masters
-from .matrices import by_device, matrix_of
+from .matrices import matrix_of
 from .methods.method import Method
 from .methods.presets import resolve_method
 from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
@@ -185,6 +185,7 @@ class SparseTraining:
         self._lr_restart = LRRestart(optimizers, lr_schedulers) if method.restart_lr else None
         self._moments = SecondMoments() if self.timeline.earliest else None
         self._decay = MaskedDecay(method.decay, method.decay_on, self._steps(method.decay_ramp))
+        self._masked_steps = MaskedSteps(method, self._decay)
         self._frozen_moments = FrozenMoments(optimizers if method.freeze_second_moments else [])
         self._removals.callback(self._frozen_moments.remove)
         self._observer = Observer(criterion, self.masks.layers)
@@ -466,22 +467,21 @@ class SparseTraining:
             self._lr_restart.restart()
         if self.phase == "dense":
             return
-        masks_gradient = resolve_gradient_rule(self.method.frozen_gradient).pruned == 0
-        for every in by_device(self._weights, self._owned[id(optimizer)]):
-            names = [name for name in every if name in gradients and name in self._active]
-            layers = [self.masks.layers[name] for name in names]
-            if self.phase == "sparse":
-                age = self.clock - self._phase_start
-                self._decay.apply_(optimizer, dict(zip(names, layers, strict=True)), age, self.clock, scale)
-            elif masks_gradient:
-                with written_as_matrices(layers, [gradients[name] for name in names]) as matrices:
-                    apply_masks_now_(matrices, [layer.mask_codes for layer in layers])
+        layers = {name: self.masks.layers[name] for name in gradients if name in self._active}
+        age, settled = self.clock - self._phase_start, not self._moves_at(self.clock + 1)
+        self._masked_steps.before(optimizer, layers, self.phase, age, self.clock, scale, settled=settled)
+
+    def _moves_at(self, clock: int) -> bool:
+        """Whether a phase begins or a mask search is due at a step."""
+        due = self.phase == "sparse" and (clock - self._phase_start) % self.method.refresh_every == 0
+        return due or self.timeline.index_at(clock) != self._phase_index
 
     def _written(self, optimizer: Optimizer) -> None:
-        """A step of one of several optimizers: its layers' packed weights are out of date."""
-        for weights in by_device(self._weights, self._owned[id(optimizer)]):
-            for name in weights:
-                self.masks.layers[name].operands.expire()
+        """A step of one of several optimizers: packed weights of its layers that it did not pack are out of date."""
+        packed = self._masked_steps.after(optimizer)
+        for name, layer in self.masks.layers.items():
+            if id(layer.weight) in self._owned[id(optimizer)] and name not in packed:
+                layer.operands.expire()
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
@@ -497,7 +497,7 @@ class SparseTraining:
         entered = self._enter()
         due = not entered and (self.clock - self._phase_start) % self.method.refresh_every == 0
         if self.phase == "frozen" and not entered:
-            self._apply_masks()
+            self._apply_masks(self._masked_steps.zeroed)
             if due:
                 self.masks.refresh_backward()
         elif due and (self.phase == "sparse" or (self._watch_dense and self.masks.is_observed)):
@@ -584,9 +584,10 @@ class SparseTraining:
         if self.method.forward == "soft" and not (kind == "frozen" and self.method.frozen_in_place):
             self._soft_scales.measure(self._active)
 
-    def _apply_masks(self) -> None:
+    def _apply_masks(self, done: Collection[str] = ()) -> None:
         if self.method.frozen_in_place:
-            write_masks_(self.masks.layers, self._active)
+            write_masks_(self.masks.layers, self._active.difference(done))
+        self._masked_steps.zeroed.clear()
 
     def _repack(self) -> None:
         self._repack_ms = repack_(self.masks.layers)

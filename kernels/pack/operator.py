@@ -95,7 +95,7 @@ def pack_tiles_(
         >>> parts = [[torch.empty_like(part)] for part in pack_tiles(weight, codes, torch.bfloat16)]
         >>> pack_tiles_([weight], [codes], *parts, [])
     """
-    _pack_in_torch(weights, codes, *_sides(weights, codes, values, meta, values_t, meta_t, tables, orders))
+    _pack_in_torch(weights, codes, *sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders))
 
 
 @torch.library.custom_op(
@@ -123,7 +123,7 @@ def search_and_pack_(
         >>> search_and_pack_([weight], *parts, []).shape
         torch.Size([1, 6])
     """
-    sides = _sides(weights, codes, values, meta, values_t, meta_t, tables, orders)
+    sides = sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
     statistics = _empty_statistics(weights)
     for row, weight, code in zip(statistics, weights, codes, strict=True):
         found = search_transposable(weight, magnitude=True)
@@ -192,7 +192,7 @@ def _(
     values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
     orders: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
-    _sides(weights, codes, values, meta, values_t, meta_t, tables, orders)
+    sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
 
 
 @search_and_pack_.register_fake
@@ -201,7 +201,7 @@ def _(
     values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
     orders: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    _sides(weights, codes, values, meta, values_t, meta_t, tables, orders)
+    sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
     return _empty_statistics(weights)
 
 
@@ -228,7 +228,7 @@ def _(
     values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
     orders: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
-    sides = _sides(weights, codes, values, meta, values_t, meta_t, tables, orders)
+    sides = sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
     _pack_on_cuda(weights, codes, *sides, search=False)
 
 
@@ -238,7 +238,7 @@ def _(
     values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
     orders: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    sides = _sides(weights, codes, values, meta, values_t, meta_t, tables, orders)
+    sides = sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
     statistics = _empty_statistics(weights)
     _pack_on_cuda(weights, codes, *sides, search=True, statistics=statistics)
     return statistics
@@ -324,7 +324,7 @@ def _check_packed(values: Tensor, meta: Tensor) -> None:
         )
 
 
-def _sides(
+def sides_of(
     weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
     values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
     orders: Sequence[int] | None,

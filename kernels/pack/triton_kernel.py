@@ -48,7 +48,7 @@ def pack_into(
         statistics: With ``search``: float64 ``[weights, 6]``, overwritten, see ``FIELDS`` of the statistics; flips are
             counted from the codes that were there.
     """
-    groups = _groups(weights, codes, [given for given in (side, side_t) if given is not None])
+    groups = groups_of_equal_sides([weights, codes], side, side_t)
     order = [i for group in groups for i in group]
     blocks = max(_blocks(weights[i], side_t is not None) for i in order)
     # rows in the order of the launches, so that each writes to one piece
@@ -66,12 +66,15 @@ def pack_into(
         statistics.index_copy_(0, table(tuple(order), statistics.device), rows)
 
 
-def _groups(weights: Sequence[Tensor], codes: Sequence[Tensor], sides: Sequence[Side]) -> list[list[int]]:
-    """Return positions that can share a launch."""
+def groups_of_equal_sides(
+    columns: Sequence[Sequence[Tensor]], side: Side | None, side_t: Side | None
+) -> list[list[int]]:
+    """Return positions that can share a launch: of equal layouts, in columns of tensors and in targets and orders."""
+    sides = [given for given in (side, side_t) if given is not None]
     groups: dict[tuple[int, ...], list[int]] = {}
-    for alike in groups_of_equal_layout(weights, codes, *(column for side in sides for column in side.columns)):
+    for alike in groups_of_equal_layout(*columns, *(column for each in sides for column in each.columns)):
         for position in alike:
-            orders = (side.orders[position] for side in sides)
+            orders = (each.orders[position] for each in sides)
             groups.setdefault((alike[0], *orders), []).append(position)
     return list(groups.values())
 
@@ -85,20 +88,32 @@ def _blocks(weight: Tensor, transposed: bool) -> int:
     return int(triton.cdiv(weight.shape[0], 4 * rows) * triton.cdiv(weight.shape[1], 4 * columns))
 
 
+def side_arguments(
+    side: Side | None, side_t: Side | None, unread: Sequence[Tensor]
+) -> tuple[list[Sequence[Tensor]], list[Tensor]]:
+    """Return the tensors that a launch writes for its sides, and their arguments; those of a missing side are unread.
+
+    A kernel stores a pair of kept values as one integer.
+    """
+    outputs: list[Sequence[Tensor]] = []
+    arguments: list[Tensor] = []
+    for given in (side, side_t):
+        if given is None:
+            arguments += [*members(unread)] * 3
+            continue
+        pairs = [values.view(PAIRS[values.dtype]) for values in given.values]
+        outputs += [pairs, given.meta]
+        arguments += [*members(pairs), *members(given.meta), *members(given.tables)]
+    return outputs, arguments
+
+
 def _launch(
     weights: Sequence[Tensor], codes: Sequence[Tensor], side: Side | None, side_t: Side | None, search: bool,
     sums: Tensor | None,
 ) -> None:  # fmt: skip
     first = side or side_t
     dtype = weights[0].dtype if first is None else first.values[0].dtype
-    aligned, arguments = [weights, codes], []
-    for given in (side, side_t):
-        if given is None:
-            arguments += [*members(codes)] * 3  # not read
-            continue
-        pairs = [values.view(PAIRS[dtype]) for values in given.values]  # a pair of kept values is one integer
-        aligned += [pairs, given.meta]
-        arguments += [*members(pairs), *members(given.meta), *members(given.tables)]
+    outputs, arguments = side_arguments(side, side_t, codes)
     tile_rows, tile_columns = codes[0].shape
     rows, columns, warps = _block(weights[0], side_t is not None)
     with on_device_of(weights[0]):
@@ -108,7 +123,8 @@ def _launch(
             0 if sums is None else sums.shape[2], weights[0].stride(0), DTYPE=TRITON[dtype], SEARCH=search,
             STATISTICS=sums is not None, FORWARD=side is not None, TRANSPOSED=side_t is not None,
             ORDER=int(side.orders[0]) if side else 0, ORDER_T=int(side_t.orders[0]) if side_t else 0,
-            ALIGNED=are_aligned(*aligned), BY_HAND=interpreted(), ROWS=rows, COLUMNS=columns, num_warps=warps,
+            ALIGNED=are_aligned(weights, codes, *outputs), BY_HAND=interpreted(), ROWS=rows, COLUMNS=columns,
+            num_warps=warps,
         )  # fmt: skip
 
 
@@ -193,47 +209,71 @@ def pack_kernel(
         tl.store(place + 2 * blocks_of_sums, (counts >> 16).to(tl.float32))
         tl.store(place + 3 * blocks_of_sums, (counts & 0xFFFF).to(tl.float32))
 
+    side = (values_base, values_offsets, meta_base, meta_offsets, table_base, table_offsets)
+    side_t = (values_t_base, values_t_offsets, meta_t_base, meta_t_offsets, table_t_base, table_t_offsets)
     if FORWARD:
-        values = member(values_base, values_offsets, tensor, ALIGNED) + row * 4 * tile_columns + column
-        first, last = kept_pair(a, a0, a1, a2, a3)
-        tl.store(values, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
-        first, last = kept_pair(b, b0, b1, b2, b3)
-        tl.store(values + tile_columns, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
-        first, last = kept_pair(c, c0, c1, c2, c3)
-        tl.store(values + 2 * tile_columns, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
-        first, last = kept_pair(d, d0, d1, d2, d3)
-        tl.store(values + 3 * tile_columns, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
-
-        # the words of two rows in one integer: half as many exchanges between threads
-        upper = four_nibbles(tl.where(inside, places(a) | (places(b) << 16), 0), ROWS, COLUMNS)
-        lower = four_nibbles(tl.where(inside, places(c) | (places(d) << 16), 0), ROWS, COLUMNS)
-        word = left // 4 + tl.arange(0, COLUMNS // 4)[None, :]
-        written = (row < tile_rows) & (word < word_columns)
-        meta = member(meta_base, meta_offsets, tensor, ALIGNED)
-        table = table_base + tl.load(table_offsets + tensor)
-        store_words(meta, upper, lower, row * 4, word, written, word_columns, tile_rows * 4, ORDER, table)
-
+        rows_of_tiles = ((a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3))
+        store_side(
+            (a, b, c, d), rows_of_tiles, side, tensor, top, left, tile_rows, tile_columns, word_columns, ORDER, DTYPE,
+            ALIGNED, BY_HAND, ROWS, COLUMNS,
+        )  # fmt: skip
     if TRANSPOSED:
-        w, x, y, z = transposed_nibbles(a, b, c, d)
-        row_t, column_t = top + tl.arange(0, ROWS)[None, :], left.to(tl.int64) + tl.arange(0, COLUMNS)[:, None]
-        inside_t = (row_t < tile_rows) & (column_t < tile_columns)
-        values_t = member(values_t_base, values_t_offsets, tensor, ALIGNED) + column_t * 4 * tile_rows + row_t
-        first, last = kept_pair(w, a0, b0, c0, d0)
-        tl.store(values_t, tl.trans(pair_bits(first, last, DTYPE, BY_HAND)), mask=inside_t)
-        first, last = kept_pair(x, a1, b1, c1, d1)
-        tl.store(values_t + tile_rows, tl.trans(pair_bits(first, last, DTYPE, BY_HAND)), mask=inside_t)
-        first, last = kept_pair(y, a2, b2, c2, d2)
-        tl.store(values_t + 2 * tile_rows, tl.trans(pair_bits(first, last, DTYPE, BY_HAND)), mask=inside_t)
-        first, last = kept_pair(z, a3, b3, c3, d3)
-        tl.store(values_t + 3 * tile_rows, tl.trans(pair_bits(first, last, DTYPE, BY_HAND)), mask=inside_t)
+        columns_of_tiles = ((a0, b0, c0, d0), (a1, b1, c1, d1), (a2, b2, c2, d2), (a3, b3, c3, d3))
+        store_turned_side(
+            transposed_nibbles(a, b, c, d), columns_of_tiles, side_t, tensor, top, left, tile_rows, tile_columns,
+            word_rows, ORDER_T, DTYPE, ALIGNED, BY_HAND, ROWS, COLUMNS,
+        )  # fmt: skip
 
-        upper = four_nibbles(tl.trans(tl.where(inside, places(w) | (places(x) << 16), 0)), COLUMNS, ROWS)
-        lower = four_nibbles(tl.trans(tl.where(inside, places(y) | (places(z) << 16), 0)), COLUMNS, ROWS)
-        word_t = top // 4 + tl.arange(0, ROWS // 4)[None, :]
-        written = (column_t < tile_columns) & (word_t < word_rows)
-        meta_t = member(meta_t_base, meta_t_offsets, tensor, ALIGNED)
-        table_t = table_t_base + tl.load(table_t_offsets + tensor)
-        store_words(meta_t, upper, lower, column_t * 4, word_t, written, word_rows, tile_columns * 4, ORDER_T, table_t)
+
+@triton.jit
+def store_side(
+    nibbles, entries, side, tensor, top, left, tile_rows, tile_columns, word_columns, ORDER: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Pack ROWS × COLUMNS tiles of W: the kept pair of the four entries of every row of a tile, and where it was."""
+    values_base, values_offsets, meta_base, meta_offsets, table_base, table_offsets = side
+    row, column = top + tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < tile_rows) & (column < tile_columns)
+    values = member(values_base, values_offsets, tensor, ALIGNED) + row * 4 * tile_columns + column
+    for line in tl.static_range(4):
+        x0, x1, x2, x3 = entries[line]
+        first, last = kept_pair(nibbles[line], x0, x1, x2, x3)
+        tl.store(values + line * tile_columns, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
+    # the words of two rows in one integer: half as many exchanges between threads
+    a, b, c, d = nibbles
+    upper = four_nibbles(tl.where(inside, places(a) | (places(b) << 16), 0), ROWS, COLUMNS)
+    lower = four_nibbles(tl.where(inside, places(c) | (places(d) << 16), 0), ROWS, COLUMNS)
+    word = left // 4 + tl.arange(0, COLUMNS // 4)[None, :]
+    written = (row < tile_rows) & (word < word_columns)
+    meta = member(meta_base, meta_offsets, tensor, ALIGNED)
+    table = table_base + tl.load(table_offsets + tensor)
+    store_words(meta, upper, lower, row * 4, word, written, word_columns, tile_rows * 4, ORDER, table)
+
+
+@triton.jit
+def store_turned_side(
+    nibbles, entries, side, tensor, top, left, tile_rows, tile_columns, word_rows, ORDER: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The same of Wᵀ, from the four entries of every column of a tile."""
+    values_base, values_offsets, meta_base, meta_offsets, table_base, table_offsets = side
+    row, column = top + tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < tile_rows) & (column < tile_columns)
+    row_t, column_t = top + tl.arange(0, ROWS)[None, :], left.to(tl.int64) + tl.arange(0, COLUMNS)[:, None]
+    inside_t = (row_t < tile_rows) & (column_t < tile_columns)
+    values = member(values_base, values_offsets, tensor, ALIGNED) + column_t * 4 * tile_rows + row_t
+    for line in tl.static_range(4):
+        x0, x1, x2, x3 = entries[line]
+        first, last = kept_pair(nibbles[line], x0, x1, x2, x3)
+        tl.store(values + line * tile_rows, tl.trans(pair_bits(first, last, DTYPE, BY_HAND)), mask=inside_t)
+    w, x, y, z = nibbles
+    upper = four_nibbles(tl.trans(tl.where(inside, places(w) | (places(x) << 16), 0)), COLUMNS, ROWS)
+    lower = four_nibbles(tl.trans(tl.where(inside, places(y) | (places(z) << 16), 0)), COLUMNS, ROWS)
+    word = top // 4 + tl.arange(0, ROWS // 4)[None, :]
+    written = (column_t < tile_columns) & (word < word_rows)
+    meta = member(meta_base, meta_offsets, tensor, ALIGNED)
+    table = table_base + tl.load(table_offsets + tensor)
+    store_words(meta, upper, lower, column_t * 4, word, written, word_rows, tile_columns * 4, ORDER, table)
 
 
 @triton.jit
