@@ -12,7 +12,7 @@ from .gradient_rules import GradientRule
 from .kernels.tile_codes.reference import unpack_codes
 from .linear import multiply
 from .masked_layer import MaskedLayer
-from .matrices import weight_of
+from .matrices import in_memory_order, weight_of
 from .transforms import as_constants, as_leaf, is_transformed, transformed_weight, with_gradient_of_input
 
 
@@ -21,8 +21,9 @@ class MaskWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, codes: Tensor, rule: GradientRule) -> Tensor:
-        """Return the masked weight ``[O, I, *kernel]``, in the same memory order."""
-        return weight.clone().masked_fill_(weight_of(~unpack_codes(codes), weight.shape), 0)
+        """Return the masked weight ``[O, I, *kernel]``, contiguous."""
+        # nothing in place: torch 2.11 compiles a function that writes to its own tensors into wrong gradients
+        return weight.masked_fill(weight_of(~unpack_codes(codes), weight.shape), 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -142,7 +143,7 @@ class SparseConvolution(MaskedLayer):
             down, up = as_constants(self.adapter)
             weight = weight + self.as_weight(up @ down)
         # the output lies in memory as the weight does
-        return weight.contiguous() if self.weight.is_contiguous() else weight
+        return in_memory_order(weight, self.weight)
 
 
 class SparseConv1d(SparseConvolution, nn.Conv1d):

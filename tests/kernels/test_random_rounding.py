@@ -107,7 +107,7 @@ def test_the_kernel_equals_the_reference_bit_for_bit(dtype: torch.dtype, kernel_
     codes = [torch.randint(-(2**15), 2**15, (rows // 4, columns // 4)).to(torch.int16) for rows, columns in shapes]
     numbers, clock = [5, 2**32 - 1, 6], 2**31 + 11
     on_device = [[tensor.clone().to(kernel_device) for tensor in column] for column in (gradients, weights, codes)]
-    decay_in_place(*on_device, torch.tensor(1e-3, device=kernel_device), numbers, clock)
+    decay_in_place(on_device[0], on_device[1], on_device[2], torch.tensor(1e-3, device=kernel_device), numbers, clock)
     add_masked_decays_(gradients, weights, codes, torch.tensor(1e-3, dtype=torch.float64), numbers, clock)
     for by_kernel, by_reference in zip(on_device[0], gradients, strict=True):
         nan = by_reference.isnan()

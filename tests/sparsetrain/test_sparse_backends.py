@@ -222,6 +222,7 @@ def test_every_algorithm_of_the_library_is_offered_and_passed_on(nvmath) -> None
 @pytest.mark.parametrize(("epilogue", "function"), [("relu", F.relu), ("gelu", F.gelu)])
 def test_epilogues_follow_the_bias(nvmath, epilogue, function, bias: bool) -> None:
     backend, weight = BACKENDS["cusparselt"], torch.randn(32, 64)
+    assert isinstance(backend, CuSparseLtBackend)
     codes = st.transposable_codes(weight.abs())
     operand = backend.allocate((32, 64), torch.float16, torch.device("cpu"))
     fill_([Filling(weight, codes, backend, torch.float16, operand)])
@@ -235,6 +236,7 @@ def test_epilogues_follow_the_bias(nvmath, epilogue, function, bias: bool) -> No
 
 def test_torchs_operator_has_no_epilogue_and_says_so(operators) -> None:
     backend = BACKENDS["cusparselt"]
+    assert isinstance(backend, CuSparseLtBackend)
     operand = backend.allocate((32, 64), torch.float16, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"^epilogue is 'relu': .* or apply it to the result\.$"):
         backend.product(operand, torch.randn(8, 64, dtype=torch.float16), epilogue="relu")
