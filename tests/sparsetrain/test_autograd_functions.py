@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import convnet, mlp
+from support import convnet
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsetrain as st
@@ -19,6 +20,7 @@ from sparsetrain.convolution import MaskWeight, TwoWeightConvolution
 from sparsetrain.criteria.observer import _AddInBackward
 from sparsetrain.estimated_gradient import draw_counter
 from sparsetrain.gradient_rules import GRADIENT_RULES, scaled
+from sparsetrain.kernels.tile_codes.reference import unpack_codes
 from sparsetrain.linear import Rules, SparseLinearFunction
 from sparsetrain.soft_threshold import SoftThreshold
 
@@ -101,6 +103,9 @@ CASES: dict[str, Case] = {
     "_AddInBackward": observed,
 }
 
+# a matrix has one order
+SETTINGS = [(name, order) for name in CASES for order in ORDERS[: 2 if "Weight" in name else 1]]
+
 
 def autograd_functions() -> Iterator[str]:
     """Names of all subclasses of ``torch.autograd.Function`` in the package, read from its sources."""
@@ -111,6 +116,22 @@ def autograd_functions() -> Iterator[str]:
                     ast.unparse(base).split(".")[-1] == "Function" for base in node.bases
                 ):
                     yield node.name
+
+
+def test_compiled_masks_have_no_views_of_another_dtype() -> None:
+    """Which inductor cannot lower for bools before torch 2.12."""
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    codes = torch.randint(-(2**15), 2**15, (3, 5), dtype=torch.int16)
+    mask = torch.compile(unpack_codes, backend=aot_autograd(fw_compiler=backend), fullgraph=True)(codes)
+    expected = [[bool(codes[o // 4, i // 4] >> (4 * (o % 4) + i % 4) & 1) for i in range(20)] for o in range(12)]
+    assert mask.tolist() == expected
+    assert seen
+    assert not [name for name in seen if "view.dtype" in name]
 
 
 def test_every_autograd_function_has_a_case() -> None:
@@ -132,8 +153,7 @@ class InPlace(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "order"), SETTINGS, ids=str)
 def test_no_autograd_function_writes_in_place(name: str, order: torch.memory_format) -> None:
     function, tensors = CASES[name](order)
     inputs = [tensor.requires_grad_() for tensor in tensors]
@@ -154,16 +174,16 @@ def with_neighbours(function: Callable[..., Tensor]) -> Callable[..., tuple[Tens
     return whole
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "order"), SETTINGS, ids=str)
 def test_compiled_functions_give_the_gradients_of_eager_ones(name: str, order: torch.memory_format) -> None:
     function, tensors = CASES[name](order)
     totals, results = [], []
-    for backend in ("eager", "aot_eager"):
+    whole = with_neighbours(function)
+    torch._dynamo.reset()
+    for run in (whole, torch.compile(whole, fullgraph=True, backend="aot_eager")):
         TOTAL.zero_()
-        torch._dynamo.reset()
         inputs = [tensor.detach().clone().requires_grad_() for tensor in tensors]  # in the same memory order
-        output, loss = torch.compile(with_neighbours(function), fullgraph=True, backend=backend)(*inputs)
+        output, loss = run(*inputs)
         results.append([output.detach(), *torch.autograd.grad(loss, inputs)])
         totals.append(TOTAL.clone())
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
@@ -171,7 +191,6 @@ def test_compiled_functions_give_the_gradients_of_eager_ones(name: str, order: t
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
-    "linear": (mlp, "all-linear", {"preset": "fst", "warmup": 0}),
     "convolution": (convnet, "all-conv", {"preset": "fst", "warmup": 0}),
     "convolution, soft threshold": (convnet, "all-conv", {"preset": "s_ste"}),
 }
@@ -182,12 +201,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
 def test_a_compiled_model_trains_as_an_eager_one_does(name: str, order: torch.memory_format) -> None:
     make, targets, method = MODELS[name]
     weights = []
-    for backend in ("eager", "aot_eager"):
+    torch._dynamo.reset()
+    for compiled in (False, True):
         model = make().double().to(memory_format=order)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        training = st.SparseTraining(model, optimizer, method, 8, targets, verbose=False)
-        seen = torch.compile(model, backend=backend, fullgraph=True)
-        for step in range(5):
+        training = st.SparseTraining(model, optimizer, method, 6, targets, verbose=False)
+        seen = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        for step in range(2):
             x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
             optimizer.zero_grad()
             (seen(x) - x.flip(1)).square().mean().backward()
