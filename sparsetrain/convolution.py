@@ -12,7 +12,7 @@ from .gradient_rules import GradientRule
 from .kernels.tile_codes.reference import unpack_codes
 from .linear import multiply
 from .masked_layer import MaskedLayer
-from .matrices import in_memory_order, weight_of
+from .matrices import weight_of
 from .transforms import as_constants, as_leaf, is_transformed, transformed_weight, with_gradient_of_input
 
 
@@ -143,7 +143,9 @@ class SparseConvolution(MaskedLayer):
             down, up = as_constants(self.adapter)
             weight = weight + self.as_weight(up @ down)
         # the output lies in memory as the weight does
-        return in_memory_order(weight, self.weight)
+        if _channels_last(self.weight) and not is_transformed():
+            return weight.to(memory_format=torch.channels_last)
+        return weight.contiguous() if self.weight.is_contiguous() else weight
 
 
 class SparseConv1d(SparseConvolution, nn.Conv1d):

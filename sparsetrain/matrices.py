@@ -53,25 +53,6 @@ def weight_of(matrix: Tensor, shape: Sequence[int], transposed: bool = False) ->
     return matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-def in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor whose dimensions lie in memory in the order of another's, differentiably; a copy if they do not.
-
-    Args:
-        tensor: Of any shape.
-        like: With as many dimensions.
-
-    Example:
-        >>> import torch
-        >>> like = torch.zeros(4, 8, 3, 3).to(memory_format=torch.channels_last)
-        >>> in_memory_order(torch.zeros(4, 8, 3, 3), like).stride() == like.stride()
-        True
-    """
-    if like.is_contiguous():
-        return tensor.contiguous()
-    order = sorted(range(like.dim()), key=lambda dim: -like.stride(dim))
-    return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(like.dim())])
-
-
 def by_device(weights: Mapping[str, Tensor], owned: Collection[int] | None = None) -> list[dict[str, Tensor]]:
     """Return weights grouped by device, whose kernels take all of a device in one launch.
 

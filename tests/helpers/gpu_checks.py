@@ -58,9 +58,7 @@ def most_bytes(output: Tensor, input: Tensor, workspace: int = WORKSPACE, output
     """
     copy = input.numel() * input.element_size()
     if copy < 2 * workspace:
-        raise ValueError(
-            f"input takes {copy} bytes: a copy of it shows beside {workspace} only if it is twice as much."
-        )
+        raise ValueError(f"input takes {copy} bytes: a copy of it shows beside {workspace} only if it is twice that.")
     return outputs * output.numel() * output.element_size() + workspace
 
 
@@ -70,7 +68,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
-        return torch.cuda.max_memory_allocated(device) - before
+        return int(torch.cuda.max_memory_allocated(device)) - int(before)
     with _Allocations() as seen:
         call()
     return seen.peak
@@ -80,7 +78,7 @@ class _Allocations(TorchDispatchMode):
     """Follows the storages that torch's operations make, those of a masked product too, while they live."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._living: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -104,7 +102,8 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def captured(step: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:

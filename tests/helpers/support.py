@@ -94,7 +94,7 @@ class Regression(LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         (x,) = batch
-        loss = (self.net(x) - x.flip(1)).square().mean() + self.extra(x).square().mean()
+        loss: Tensor = (self.net(x) - x.flip(1)).square().mean() + self.extra(x).square().mean()
         self.log("train/loss", loss)
         return loss
 

@@ -41,7 +41,7 @@ def unseen(call: Callable[..., Any]) -> Callable[..., Any]:
     """A call whose own tensors no dispatch mode counts, as those of a library are not."""
 
     def wrapped(*arguments: Any) -> Any:
-        with _disable_current_modes():  # type: ignore[no-untyped-call]
+        with _disable_current_modes():
             return call(*arguments)
 
     return wrapped

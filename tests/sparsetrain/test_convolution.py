@@ -413,8 +413,9 @@ def test_a_gpu_finds_the_same_masks_and_gradients(name: str, layout: torch.memor
     direction = torch.randn_like(outputs[0])
     outputs[0].backward(direction)
     outputs[1].backward(direction.cuda())
-    found = [outputs[1], inputs[1].grad, on_gpu.weight.grad]
-    assert_same_gradients(found, [outputs[0], inputs[0].grad, layer.weight.grad])
+    pairs = zip(inputs, (layer, on_gpu), outputs, strict=True)
+    expected, found = ([output.detach(), x.grad, module.weight.grad] for x, module, output in pairs)
+    assert_same_gradients(found, expected)
 
 
 @pytest.mark.gpu
