@@ -43,6 +43,7 @@ def test_another_process_names_the_tests_of_kernels_as_this_one_does(request: py
         ("tests/a.py::test_it[0x7f5c3a2b1c10]", True),
         ("tests/a.py::test_it[torch.float16-64x128]", False),
     ],
+    ids=["function", "object", "number", "plain"],
 )
 def test_a_name_with_an_address_is_noticed(name: str, found: bool) -> None:
     assert bool(ADDRESS.search(name)) == found
