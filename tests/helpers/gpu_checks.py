@@ -68,8 +68,10 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
-        return int(torch.cuda.max_memory_allocated(device)) - int(before)
-    with _Allocations() as seen:
+        most: int = torch.cuda.max_memory_allocated(device) - before
+        return most
+    seen = _Allocations()
+    with seen:
         call()
     return seen.peak
 

@@ -64,5 +64,7 @@ def test_a_triton_without_budgets_has_the_newest_older_ones_and_says_so(tmp_path
 
 @pytest.mark.parametrize("case", LIMITS)
 def test_recorded_budgets_leave_the_memory_as_the_bottleneck(case: str) -> None:
+    newest = compile_only.recorded()  # an older compiler may need a few more instructions
+    budgets, _ = compile_only.budgets_of(max(newest), newest)
     for key, limit in LIMITS[case].items():
-        assert BUDGETS[case]["90"][key] <= limit, f"{case}: {key} is {BUDGETS[case]['90'][key]}, the limit is {limit}"
+        assert budgets[case]["90"][key] <= limit, f"{case}: {key} is {budgets[case]['90'][key]}, the limit is {limit}"
