@@ -22,8 +22,9 @@ class MaskWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, codes: Tensor, rule: GradientRule) -> Tensor:
-        """Return the masked weight ``[O, I, *kernel]``, in the same memory order."""
-        return weight.clone().masked_fill_(weight_of(~unpack_codes(codes), weight.shape), 0)
+        """Return the masked weight ``[O, I, *kernel]``, contiguous."""
+        # nothing in place: torch 2.11 compiles a function that writes to its own tensors into wrong gradients
+        return weight.masked_fill(weight_of(~unpack_codes(codes), weight.shape), 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -163,6 +164,8 @@ class SparseConvolution(MaskedLayer):
             down, up = as_constants(self.adapter)
             weight = weight + self.as_weight(up @ down)
         # the output lies in memory as the weight does
+        if _channels_last(self.weight) and not is_transformed():
+            return weight.to(memory_format=torch.channels_last)
         return weight.contiguous() if self.weight.is_contiguous() else weight
 
 

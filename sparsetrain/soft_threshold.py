@@ -34,7 +34,7 @@ def soft_thresholded(weight: Tensor, codes: Tensor, transposable: bool = False) 
     if transposable:
         fours = pruned.view(rows // 4, 4, columns).amax(1, keepdim=True).expand(-1, 4, -1).reshape(rows, columns)
         threshold = torch.maximum(threshold, fours)
-    return ((magnitude - threshold).clamp_(min=0) * weight.sign()).masked_fill(~mask, 0)
+    return ((magnitude - threshold).clamp(min=0) * weight.sign()).masked_fill(~mask, 0)
 
 
 def soft_scale(weight: Tensor, codes: Tensor, transposable: bool = False) -> Tensor:

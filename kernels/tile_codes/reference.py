@@ -34,9 +34,11 @@ def unpack_codes(codes: Tensor) -> Tensor:
         [True, False, False, False]
     """
     *batch, tile_rows, tile_columns = codes.shape
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # which cannot follow views of another dtype
+    # tracing cannot follow views of another dtype, nor can inductor those of bools before torch 2.12
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         bits = torch.arange(16, dtype=torch.int32, device=codes.device).view(4, 1, 4)
-        return (codes[..., None, :, None].to(torch.int32) >> bits & 1).bool().view(*batch, tile_rows * 4, -1)
+        kept = (codes[..., None, :, None].to(torch.int32) >> bits & 1).bool()
+        return kept.view(*batch, tile_rows * 4, tile_columns * 4)
     mask = torch.empty(*batch, tile_rows * 4, tile_columns * 4, dtype=torch.bool, device=codes.device)
     if mask.numel() == 0:
         return mask

@@ -118,5 +118,6 @@ def _dense(point: Point, device: torch.device) -> nn.Linear:
 
 def _sparse(layer: nn.Linear, backend: str) -> SparseLinear:
     sparse = to_sparse_(layer, "sparse", Execution(backend))
+    assert isinstance(sparse, SparseLinear)
     sparse.set_codes_(search_tiles(sparse.weight.detach(), True))
     return sparse

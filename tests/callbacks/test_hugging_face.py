@@ -305,7 +305,7 @@ def test_loggers_that_are_not_reached_are_named(tmp_path: Path) -> None:
 
 
 class Distilling(Trainer):
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         training = next(
             entry.training for entry in self.callback_handler.callbacks if isinstance(entry, HuggingFaceSparseTraining)

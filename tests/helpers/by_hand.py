@@ -24,7 +24,7 @@ def masked_by_hand(layer: MaskedLayer) -> Tensor:
     matrix = weight.flatten(1) if weight.dim() == 2 else weight.flatten(2).mT.reshape(weight.shape[0], -1)
     seen = torch.where(mask, matrix, 0)
     if layer.soft_scale is not None:
-        threshold = torch.where(mask, 0, matrix.abs()).unflatten(1, (-1, 4)).amax(2).repeat_interleave(4, 1)
+        threshold = torch.where(mask, 0, matrix.abs()).unflatten(1, (-1, 4)).amax(2).repeat_interleave(4, 1)  # type: ignore[no-untyped-call]
         seen = torch.where(mask, matrix.sign() * (matrix.abs() - threshold).clamp(min=0), 0) * layer.soft_scale
     if layer.adapter is not None:
         seen = seen + layer.adapter[1].detach() @ layer.adapter[0].detach()

@@ -1,10 +1,12 @@
 """Compile kernels for GPUs that are not here and count what the machine code uses.
 
 ``python tests/helpers/compile_only.py 90 mask_search`` prints one JSON object of figures per case of a file in
-``compile_cases``; ``--record`` compiles everything and writes the budgets that the tests hold it to.
+``compile_cases``; ``--record`` compiles everything and writes the budgets that the tests hold it to, for the version of
+Triton that runs: ``compile_cases/budgets-3.7.json``.
 """
 
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -16,8 +18,33 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-BUDGETS = FOLDER / "compile_cases" / "budgets.json"
 CAPABILITIES = (80, 89, 90, 100, 120)
+
+
+def triton_version() -> tuple[int, int]:
+    """Return the version of Triton that is installed, without importing it."""
+    major, minor = importlib.metadata.version("triton").split(".")[:2]
+    return int(major), int(minor)
+
+
+def recorded(folder: Path = FOLDER / "compile_cases") -> dict[tuple[int, int], Path]:
+    """Return the files of budgets by the version of Triton that they were recorded with, the oldest first."""
+    versions = (path.stem.removeprefix("budgets-").split(".") for path in folder.glob("budgets-*.json"))
+    found = sorted((int(major), int(minor)) for major, minor in versions)
+    return {version: folder / f"budgets-{version[0]}.{version[1]}.json" for version in found}
+
+
+def budgets_of(version: tuple[int, int], records: dict[tuple[int, int], Path]) -> tuple[dict[str, Any], str]:
+    """Return the budgets that hold for a version of Triton, and what is to be said of them if they are not its own.
+
+    A version without a record has the newest that is older than it; one older than all has the oldest.
+    """
+    older = [known for known in records if known <= version]
+    chosen = max(older) if older else min(records)
+    budgets: dict[str, Any] = json.loads(records[chosen].read_text())
+    mine, theirs = (".".join(map(str, numbers)) for numbers in (version, chosen))
+    said = f"Triton {mine} has no budgets of its own: those of {theirs} hold, so record some." if mine != theirs else ""
+    return budgets, said
 
 
 @dataclass(frozen=True)
@@ -102,7 +129,8 @@ def run(capability: int, name: str) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Print the figures of one file for one compute capability, or record all of them as budgets."""
     if sys.argv[1:2] == ["--record"]:
-        budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+        path = FOLDER / "compile_cases" / "budgets-{}.{}.json".format(*triton_version())
+        budgets = json.loads(path.read_text()) if path.exists() else {}
         for name in sys.argv[2:] or names():
             for capability in CAPABILITIES:
                 for case, found in run(capability, name).items():
@@ -114,7 +142,7 @@ def main() -> None:
             + "\n  }"
             for case in sorted(budgets)
         ]
-        BUDGETS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         return
     capability, name = int(sys.argv[1]), sys.argv[2]
     sys.modules.setdefault("compile_only", sys.modules[__name__])  # one Case class for this file and the cases

@@ -37,9 +37,9 @@ def mutations(state: Any) -> list[tuple[str, Callable[[], Any]]]:
     for path, value in nodes(state):
         where = "/".join(map(str, path)) or "."
         for number, stranger in enumerate(STRANGERS):
-            found.append((f"{where} replaced by stranger {number}", lambda p=path, s=stranger: _with(state, p, s())))
+            found.append((f"{where} replaced by stranger {number}", lambda p=path, s=stranger: _with(state, p, s())))  # type: ignore[misc]
         for name, change in _changes(value):
-            found.append((f"{where} {name}", lambda p=path, v=value, c=change: _with(state, p, c(copy.deepcopy(v)))))
+            found.append((f"{where} {name}", lambda p=path, v=value, c=change: _with(state, p, c(copy.deepcopy(v)))))  # type: ignore[misc]
     return found
 
 
@@ -68,8 +68,8 @@ def _with(state: Any, path: Path, value: Any) -> Any:
 def _changes(value: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:
     if isinstance(value, dict):
         for key in value:
-            yield f"without {key}", lambda v, k=key: {name: entry for name, entry in v.items() if name != k}
-            yield f"with {key} renamed", lambda v, k=key: {f"{n}_" if n == k else n: e for n, e in v.items()}
+            yield f"without {key}", lambda v, k=key: {name: entry for name, entry in v.items() if name != k}  # type: ignore[misc]
+            yield f"with {key} renamed", lambda v, k=key: {f"{n}_" if n == k else n: e for n, e in v.items()}  # type: ignore[misc]
         yield "with a stranger", lambda v: {**v, "stranger": 1}
         yield "with a key that is no string", lambda v: {**v, 7: 1}
         if len(value) > 1:
@@ -87,7 +87,7 @@ def _changes(value: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:
         yield "turned", lambda v: not v
     elif isinstance(value, int | float):
         for name, change in (("plus one", 1), ("minus one", -1), ("plus many", 10**4)):
-            yield name, lambda v, c=change: v + c
+            yield name, lambda v, c=change: v + c  # type: ignore[misc]
         yield "as a float", float
         yield "as a string", str
         yield "negative", lambda v: -v
@@ -98,7 +98,7 @@ def _changes(value: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:
 
 def _tensor_changes(value: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
     for dtype in (torch.float16, torch.float64, torch.int16, torch.int64, torch.uint8, torch.bool, torch.complex64):
-        yield f"as {dtype}", lambda v, d=dtype: torch.zeros(v.shape, dtype=d)
+        yield f"as {dtype}", lambda v, d=dtype: torch.zeros(v.shape, dtype=d)  # type: ignore[misc]
     yield "flat", lambda v: v.flatten()
     yield "nested", lambda v: v[None]
     yield "as a list", lambda v: v.tolist()

@@ -77,7 +77,7 @@ def train(
         optimizer.zero_grad()
         x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
         x = x.to(next(model.parameters()))
-        distilled((model(x) - x.flip(1)).square().mean()).backward()
+        distilled((model(x) - x.flip(1)).square().mean()).backward()  # type: ignore[no-untyped-call]
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
@@ -94,7 +94,7 @@ class Regression(LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         (x,) = batch
-        loss = (self.net(x) - x.flip(1)).square().mean() + self.extra(x).square().mean()
+        loss: Tensor = (self.net(x) - x.flip(1)).square().mean() + self.extra(x).square().mean()
         self.log("train/loss", loss)
         return loss
 
@@ -106,12 +106,12 @@ class Regression(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
 
 
-class ResumableBatches(DataLoader):
+class ResumableBatches(DataLoader[tuple[Tensor, ...]]):
     """Batches in order; its position is part of Lightning's checkpoints."""
 
     taken = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         start = self.taken
         for index, batch in enumerate(super().__iter__()):
             if index >= start:

@@ -43,7 +43,7 @@ def test_the_decay_kernel_equals_the_reference_bit_for_bit(margins: Margins) -> 
         for gradient, weight, code in zip(gradients, weights, codes, strict=True)
     ]
     on_device = [[margins.of(tensor) for tensor in column] for column in (gradients, weights, codes)]
-    decay_in_place(*on_device, margins.of(torch.tensor([0.3]))[0], [0] * len(SHAPES), 0)
+    decay_in_place(on_device[0], on_device[1], on_device[2], margins.of(torch.tensor([0.3]))[0], [0] * len(SHAPES), 0)
     add_masked_decays_(gradients, weights, codes, torch.tensor(0.3, dtype=torch.float64))
     for by_kernel, by_reference, want in zip(on_device[0], gradients, wanted, strict=True):
         assert torch.equal(by_kernel.cpu(), want)

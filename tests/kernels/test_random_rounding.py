@@ -109,7 +109,7 @@ def test_the_kernel_equals_the_reference_bit_for_bit(dtype: torch.dtype, margins
     numbers, clock = [5, 2**32 - 1, 6], 2**31 + 11
     on_device = [[margins.of(tensor, gap=12) for tensor in column] for column in (gradients, weights)]
     on_device.append([margins.of(code) for code in codes])
-    decay_in_place(*on_device, margins.of(torch.tensor([1e-3]))[0], numbers, clock)
+    decay_in_place(on_device[0], on_device[1], on_device[2], margins.of(torch.tensor([1e-3]))[0], numbers, clock)
     add_masked_decays_(gradients, weights, codes, torch.tensor(1e-3, dtype=torch.float64), numbers, clock)
     for by_kernel, by_reference in zip(on_device[0], gradients, strict=True):
         nan = by_reference.isnan()

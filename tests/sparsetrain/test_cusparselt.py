@@ -155,7 +155,7 @@ def test_what_a_plan_depends_on_gets_another_plan(bench: Bench, change: str) -> 
     compressed, dense = bench.lt.compress(a), normal(C, N)
     bench.lt.multiply(compressed, (R, C), dense, bias=bias)
     arguments: dict[str, Any] = {"dense": dense, "bias": bias}
-    arguments |= {
+    arguments |= {  # type: ignore[call-overload]
         "n": {"dense": normal(C, N + 8)},
         "order": {"dense": in_columns(dense, C)},
         "leading": {"dense": normal(C, N + 8)[:, :N]},

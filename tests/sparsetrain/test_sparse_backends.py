@@ -1,93 +1,34 @@
 """Backends of vendors on stand-ins: the cuSPARSELt of ``fake_cusparselt``, and PyTorch's operators, all on a CPU."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend, CutlassBackend
 from sparsetrain.backends import metadata_layout as layouts
-from sparsetrain.backends.cusparselt import CuSparseLt, Library
-from sparsetrain.backends.cusparselt.providers import NvmathProvider, TorchProvider
+from sparsetrain.backends.cusparselt.providers import TorchProvider
 from sparsetrain.backends.filling import Filling, fill_
 
 pytest.importorskip("nvmath.bindings.cusparseLt", reason="the stand-in takes its signatures from nvmath")
-from fake_cusparselt import FakeCuSparseLt, FakeDevices, compress, decompress
+from fake_cusparselt import FakeCuSparseLt
+from vendor_stand_ins import HALVES, nvmath_stand_in, operator_stand_ins
 
 TOKENS = [1, 8, 31, 63, 128, 136]
-HALVES = [torch.float16, torch.bfloat16]
-
-
-class OpenBackend(CuSparseLtBackend):
-    """As if this machine had a GPU."""
-
-    def why_not(self, device, dtype, shape):
-        return None if dtype in HALVES else f"dtype is {dtype}: it must be float16 or bfloat16."
-
-
-class OpenCutlass(CutlassBackend):
-    def why_not(self, device, dtype, shape):
-        return None if dtype in HALVES else f"dtype is {dtype}: it must be float16 or bfloat16."
 
 
 @pytest.fixture
-def nvmath(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[FakeCuSparseLt]:
-    devices = FakeDevices()
-    fake = FakeCuSparseLt(devices)
-    library = CuSparseLt(Library(fake), devices)
-    monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path))
-    monkeypatch.setattr(layouts, "_decisions", {})
-    monkeypatch.setitem(BACKENDS, "cusparselt", OpenBackend([NvmathProvider(library)]))
-    yield fake
-    library.close()
-    fake.assert_clean()
+def nvmath(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeCuSparseLt]:
+    yield from nvmath_stand_in(monkeypatch, tmp_path)
 
 
 @pytest.fixture
-def operators(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[dict[str, list[object]]]:
-    """CPU implementations behind the schemas of PyTorch's operators, as strict as the real ones."""
-    seen: dict[str, list[object]] = {"alg_id": [], "compress": []}
-
-    def cslt_compress(input: Tensor) -> Tensor:
-        seen["compress"].append(tuple(input.shape))
-        assert input.is_contiguous()
-        buffer = torch.zeros(input.shape[0], input.shape[1] * 5 // 8 + 2, dtype=input.dtype)
-        compress(input, buffer.data_ptr())
-        return buffer
-
-    def cslt_sparse_mm(a, b, bias=None, alpha=None, out_dtype=None, transpose_result=False,
-                       alg_id=0, split_k=1, split_k_mode=-1):  # fmt: skip
-        assert a.dim() == 2
-        assert alpha is None
-        assert out_dtype is None
-        assert b.is_contiguous() or b.t().is_contiguous()
-        assert b.shape[1] % 8 == 0
-        seen["alg_id"].append(alg_id)
-        rows, columns = a.shape[0], b.shape[0]
-        matrix = {"rows": rows, "cols": columns, "ld": columns, "dtype": b.dtype, "order": 2}
-        result = F.linear(b.t().float(), decompress(a.data_ptr(), matrix).float())
-        result = (result if bias is None else result + bias.float()).to(b.dtype)
-        return result.contiguous() if transpose_result else result.t().contiguous()
-
-    def structured_mm(mat1, mat1_meta, mat2, *, out_dtype=None):
-        assert mat1_meta.dim() == 2
-        assert mat2.shape[1] % 8 == 0
-        return sparse_semi_structured_to_dense_cutlass(mat1, mat1_meta) @ mat2
-
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_cslt_compress", cslt_compress, "CPU")
-    library.impl("_cslt_sparse_mm", cslt_sparse_mm, "CPU")
-    library.impl("_sparse_semi_structured_mm", structured_mm, "CPU")
-    monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path))
-    monkeypatch.setattr(layouts, "_decisions", {})
-    monkeypatch.setitem(BACKENDS, "cusparselt", OpenBackend([TorchProvider()]))
-    monkeypatch.setitem(BACKENDS, "cutlass", OpenCutlass())
-    yield seen
-    library._destroy()
+def operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, list[object]]]:
+    yield from operator_stand_ins(monkeypatch, tmp_path)
 
 
 @pytest.fixture(params=["nvmath", "torch", "cutlass"])
@@ -222,6 +163,7 @@ def test_every_algorithm_of_the_library_is_offered_and_passed_on(nvmath) -> None
 @pytest.mark.parametrize(("epilogue", "function"), [("relu", F.relu), ("gelu", F.gelu)])
 def test_epilogues_follow_the_bias(nvmath, epilogue, function, bias: bool) -> None:
     backend, weight = BACKENDS["cusparselt"], torch.randn(32, 64)
+    assert isinstance(backend, CuSparseLtBackend)
     codes = st.transposable_codes(weight.abs())
     operand = backend.allocate((32, 64), torch.float16, torch.device("cpu"))
     fill_([Filling(weight, codes, backend, torch.float16, operand)])
@@ -235,6 +177,7 @@ def test_epilogues_follow_the_bias(nvmath, epilogue, function, bias: bool) -> No
 
 def test_torchs_operator_has_no_epilogue_and_says_so(operators) -> None:
     backend = BACKENDS["cusparselt"]
+    assert isinstance(backend, CuSparseLtBackend)
     operand = backend.allocate((32, 64), torch.float16, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"^epilogue is 'relu': .* or apply it to the result\.$"):
         backend.product(operand, torch.randn(8, 64, dtype=torch.float16), epilogue="relu")

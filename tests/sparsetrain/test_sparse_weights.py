@@ -76,7 +76,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compiled": lambda model: torch.compile(model, backend="eager"),
     "data parallel": nn.parallel.DistributedDataParallel,
     "compiled data parallel": lambda m: torch.compile(nn.parallel.DistributedDataParallel(m), backend="eager"),
-    "compiled block": lambda model: nn.Sequential(torch.compile(model, backend="eager")),
+    "compiled block": lambda model: nn.Sequential(torch.compile(model, backend="eager")),  # type: ignore[call-overload]
     "Fabric": lambda model: Fabric(accelerator="cpu", devices=1).setup(model),
 }
 

@@ -46,11 +46,17 @@ def linear(model: nn.Module) -> nn.Module:
 
 def gpt2(seed: int = 0) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    none: dict[str, Any] = {
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, initializer_range=0.2,
-            loss_type="ForCausalLMLoss", **none,
+            **none, **{"loss_type": "ForCausalLMLoss"},
         )
     )  # fmt: skip
 
@@ -183,7 +189,7 @@ def test_every_method_trains_it_as_the_linear_layer_and_resumes_bit_for_bit(name
     training.finish()
     twin_training.finish()
     assert type(model[0]) is Conv1D
-    for own, other in zip(model[::2], twin[::2], strict=True):
+    for own, other in zip(model[::2], twin[::2], strict=True):  # type: ignore[call-overload]
         assert torch.equal(own.weight.t() == 0, other.weight == 0)
         torch.testing.assert_close(own.weight.t(), other.weight, rtol=1e-4, atol=2e-6)
 

@@ -17,7 +17,7 @@ RATE = 1e-2
 
 
 def frozen_run(
-    gradients: list[Tensor], head: int, kind: type[torch.optim.Optimizer] = torch.optim.Adam, **options: Any
+    gradients: list[Tensor], head: int, kind: Callable[..., torch.optim.Optimizer] = torch.optim.Adam, **options: Any
 ) -> tuple[list[Tensor], torch.optim.Optimizer]:
     """Values after every step, from zero, of a parameter whose second moment freezes after ``head`` steps."""
     parameter = nn.Parameter(torch.zeros_like(gradients[0]))
