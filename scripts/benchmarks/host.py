@@ -177,7 +177,11 @@ def step_pairs(repeats: int) -> list[Pair]:
 
 def _passes(model: nn.ModuleList, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """Return a call that gives every weight a gradient, at another address than the last, and uses both operands."""
-    rows = {layer: torch.randn(WIDTH, layer.in_features, requires_grad=True) for layer in model}
+    rows = {
+        layer: torch.randn(WIDTH, layer.in_features, requires_grad=True)
+        for layer in model
+        if isinstance(layer, nn.Linear)
+    }
 
     def both() -> None:
         optimizer.zero_grad()

@@ -1,8 +1,8 @@
 """Compile kernels for GPUs that are not here and count what the machine code uses.
 
-``python tests/helpers/compile_only.py 90 mask_search`` prints one JSON object of figures per case of a file in
-``compile_cases``; ``--record`` compiles everything and writes the budgets that the tests hold it to, for the version of
-Triton that runs: ``compile_cases/budgets-3.7.json``.
+``python tests/helpers/compile_only.py 80,90 mask_search`` prints, as JSON, the figures of every case of a file in
+``compile_cases`` by compute capability; ``--record`` compiles everything and writes the budgets that the tests hold it
+to, for the version of Triton that runs: ``compile_cases/budgets-3.7.json``.
 """
 
 import importlib
@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,13 +117,13 @@ def names() -> list[str]:
     return sorted(path.stem for path in (FOLDER / "compile_cases").glob("*.py"))
 
 
-def run(capability: int, name: str) -> dict[str, dict[str, float]]:
-    """Compile a file's cases in a process without the interpreter."""
+def run(name: str, capabilities: Sequence[int] = CAPABILITIES) -> dict[str, dict[str, dict[str, float]]]:
+    """Compile a file's cases in one process without the interpreter; returns figures by case and capability."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(capability), name]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    command = [sys.executable, __file__, ",".join(map(str, capabilities)), name]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, dict[str, float]] = json.loads(done.stdout)
+    result: dict[str, dict[str, dict[str, float]]] = json.loads(done.stdout)
     return result
 
 
@@ -132,10 +133,10 @@ def main() -> None:
         path = FOLDER / "compile_cases" / "budgets-{}.{}.json".format(*triton_version())
         budgets = json.loads(path.read_text()) if path.exists() else {}
         for name in sys.argv[2:] or names():
-            for capability in CAPABILITIES:
-                for case, found in run(capability, name).items():
+            for case, by_capability in run(name).items():
+                for capability, found in by_capability.items():
                     kept = {key: found[key] for key in ("registers", "instructions_per_element")}
-                    budgets.setdefault(case, {})[str(capability)] = kept
+                    budgets.setdefault(case, {})[capability] = kept
         lines = [
             f'  "{case}": {{\n'
             + ",\n".join(f'    "{key}": {json.dumps(found)}' for key, found in budgets[case].items())
@@ -144,9 +145,13 @@ def main() -> None:
         ]
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         return
-    capability, name = int(sys.argv[1]), sys.argv[2]
+    capabilities, name = map(int, sys.argv[1].split(",")), sys.argv[2]
     sys.modules.setdefault("compile_only", sys.modules[__name__])  # one Case class for this file and the cases
-    print(json.dumps({case.name: figures(case, capability) for case in cases(name)}))
+    every: dict[str, dict[int, dict[str, float]]] = {}
+    for capability in capabilities:
+        for case in cases(name):
+            every.setdefault(case.name, {})[capability] = figures(case, capability)
+    print(json.dumps(every))
 
 
 if __name__ == "__main__":

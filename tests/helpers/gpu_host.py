@@ -77,11 +77,11 @@ WAITS = (
 """Operators that wait for a CUDA device, or copy to it what lies in pageable memory, as ``torch.tensor(...)`` does."""
 
 
-class Waits(TorchDispatchMode):
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operators that would wait for a device; ``on_host`` are storages that a GPU's run has on the host too."""
 
     def __init__(self, on_host: Callable[[], set[int]] = lambda: set()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         self._on_host = on_host
 

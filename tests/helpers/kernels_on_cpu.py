@@ -47,11 +47,11 @@ def kernels_on_cpu(run: bool = True) -> Iterator[Launches]:
         if run:
             launch(self, *args, **kwargs)
 
-    library = torch.library.Library("sparsetrain", "IMPL")
+    library = torch.library.Library("sparsetrain", "IMPL")  # type: ignore[no-untyped-call]
     for name, operator in OPERATORS.items():
-        library.impl(name, operator._backend_fns["cuda"], "CPU")
+        library.impl(name, operator._backend_fns["cuda"], "CPU")  # type: ignore[no-untyped-call]
     try:
         with patch.object(GridExecutor, "__call__", counted):
             yield launches
     finally:
-        library._destroy()
+        library._destroy()  # type: ignore[no-untyped-call]

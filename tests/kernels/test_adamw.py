@@ -83,18 +83,13 @@ class Ours:
         self.count += 1
         decay = -DECAY * self.numbers[0] if self.rule == "decay_weight" else DECAY
         on_device = [[one.to(device)] for one in (self.state[0], gradient, *self.state[1:], self.codes)]
+        weights, gradients, averages, squares, codes = on_device
+        lr, beta1, beta2, eps, weight_decay = self.numbers
+        sums = factors(lr, beta1, beta2, eps, weight_decay, self.count)
         update_in_place(
-            *on_device,
-            None,
-            None,
-            [0],
-            factors(*self.numbers, self.count),
-            self.rule,
-            decay,
-            self.zeros,
-            self.maximize,
-            0,
-        )
+            weights, gradients, averages, squares, codes, None, None, [0], sums, self.rule, decay, self.zeros,
+            self.maximize, 0,
+        )  # fmt: skip
         self.state = [on_device[place][0].cpu() for place in (0, 2, 3)]
 
 
@@ -194,7 +189,10 @@ def test_several_weights_are_updated_and_packed_in_one_launch_a_layout(
         for shapes, wanted in ((SHAPES, ("W", "both")), ([shape[::-1] for shape in SHAPES], ("Wt", "both")))
     )
     numbers, sums = [3, 1, 4, 1], factors(3e-3, 0.9, 0.999, 1e-8, 0.1, 7)
-    update_in_place(*on_device, side, side_t, numbers, sums, "decay_gradient", DECAY, False, False, 5)
+    first, second, third, fourth, fifth = on_device
+    update_in_place(
+        first, second, third, fourth, fifth, side, side_t, numbers, sums, "decay_gradient", DECAY, False, False, 5
+    )
     for position, entry in enumerate(zip(*columns, strict=True)):
         adamw_(*entry, sums, "decay_gradient", DECAY, number=numbers[position], clock=5)
         for column in (0, 2, 3):
@@ -245,19 +243,11 @@ def test_what_lies_around_a_weight_stays_as_it_was(dtype: torch.dtype, kernel_de
     reference = [view.cpu().clone() for view in views]
     sums = factors(3e-3, 0.9, 0.999, 1e-8, 0.1, 1)
     codes = pack_codes(mask)
+    first, second, third, fourth = ([view] for view in views)
     update_in_place(
-        *([view] for view in views),
-        [codes.to(kernel_device)],
-        None,
-        None,
-        [0],
-        sums,
-        "decay_gradient",
-        DECAY,
-        True,
-        False,
-        0,
-    )
+        first, second, third, fourth, [codes.to(kernel_device)], None, None, [0], sums, "decay_gradient", DECAY, True,
+        False, 0,
+    )  # fmt: skip
     adamw_(*reference, codes, sums, "decay_gradient", DECAY, zeros=True)
     for storage, view, wanted in zip(storages, views, reference, strict=True):
         near(view, wanted)

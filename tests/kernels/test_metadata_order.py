@@ -13,7 +13,7 @@ from sparsetrain.kernels.metadata_order import Order, metadata_places, metadata_
 SHAPES = [(128, 128), (256, 384), (80, 48), (16, 16)]
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def places_kernel(places, table, rows, words, order: tl.constexpr, height: tl.constexpr, width: tl.constexpr):
     row, word = tl.arange(0, height)[:, None].to(tl.int64), tl.arange(0, width)[None, :]
     inside = (row < rows) & (word < words)

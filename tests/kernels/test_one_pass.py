@@ -124,8 +124,8 @@ def test_the_operator_does_off_cuda_what_the_kernel_does(sides: tuple[bool, bool
         ]
         if by_kernel:
             statistics = margins.empty(3, 6, dtype=torch.float64)
-            targets = [side(column) if column else None for column in matrices]
-            pack_into([margins.of(weight) for weight in weights], codes, *targets, True, statistics)
+            first, second = (side(column) if column else None for column in matrices)
+            pack_into([margins.of(weight) for weight in weights], codes, first, second, True, statistics)
         else:
             columns = [[getattr(each, name) for each in column] for column in matrices for name in ("values", "meta")]
             tables = [each.places for each in matrices[0]]

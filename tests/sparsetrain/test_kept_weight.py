@@ -64,7 +64,8 @@ def layer_of(kind: str, phase: str = "sparse") -> tuple[nn.Module, Tensor]:
         size = 1 if "1x1" in kind else 3
         dense, x = nn.Conv2d(8, 4, size), torch.randn(2, 8, 5, 5)
         if "last" in kind:
-            dense, x = dense.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+            dense.weight.data = dense.weight.data.to(memory_format=torch.channels_last)
+            x = x.to(memory_format=torch.channels_last)
     layer = to_sparse_(dense, phase, Execution("masked"))
     layer.set_codes_(random_codes(layer))
     return layer, x
