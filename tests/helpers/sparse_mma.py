@@ -5,6 +5,8 @@ those of PTX ISA 9; the figures of the metadata are in words at :func:`metadata_
 float32: a GPU may round in between.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -50,10 +52,11 @@ def fragment_c() -> tuple[Tensor, Tensor]:
     return group[:, None] + 8 * (i >= 2), 2 * thread[:, None] + i % 2
 
 
+@functools.cache
 def fragment_d_of_wgmma(columns: int) -> tuple[Tensor, Tensor]:
     """Row and column of D ``[64, N]`` of ``d0 …`` of every thread of a warpgroup: two ``[128, N/2]``.
 
-    9.7.15.5.1.1: a warp has 16 rows, which it holds as D of ``mma``, eight columns after the other.
+    9.7.15.5.1: a warp has 16 rows, which it holds as D of ``mma``, eight columns after the other.
     """
     rows, places = fragment_c()
     warps, eights = torch.arange(4)[:, None, None, None], torch.arange(columns // 8)[:, None]
@@ -67,9 +70,9 @@ def fragment_d_of_wgmma(columns: int) -> tuple[Tensor, Tensor]:
 def metadata_words(metadata: Tensor, selector: int) -> Tensor:
     """Return the 16 bits for every row's 16 left and 16 right columns, ``[16, 2]``, from a register of every lane.
 
-    Figures "metadata layout" of 9.7.14.6.2.2, and 9.7.14.6.1: for a selector F of 0 or 1 the lanes ``2F`` and
-    ``2F + 1`` of every four contribute, the first for columns 0 … 15, the second for 16 … 31; the low half of a register
-    is that of row ``groupID``, the high half that of row ``groupID + 8``. CUTLASS's ``ELayout_64x32`` says the same.
+    Figure "metadata layout" of 9.7.14.6.2.2, and 9.7.14.6.1: for a selector F of 0 or 1 the lanes ``2F`` and ``2F + 1``
+    of every four contribute, the first for columns 0 … 15, the second for 16 … 31; the low half of a register is that
+    of row ``groupID``, the high half that of row ``groupID + 8``. CUTLASS's ``ELayout_64x32`` says the same.
     """
     if selector not in (0, 1):
         raise ValueError(f"selector is {selector}: for m16n8k32 it must be 0 or 1.")
