@@ -5,10 +5,10 @@ import torch
 from sparse_mma import fragment_d_of_wgmma, wgmma_sp
 from torch import Tensor
 
+from sparsetrain.kernels.metadata_order import Order, metadata_places
 from sparsetrain.kernels.pack import search_and_pack
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
 
-metadata_order = pytest.importorskip("sparsetrain.kernels.metadata_order", reason="needs the orders of 9.0")
 ROWS, COLUMNS, TOKENS = 128, 256, 8
 
 
@@ -26,11 +26,11 @@ def registers(ordered: Tensor, blocks: int, top: int, block: int) -> Tensor:
 
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_orders_of_9_0_multiply_right(blocks: int) -> None:
-    order = metadata_order.Order[f"CUTLASS_SM90_{blocks}"]
+    order = Order[f"CUTLASS_SM90_{blocks}"]
     weight = torch.randint(1, 9, (ROWS, COLUMNS)) * (torch.randint(0, 2, (ROWS, COLUMNS)) * 2.0 - 1)
     right = torch.randint(-8, 9, (COLUMNS, TOKENS)).float()
     codes, values, meta, *_ = search_and_pack(weight, torch.bfloat16)
-    places = metadata_order.metadata_places(ROWS, COLUMNS, order, torch.device("cpu"))
+    places = metadata_places(ROWS, COLUMNS, order, torch.device("cpu"))
     ordered = torch.zeros(meta.numel(), dtype=torch.int16).scatter_(0, places.flatten(), meta.flatten())
 
     def product(given: Tensor, read_as: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from tilelang_source import CAPABILITIES, Expressions, expressions, recorded, run_warpgroups, run_warps
 from torch import Tensor
 
-from sparsetrain.backends.tilelang import KernelKey, cuda_source, tiles_for
+from sparsetrain.backends.tilelang import KernelKey, Tile, cuda_source, tiles_for
 from sparsetrain.kernels.pack import search_and_pack
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
 
@@ -75,6 +75,16 @@ def test_the_installed_source_multiplies_natural_order_right(capability: tuple[i
     if importlib.metadata.version("tilelang") == recorded()["version"]:
         assert found == recorded()[".".join(map(str, capability))][tile]
     assert is_right(capability, tile, found)
+
+
+@installed
+@pytest.mark.parametrize("tile", tiles_for(256, 8192, (9, 0), 99), ids=str)
+def test_a_stage_is_given_back_when_its_products_are_done(tile: Tile) -> None:
+    source = cuda_source(KernelKey(256, 1024, "bfloat16", tile, (9, 0)))
+    _, products = source.split("warpgroup_commit_batch();")
+    waited, _, rest = products.partition(".arrive();")
+    assert "warpgroup_wait<0>();" in waited
+    assert "warpgroup_wait<" not in rest
 
 
 def test_a_source_of_another_form_is_said_to_be_one() -> None:
