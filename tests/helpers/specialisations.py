@@ -2,7 +2,7 @@
 
 ``python tests/helpers/specialisations.py 90`` prints one JSON object: for every kind of launch in ``compile_cases`` how
 far its specialisations came, or their errors. Of the first launch of every kernel, each argument alone is 1 in the
-front end, where types are decided, and two become machine code; other launches differ in flags and dtypes alone.
+front end, where types are decided, and all being 1 becomes machine code; others differ in flags and dtypes alone.
 """
 
 import importlib
@@ -43,7 +43,7 @@ def variants(case: Case, first: bool) -> dict[str, tuple[Case, bool]]:
     wide = {name: "i64" if kind == "i32" else kind for name, kind in case.signature.items()}
     found = {
         "all are 1": (with_ones(case, *names), first),
-        "all are int64, nothing is aligned": (replace(case, signature=wide, constants=unaligned, aligned=()), first),
+        "all are int64, nothing is aligned": (replace(case, signature=wide, constants=unaligned, aligned=()), False),
     }
     if first:
         found["nothing is aligned"] = replace(case, constants=unaligned, aligned=()), False
@@ -101,7 +101,8 @@ def run(capability: int) -> dict[str, dict[str, str]]:
 
 def main() -> None:
     """Print what compiled for one compute capability."""
-    capability, seen, found = int(sys.argv[1]), set(), {}
+    capability, seen = int(sys.argv[1]), set()
+    found: dict[str, dict[str, str]] = {}
     for file in compile_only.names():
         for case in importlib.import_module(f"compile_cases.{file}").CASES:
             found[case.name] = outcomes = {}
