@@ -134,9 +134,9 @@ def main() -> None:
         budgets = json.loads(path.read_text()) if path.exists() else {}
         for name in sys.argv[2:] or names():
             for case, by_capability in run(name).items():
-                for capability, found in by_capability.items():
+                for architecture, found in by_capability.items():
                     kept = {key: found[key] for key in ("registers", "instructions_per_element")}
-                    budgets.setdefault(case, {})[capability] = kept
+                    budgets.setdefault(case, {})[architecture] = kept
         lines = [
             f'  "{case}": {{\n'
             + ",\n".join(f'    "{key}": {json.dumps(found)}' for key, found in budgets[case].items())
@@ -149,8 +149,8 @@ def main() -> None:
     sys.modules.setdefault("compile_only", sys.modules[__name__])  # one Case class for this file and the cases
     every: dict[str, dict[int, dict[str, float]]] = {}
     for capability in capabilities:
-        for case in cases(name):
-            every.setdefault(case.name, {})[capability] = figures(case, capability)
+        for launch in cases(name):
+            every.setdefault(launch.name, {})[capability] = figures(launch, capability)
     print(json.dumps(every))
 
 
