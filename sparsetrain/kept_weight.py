@@ -27,7 +27,7 @@ class KeptWeight:
     tell of them, because a device's answer would have to be waited for.
 
     Example:
-        >>> kept, weight = KeptWeight(), nn.Parameter(torch.ones(4, 4))
+        >>> kept, weight = KeptWeight(), torch.nn.Parameter(torch.ones(4, 4))
         >>> codes = torch.full((1, 1), 0x000F, dtype=torch.int16)  # keeps the first of four rows
         >>> first = kept.get(weight, weight, codes, None, torch.float32)
         >>> first.sum().item(), kept.get(weight, weight, codes, None, torch.float32) is first

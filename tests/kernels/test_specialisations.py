@@ -1,12 +1,14 @@
 """Every kernel compiles for launches whose integers are 1 or int64, and whose memory is not aligned."""
 
 import compile_only
+import pytest
 import specialisations
 from specialisations import FRONT_END, MACHINE_CODE
 
 NEVER_CONSTANT = {"clock", "seed", "layer"}  # in which every value would be another kernel
 
 
+@pytest.mark.sweep
 def test_every_specialisation_compiles() -> None:
     found = specialisations.run(90)
     errors = {

@@ -51,6 +51,7 @@ def run(stage: ModuleType, folder: Path, limit: float = 500, together: int = 1, 
     return stage.run(stage.Stage("planted", argv, limit, together), folder, limit, {})
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a dry run forks")
 def test_a_dry_run_walks_through_every_stage_on_stand_ins_and_writes_the_tars(tmp_path: Path, load: Load) -> None:
     out = tmp_path / "out"

@@ -174,6 +174,7 @@ def test_a_run_is_known_by_all_that_its_numbers_depend_on(load: Load) -> None:
     assert replace(job, method="renamed").key("here") == job.key("here")
 
 
+@pytest.mark.sweep
 def test_two_processes_give_the_numbers_of_one(load: Load, tmp_path: Path) -> None:
     main, methods = load("main"), ("fst, head 15 %, λ 2e-3, mvue",)
     results = []

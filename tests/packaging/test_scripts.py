@@ -91,6 +91,7 @@ def test_the_linear_benchmark_times_steps_and_both_passes_of_every_backend_there
     ]
 
 
+@pytest.mark.sweep
 def test_the_step_benchmark_trains_in_turns_and_a_variant_that_fails_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "step.csv"
     variants = ("--compile", "none", "--backend", "masked", "--backend", "nowhere")
@@ -114,6 +115,7 @@ def test_the_step_benchmark_trains_in_turns_and_a_variant_that_fails_is_one_line
     assert "so give --peak-tflops" in done.stdout
 
 
+@pytest.mark.sweep
 def test_methods_are_compared_at_equal_seeds(tmp_path: Path) -> None:
     out = tmp_path / "results" / "methods"
     main = ROOT / "scripts" / "reproduction" / "main.py"

@@ -112,6 +112,7 @@ def run(
     return outputs, state, training
 
 
+@pytest.mark.sweep
 def test_steps_of_kernels_equal_those_of_the_reference(backend: OrderedBackend) -> None:
     outputs, state, training = run(kernels=True)
     wanted_outputs, wanted_state, wanted = run(kernels=False)

@@ -28,10 +28,9 @@ from sparsetrain.dispatch.stopwatch import median_milliseconds
 from sparsetrain.masked_layer import MaskedLayer
 from sparsetrain.operands import renew_
 
-pytest.importorskip("nvmath.bindings.cusparseLt", reason="the stand-in takes its signatures from nvmath")
-from vendor_stand_ins import nvmath_stand_in, operator_stand_ins
-
 ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    pytest.importorskip("nvmath.bindings.cusparseLt", reason="the stand-in takes its signatures from nvmath")
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 
 O, I = (512, 768) if ON_GPU else (64, 96)  # noqa: E741
@@ -60,6 +59,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
         monkeypatch.setitem(BACKENDS, found.name, found)
         yield found
     else:
+        from vendor_stand_ins import nvmath_stand_in, operator_stand_ins  # which import nvmath
+
         stand_in = nvmath_stand_in if request.param == "nvmath" else operator_stand_ins
         for _ in stand_in(monkeypatch, tmp_path):
             yield BACKENDS[STAND_INS[request.param]]

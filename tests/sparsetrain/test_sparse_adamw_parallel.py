@@ -66,6 +66,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.sweep
 def test_data_parallel_ranks_train_as_one_process(tmp_path: Path) -> None:
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     expected = plain_run(torch.optim.AdamW)
