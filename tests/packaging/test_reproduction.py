@@ -98,6 +98,7 @@ def test_a_finetuning_preset_begins_after_dense_steps(load: Load) -> None:
         load("methods").build({"preset": "slope", "after_dense": 1.0})
 
 
+@pytest.mark.sweep
 def test_all_methods_train_both_models_and_a_failing_run_is_told(
     load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

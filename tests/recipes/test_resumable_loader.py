@@ -192,6 +192,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.sweep
 def test_two_processes_train_on_different_examples(tmp_path: Path) -> None:
     text_and_model(tmp_path)
     script = tmp_path / "train.py"
