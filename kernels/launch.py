@@ -1,13 +1,22 @@
 """Launching one kernel over many tensors: groups of equal layout, and their places relative to the first."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ALIGNMENT = 16  # elements; lets the compiler use the widest loads
+PLANS = 32  # of one operator
+ADDRESSES = 8  # sets of addresses that a column of a plan is met with, as an allocator takes turns
+
+Settings = TypeVar("Settings")
+Made = TypeVar("Made")
+_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
 def groups_of_equal_layout(*columns: Sequence[Tensor]) -> list[list[int]]:
@@ -47,6 +56,133 @@ def members(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         [0, 3]
     """
     return tensors[0], table(tuple(_offsets(tensors)), tensors[0].device)
+
+
+def layout_of(*columns: Sequence[Tensor]) -> Hashable:
+    """Return all that a plan of launches is made from but the addresses: sizes, strides, dtypes and devices.
+
+    Example:
+        >>> layout_of([torch.zeros(4)]) == layout_of([torch.ones(4)]) != layout_of([torch.zeros(4, dtype=torch.int64)])
+        True
+    """
+    every = [*chain.from_iterable(columns)]
+    return (
+        *map(len, columns), *map(Tensor.size, every), *map(Tensor.stride, every), *map(_DTYPE, every),
+        *map(_DEVICE, every),
+    )  # fmt: skip
+
+
+def kernels_now(kernels: Mapping[str, Made], *columns: Sequence[Tensor]) -> Made | None:
+    """Return what runs on tensors at once, by their type of device; None where the dispatcher has to be asked.
+
+    It has to while something is compiled, under dispatch modes, for tensors of classes of their own, and for none.
+
+    Example:
+        >>> kernels_now({"cpu": "here"}, [torch.zeros(1)])
+        'here'
+        >>> kernels_now({"cpu": "here"}, []) is None
+        True
+    """
+    last = columns[-1]
+    if not last or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not are_plain(*columns):
+        return None
+    return kernels.get(last[0].device.type)
+
+
+def are_plain(*columns: Sequence[Tensor]) -> bool:
+    """Say whether all are tensors of no class of their own, whose operators something else might run.
+
+    Example:
+        >>> are_plain([torch.zeros(1)])
+        True
+    """
+    return {*map(type, chain.from_iterable(columns))} <= {Tensor, nn.Parameter}
+
+
+class Group(Generic[Settings]):
+    """Tensors of equal layout, which share a launch.
+
+    Args:
+        positions: Theirs in every column.
+        sizes: Bytes of what the kernel's pointers point to, one for each column.
+        settings: What the launch is told beside addresses.
+    """
+
+    def __init__(self, positions: Sequence[int], sizes: Sequence[int], settings: Settings) -> None:
+        self.positions, self.sizes, self.settings = tuple(positions), tuple(sizes), settings
+        self.first = self.positions[0]
+        only = len(self.positions) == 1
+        self._pick: Callable[[Sequence[int]], Any] = (lambda of: (of[self.first],)) if only else itemgetter(*positions)
+
+    def offsets(self, column: int, addresses: Sequence[int]) -> tuple[tuple[int, ...], bool]:
+        """Return where the group's tensors begin, in elements from the first, and whether that is aligned."""
+        own, size = self._pick(addresses), self.sizes[column]
+        first, step = own[0], ALIGNMENT * size
+        aligned = not first % 16 and not any([(address - first) % step for address in own])
+        return tuple([(address - first) // size for address in own]), aligned
+
+
+class Plan(Generic[Settings]):
+    """The launches of columns of tensors: their groups, and where the tensors of each lie.
+
+    It holds no tensor and is made of layouts alone: every use gives the addresses, so nothing in it can be out of date
+    for tensors of these layouts.
+
+    Args:
+        groups: With one size for each column.
+
+    Example:
+        >>> base = torch.zeros(40)
+        >>> plan = Plan([Group([0, 1], [4], None)])
+        >>> plan.placed([[base, base[16:]]])
+        [(((0, 16),), True)]
+    """
+
+    def __init__(self, groups: Sequence[Group[Settings]]) -> None:
+        self.groups = list(groups)
+        self._met: dict[tuple[int, tuple[int, ...]], list[tuple[tuple[int, ...], bool]]] = {}
+
+    def placed(self, columns: Sequence[Sequence[Tensor]]) -> list[tuple[tuple[tuple[int, ...], ...], bool]]:
+        """Return, for every group, the offsets of each column, and whether all are aligned."""
+        places = []
+        for number, column in enumerate(columns):
+            key = (number, tuple(map(Tensor.data_ptr, column)))
+            found = self._met.get(key)
+            if found is None:
+                found = [group.offsets(number, key[1]) for group in self.groups]
+                _keep(self._met, key, found, ADDRESSES * len(columns))
+            places.append(found)
+        return [
+            (tuple([offsets for offsets, _ in of_group]), all([aligned for _, aligned in of_group]))
+            for of_group in zip(*places, strict=True)
+        ]
+
+
+class Plans(Generic[Made]):
+    """Plans by what they were made from: the last few.
+
+    Example:
+        >>> plans: Plans[int] = Plans()
+        >>> plans.of((1, 2), lambda: 3), plans.of((1, 2), lambda: 4)
+        (3, 3)
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Made] = {}
+
+    def of(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """Return the plan of a key, made if there is none; what ``make`` raises is raised, and nothing is kept."""
+        plan = self._kept.get(key)
+        if plan is None:
+            plan = make()
+            _keep(self._kept, key, plan, PLANS)
+        return plan
+
+
+def _keep(kept: dict[Any, Any], key: Hashable, value: object, limit: int) -> None:
+    while len(kept) >= limit:
+        kept.pop(next(iter(kept)), None)  # the oldest
+    kept[key] = value
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
