@@ -135,17 +135,20 @@ class Plan(Generic[Settings]):
         >>> base = torch.zeros(40)
         >>> plan = Plan([Group([0, 1], [4], None)])
         >>> plan.placed([[base, base[16:]]])
-        [(((0, 16),), True)]
+        [(((0, 16),), (True,))]
     """
 
     def __init__(self, groups: Sequence[Group[Settings]]) -> None:
         self.groups = list(groups)
         self._met: dict[tuple[int, tuple[int, ...]], list[tuple[tuple[int, ...], bool]]] = {}
 
-    def placed(self, columns: Sequence[Sequence[Tensor]]) -> list[tuple[tuple[tuple[int, ...], ...], bool]]:
-        """Return, for every group, the offsets of each column, and whether all are aligned."""
-        places = []
+    def placed(self, columns: Sequence[Sequence[Tensor]]) -> list[tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]]:
+        """Return, for every group, the offsets of each column, and whether each is aligned."""
+        places: list[list[tuple[tuple[int, ...], bool]]] = []
         for number, column in enumerate(columns):
+            if number and column is columns[number - 1]:
+                places.append(places[-1])
+                continue
             key = (number, tuple(map(Tensor.data_ptr, column)))
             found = self._met.get(key)
             if found is None:
@@ -153,7 +156,7 @@ class Plan(Generic[Settings]):
                 _keep(self._met, key, found, ADDRESSES * len(columns))
             places.append(found)
         return [
-            (tuple([offsets for offsets, _ in of_group]), all([aligned for _, aligned in of_group]))
+            (tuple([offsets for offsets, _ in of_group]), tuple([aligned for _, aligned in of_group]))
             for of_group in zip(*places, strict=True)
         ]
 

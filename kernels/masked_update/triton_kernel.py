@@ -82,7 +82,7 @@ def _launch(
                 target, table(offsets[0], device), weight, table(offsets[1], device), code, table(offsets[2], device),
                 code if decay is None else decay, table(tuple([numbers[i] for i in group.positions]), device),
                 clock & 0xFFFFFFFF, *settings.tiles, *settings.strides, ADD=decay is not None,
-                AT_RANDOM=settings.at_random, ALIGNED=aligned, ROWS=BLOCK[0], COLUMNS=BLOCK[1], num_warps=WARPS,
+                AT_RANDOM=settings.at_random, ALIGNED=all(aligned), ROWS=BLOCK[0], COLUMNS=BLOCK[1], num_warps=WARPS,
                 enable_fp_fusion=False,  # the reference rounds the product
             )  # fmt: skip
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels.masked_update.operator import apply_masks_
 from ..kernels.metadata_order import Order
-from ..kernels.pack.operator import pack_tiles_, unpack_rows
+from ..kernels.pack.operator import pack_tiles_now_, unpack_rows
 from .interface import Backend, Operand
 
 
@@ -85,7 +85,7 @@ def operand_of_packed(backend: Backend, values: Tensor, meta: Tensor) -> Operand
 def _pack(fillings: list[Filling]) -> None:
     sources, codes = [filling.source for filling in fillings], [filling.codes for filling in fillings]
     targets = Targets([(filling.operand, filling.transpose) for filling in fillings])
-    pack_tiles_(sources, codes, *targets.columns, targets.tables, targets.orders)
+    pack_tiles_now_(sources, codes, *targets.columns, targets.tables, targets.orders)
     for position, operand, natural in targets.unordered:
         fillings[position].backend.finish_(operand, natural)
 
