@@ -1,10 +1,10 @@
 """Launching one kernel over many tensors: groups of equal layout, and their places relative to the first."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -111,12 +111,14 @@ class Group(Generic[Settings]):
     def __init__(self, positions: Sequence[int], sizes: Sequence[int], settings: Settings) -> None:
         self.positions, self.sizes, self.settings = tuple(positions), tuple(sizes), settings
         self.first = self.positions[0]
-        only = len(self.positions) == 1
-        self._pick: Callable[[Sequence[int]], Any] = (lambda of: (of[self.first],)) if only else itemgetter(*positions)
+
+    def pick(self, entries: Sequence[Made]) -> tuple[Made, ...]:
+        """Return the group's entries of a column."""
+        return tuple([entries[position] for position in self.positions])
 
     def offsets(self, column: int, addresses: Sequence[int]) -> tuple[tuple[int, ...], bool]:
         """Return where the group's tensors begin, in elements from the first, and whether that is aligned."""
-        own, size = self._pick(addresses), self.sizes[column]
+        own, size = self.pick(addresses), self.sizes[column]
         first, step = own[0], ALIGNMENT * size
         aligned = not first % 16 and not any([(address - first) % step for address in own])
         return tuple([(address - first) // size for address in own]), aligned
@@ -134,31 +136,41 @@ class Plan(Generic[Settings]):
     Example:
         >>> base = torch.zeros(40)
         >>> plan = Plan([Group([0, 1], [4], None)])
-        >>> plan.placed([[base, base[16:]]])
-        [(((0, 16),), (True,))]
+        >>> [(offsets[0].tolist(), aligned) for _, offsets, aligned in plan.placed([[base, base[16:]]])]
+        [([0, 16], (True,))]
     """
 
     def __init__(self, groups: Sequence[Group[Settings]]) -> None:
         self.groups = list(groups)
-        self._met: dict[tuple[int, tuple[int, ...]], list[tuple[tuple[int, ...], bool]]] = {}
+        self._met: dict[tuple[int, tuple[int, ...]], tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]] = {}
 
-    def placed(self, columns: Sequence[Sequence[Tensor]]) -> list[tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]]:
-        """Return, for every group, the offsets of each column, and whether each is aligned."""
-        places: list[list[tuple[tuple[int, ...], bool]]] = []
+    def placed(
+        self, columns: Sequence[Sequence[Tensor]]
+    ) -> Iterator[tuple[Group[Settings], tuple[Tensor, ...], tuple[bool, ...]]]:
+        """Return the groups, each with a table of the offsets of every column, and whether every column is aligned."""
+        tables: list[Sequence[Tensor]] = []
+        aligned: list[tuple[bool, ...]] = []
         for number, column in enumerate(columns):
             if number and column is columns[number - 1]:
-                places.append(places[-1])
+                tables.append(tables[-1])
+                aligned.append(aligned[-1])
                 continue
             key = (number, tuple(map(Tensor.data_ptr, column)))
             found = self._met.get(key)
             if found is None:
-                found = [group.offsets(number, key[1]) for group in self.groups]
+                offsets, whether = zip(*[group.offsets(number, key[1]) for group in self.groups], strict=True)
+                found = offsets, whether
                 _keep(self._met, key, found, ADDRESSES * len(columns))
-            places.append(found)
-        return [
-            (tuple([offsets for offsets, _ in of_group]), tuple([aligned for _, aligned in of_group]))
-            for of_group in zip(*places, strict=True)
-        ]
+            tables.append(self.tables(found[0], column))
+            aligned.append(found[1])
+        return zip(self.groups, zip(*tables, strict=True), zip(*aligned, strict=True), strict=True)
+
+    def tables(self, numbers: Sequence[tuple[int, ...]], column: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return numbers of every group as a table on its device, that of a column's tensors."""
+        devices = [column[group.first].device for group in self.groups]
+        if len({*devices}) == 1:
+            return tables(tuple(numbers), devices[0])
+        return [table(own, device) for own, device in zip(numbers, devices, strict=True)]
 
 
 class Plans(Generic[Made]):
@@ -221,24 +233,37 @@ def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
         >>> table((0, 3), torch.device("cpu")).tolist()
         [0, 3]
     """
+    return tables((numbers,), device)[0]
+
+
+def tables(numbers: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Return several tables, as :func:`table` makes them, written together.
+
+    Example:
+        >>> [one.tolist() for one in tables(((0, 3), (5,)), torch.device("cpu"))]
+        [[0, 3], [5]]
+    """
     if device.type != "cuda":
-        return _kept_table(numbers, device, 0)
+        return _kept_tables(numbers, device, 0)
     if torch.cuda.is_current_stream_capturing():
         return _written(numbers, device)
-    return _kept_table(numbers, device, torch.cuda.current_stream(device).cuda_stream)
+    return _kept_tables(numbers, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 @lru_cache(maxsize=1024)
-def _kept_table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+def _kept_tables(numbers: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> tuple[Tensor, ...]:
     return _written(numbers, device)
 
 
-def _written(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+def _written(numbers: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, ...]:
+    padded = [own + (0,) * (len(own) % 2) for own in numbers]  # tables begin at multiples of 16 bytes
+    flat = [*chain.from_iterable(padded)]
     with torch.inference_mode(False), torch.no_grad():
-        made = torch.zeros(len(numbers), dtype=torch.int64, device=device)
-        if numbers:
-            torch._foreach_add_(made.unbind(), numbers)
-    return made
+        made = torch.zeros(len(flat), dtype=torch.int64, device=device)
+        if flat:
+            torch._foreach_add_(made.unbind(), flat)
+        parts = made.split([*map(len, padded)])
+        return tuple([part[: len(own)] for part, own in zip(parts, numbers, strict=True)])
 
 
 def are_aligned(*columns: Sequence[Tensor]) -> bool:

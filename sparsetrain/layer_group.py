@@ -3,6 +3,8 @@
 import time
 from collections.abc import Collection, Mapping
 
+import torch
+
 from .estimated_gradient import renumber_
 from .kernels.masked_update.operator import apply_masks_now_
 from .masked_layer import MaskedLayer, written_as_matrices
@@ -39,9 +41,12 @@ def repack_(layers: Mapping[str, MaskedLayer]) -> float:
         True
     """
     start = time.perf_counter()
-    packed = {name: layer for name, layer in layers.items() if layer.operands.is_packed and layer.soft_scale is None}
-    for weights in by_device({name: layer.weight for name, layer in packed.items()}):
-        renew_([packed[name] for name in weights])
+    packed: dict[torch.device, list[MaskedLayer]] = {}
+    for layer in layers.values():
+        if layer.operands.is_packed and layer.soft_scale is None:
+            packed.setdefault(layer.mask_codes.device, []).append(layer)
+    for together in packed.values():
+        renew_(together)
     return 1e3 * (time.perf_counter() - start)
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import load_code, member
-from ..launch import Group, Plan, groups_of_equal_layout, on_device_of, table
+from ..launch import Group, Plan, groups_of_equal_layout, on_device_of
 from .reference import HALF_DTYPES
 from .reference import SEED as KEY
 
@@ -74,13 +74,13 @@ def _launch(
     plan: Plan[Settings], columns: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], decay: Tensor | None,
     numbers: Sequence[int], clock: int,
 ) -> None:  # fmt: skip
-    for group, (offsets, aligned) in zip(plan.groups, plan.placed(columns), strict=True):
-        target, weight, code = (column[group.first] for column in columns)
-        settings, device = group.settings, target.device
+    counters = plan.tables([group.pick(numbers) for group in plan.groups], columns[0])
+    for own, (group, offsets, aligned) in zip(counters, plan.placed(columns), strict=True):
+        target, weight, code = [column[group.first] for column in columns]
+        settings = group.settings
         with on_device_of(target):
             masked_update_kernel[settings.grid](
-                target, table(offsets[0], device), weight, table(offsets[1], device), code, table(offsets[2], device),
-                code if decay is None else decay, table(tuple([numbers[i] for i in group.positions]), device),
+                target, offsets[0], weight, offsets[1], code, offsets[2], code if decay is None else decay, own,
                 clock & 0xFFFFFFFF, *settings.tiles, *settings.strides, ADD=decay is not None,
                 AT_RANDOM=settings.at_random, ALIGNED=all(aligned), ROWS=BLOCK[0], COLUMNS=BLOCK[1], num_warps=WARPS,
                 enable_fp_fusion=False,  # the reference rounds the product

@@ -72,7 +72,7 @@ def pack_into(
         sums = weights[0].new_zeros((len(order), SUMS, blocks), dtype=torch.float32)
     columns = [weights, codes, *(column for each in (side, side_t) if each is not None for column in each.columns)]
     start = 0
-    for group, (offsets, aligned) in zip(plan.groups, plan.placed(columns), strict=True):
+    for group, offsets, aligned in plan.placed(columns):
         end = start + len(group.positions)
         firsts, piece = [column[group.first] for column in columns], None if sums is None else sums[start:end]
         widest = all(aligned[:4] + aligned[5:7])  # tables are read a number at a time
@@ -142,24 +142,22 @@ def side_arguments(
 
 
 def _launch(
-    settings: Settings, firsts: Sequence[Tensor], offsets: Sequence[tuple[int, ...]], aligned: bool,
+    settings: Settings, firsts: Sequence[Tensor], offsets: Sequence[Tensor], aligned: bool,
     sides: tuple[Side | None, Side | None], search: bool, sums: Tensor | None,
 ) -> None:  # fmt: skip
     weight, code, *targets = firsts
-    device = weight.device
     rows, columns, warps = settings.block
     with on_device_of(weight):
-        codes = table(offsets[1], device)
         arguments: list[Tensor] = []
         rest = iter(zip(targets, offsets[2:], strict=True))
         for given in sides:
             if given is None:
-                arguments += [code, codes] * 3  # unread
+                arguments += [code, offsets[1]] * 3  # unread
                 continue
             for number, (target, places) in zip(range(3), rest):
-                arguments += [target if number else target.view(PAIRS[target.dtype]), table(places, device)]
+                arguments += [target if number else target.view(PAIRS[target.dtype]), places]
         pack_kernel[settings.grid](
-            weight, table(offsets[0], device), code, codes, *arguments, code if sums is None else sums,
+            weight, offsets[0], code, offsets[1], *arguments, code if sums is None else sums,
             *settings.tiles, *settings.words, 0 if sums is None else sums.shape[2], settings.stride,
             DTYPE=TRITON[settings.dtype], SEARCH=search, STATISTICS=sums is not None, FORWARD=sides[0] is not None,
             TRANSPOSED=sides[1] is not None, ORDER=settings.orders[0], ORDER_T=settings.orders[1], ALIGNED=aligned,
