@@ -1,5 +1,7 @@
 """Launching one kernel over many tensors: groups of equal layout, and their places relative to the first."""
 
+import ctypes
+from array import array
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -225,9 +227,10 @@ def interpreted() -> bool:
 def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Return int64 ``[numbers]`` on a device, without waiting for it. Do not write to it.
 
-    The numbers travel as arguments of a kernel, as a copy from pageable memory would wait for the device. A table is
-    kept for its stream, in whose order it is written, read and freed. One that is made while a CUDA graph is captured
-    is the graph's own, in its memory and written again by every replay, so that nothing else can free what it reads.
+    The numbers lie in pinned memory, as a copy from pageable memory would wait for the device. A table is kept for its
+    stream, in whose order it is written, read and freed. One that is made while a CUDA graph is captured is the graph's
+    own, in its memory and written again by every replay from the arguments of a kernel, so that nothing else can free
+    what it reads.
 
     Example:
         >>> table((0, 3), torch.device("cpu")).tolist()
@@ -246,22 +249,27 @@ def tables(numbers: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[
     if device.type != "cuda":
         return _kept_tables(numbers, device, 0)
     if torch.cuda.is_current_stream_capturing():
-        return _written(numbers, device)
+        return _written(numbers, device, captured=True)
     return _kept_tables(numbers, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 @lru_cache(maxsize=1024)
 def _kept_tables(numbers: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> tuple[Tensor, ...]:
-    return _written(numbers, device)
+    return _written(numbers, device, captured=device.type not in ("cpu", "cuda"))
 
 
-def _written(numbers: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, ...]:
+def _written(numbers: tuple[tuple[int, ...], ...], device: torch.device, captured: bool) -> tuple[Tensor, ...]:
     padded = [own + (0,) * (len(own) % 2) for own in numbers]  # tables begin at multiples of 16 bytes
-    flat = [*chain.from_iterable(padded)]
+    flat = array("q", chain.from_iterable(padded))
     with torch.inference_mode(False), torch.no_grad():
         made = torch.zeros(len(flat), dtype=torch.int64, device=device)
-        if flat:
-            torch._foreach_add_(made.unbind(), flat)
+        if flat and captured:
+            torch._foreach_add_(made.unbind(), flat.tolist())
+        elif flat:
+            host = torch.empty(len(flat), dtype=torch.int64, pin_memory=True) if device.type == "cuda" else made
+            ctypes.memmove(host.data_ptr(), flat.buffer_info()[0], 8 * len(flat))
+            if host is not made:
+                made.copy_(host, non_blocking=True)  # its memory is used again when the stream has read it
         parts = made.split([*map(len, padded)])
         return tuple([part[: len(own)] for part, own in zip(parts, numbers, strict=True)])
 

@@ -7,7 +7,7 @@ import torch
 
 from .estimated_gradient import renumber_
 from .kernels.masked_update.operator import apply_masks_now_
-from .masked_layer import MaskedLayer, written_as_matrices
+from .masked_layer import MaskedLayer, weight_in, written_as_matrices
 from .matrices import by_device
 from .operands import renew_
 
@@ -24,9 +24,9 @@ def write_masks_(layers: Mapping[str, MaskedLayer], active: Collection[str]) -> 
         >>> int((layer.weight == 0).sum())
         32
     """
-    for weights in by_device({name: layer.weight for name, layer in layers.items() if name in active}):
+    for weights in by_device({name: weight_in(layer) for name, layer in layers.items() if name in active}):
         wanted = [layers[name] for name in weights]
-        with written_as_matrices(wanted, [layer.weight for layer in wanted]) as matrices:
+        with written_as_matrices(wanted, [*weights.values()]) as matrices:
             apply_masks_now_(matrices, [layer.mask_codes for layer in wanted])
 
 

@@ -63,8 +63,7 @@ class MaskedLayer(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """The weight as a matrix ``[O, K]``, in which K is kernel positions times input features."""
-        weight = self._parameters.get("weight")  # found in half the time
-        return self.as_matrix(self.weight if weight is None else weight)
+        return self.as_matrix(weight_in(self))
 
     @property
     def mask(self) -> Tensor:
@@ -219,6 +218,19 @@ class MaskedLayer(nn.Module):
     def _remove_mask(self) -> None:
         for name in STATE:
             self.__dict__.pop(name, None)
+
+
+def weight_in(layer: MaskedLayer) -> Tensor:
+    """Return ``layer.weight``, in a fraction of the time that modules take to find it.
+
+    Example:
+        >>> from .conversion import to_sparse_
+        >>> layer = to_sparse_(nn.Linear(8, 8))
+        >>> weight_in(layer) is layer.weight
+        True
+    """
+    weight = layer._parameters.get("weight")
+    return layer.weight if weight is None else weight
 
 
 @contextmanager

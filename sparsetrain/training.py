@@ -22,7 +22,7 @@ from .lr_restart import LRRestart
 from .mask_metrics import mask_metrics
 from .mask_state import MaskState
 from .masked_decay import MaskedDecay
-from .masked_layer import MaskedLayer, PhaseKind
+from .masked_layer import MaskedLayer, PhaseKind, weight_in
 from .masked_steps import MaskedSteps
 from .masters import Masters
 from .matrices import matrix_of
@@ -478,9 +478,9 @@ class SparseTraining:
 
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: packed weights of its layers that it did not pack are out of date."""
-        packed = self._masked_steps.after(optimizer)
+        packed, owned = self._masked_steps.after(optimizer), self._owned[id(optimizer)]
         for name, layer in self.masks.layers.items():
-            if id(layer.weight) in self._owned[id(optimizer)] and name not in packed:
+            if id(weight_in(layer)) in owned and name not in packed:
                 layer.operands.expire()
 
     def _advance(self) -> None:
