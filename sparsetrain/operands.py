@@ -402,7 +402,14 @@ def _renew(sources: Sequence[tuple[Operands, Tensor, Tensor, Tensor | None]]) ->
 
 
 def _stamp(weight: Tensor, codes: Tensor, backward: Tensor | None) -> Stamp | None:
-    return stamp_of(weight, codes) if backward is None else stamp_of(weight, codes, backward)
+    if backward is not None:
+        return stamp_of(weight, codes, backward)
+    if weight.is_inference() or codes.is_inference():
+        return None
+    return (  # what stamp_of returns, without a loop: every layer asks in every step
+        weight.untyped_storage()._cdata, int(weight.storage_offset()), weight._version,
+        codes.untyped_storage()._cdata, int(codes.storage_offset()), codes._version,
+    )  # fmt: skip
 
 
 def _fillings(

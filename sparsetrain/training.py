@@ -22,7 +22,7 @@ from .lr_restart import LRRestart
 from .mask_metrics import mask_metrics
 from .mask_state import MaskState
 from .masked_decay import MaskedDecay
-from .masked_layer import MaskedLayer, PhaseKind, weight_in
+from .masked_layer import MaskedLayer, PhaseKind
 from .masked_steps import MaskedSteps
 from .masters import Masters
 from .matrices import matrix_of
@@ -480,7 +480,7 @@ class SparseTraining:
         """A step of one of several optimizers: packed weights of its layers that it did not pack are out of date."""
         packed, owned = self._masked_steps.after(optimizer), self._owned[id(optimizer)]
         for name, layer in self.masks.layers.items():
-            if id(weight_in(layer)) in owned and name not in packed:
+            if id(self._weights[name]) in owned and name not in packed:
                 layer.operands.expire()
 
     def _advance(self) -> None:

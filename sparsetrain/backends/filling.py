@@ -91,7 +91,7 @@ class Batch:
     """Fillings that are packed in one call, and the packer's arguments, which stay those of these very objects."""
 
     def __init__(self, fillings: list[Filling]) -> None:
-        self.fillings = fillings
+        self._others = fillings[1:]  # not the first, whose it is
         self.codes = [filling.codes for filling in fillings]
         self.targets = Targets([(filling.operand, filling.transpose) for filling in fillings])
         self.number = next(_NUMBERS)  # an operand's tensors stay as they are, so this tells all that they are
@@ -100,7 +100,7 @@ class Batch:
     def of(cls, fillings: list[Filling]) -> "Batch":
         """Return the batch of these fillings: the last one of the first, if it was of the same."""
         kept = fillings[0].batch
-        if kept is not None and kept.fillings == fillings:
+        if kept is not None and kept._others == fillings[1:]:
             return kept
         made = cls(fillings)
         keeps = not made.targets.unordered and fillings[0].within is None  # else it would hold scratch memory
