@@ -122,7 +122,7 @@ class Group(Generic[Settings]):
         """Return where the group's tensors begin, in elements from the first, and whether that is aligned."""
         own, size = self.pick(addresses), self.sizes[column]
         first, step = own[0], ALIGNMENT * size
-        aligned = not first % 16 and not any([(address - first) % step for address in own])
+        aligned = not first % 16 and not any((address - first) % step for address in own)
         return tuple([(address - first) // size for address in own]), aligned
 
 
@@ -270,7 +270,7 @@ def _written(numbers: tuple[tuple[int, ...], ...], device: torch.device, capture
             ctypes.memmove(host.data_ptr(), flat.buffer_info()[0], 8 * len(flat))
             if host is not made:
                 made.copy_(host, non_blocking=True)  # its memory is used again when the stream has read it
-        parts = made.split([*map(len, padded)])
+        parts = torch.split(made, [*map(len, padded)])
         return tuple([part[: len(own)] for part, own in zip(parts, numbers, strict=True)])
 
 

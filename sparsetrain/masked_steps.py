@@ -66,7 +66,7 @@ class MaskedSteps:
             optimizer.masked_step = MaskedStep(inside, rule, decay, clock, zeros, settled) if inside else None
         weights = {name: weight_in(layer) for name, layer in layers.items() if name not in inside}
         for names in by_device(weights):
-            rest = {name: layers[name] for name in names}
+            rest = layers if len(names) == len(layers) else {name: layers[name] for name in names}
             if phase == "sparse":
                 self._decay.apply_(optimizer, rest, age, clock, scale)
             elif self._masks_gradient:

@@ -154,7 +154,7 @@ def _launch(
             if given is None:
                 arguments += [code, offsets[1]] * 3  # unread
                 continue
-            for number, (target, places) in zip(range(3), rest):
+            for number, (target, places) in zip(range(3), rest, strict=False):
                 arguments += [target if number else target.view(PAIRS[target.dtype]), places]
         pack_kernel[settings.grid](
             weight, offsets[0], code, offsets[1], *arguments, code if sums is None else sums,

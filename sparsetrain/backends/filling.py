@@ -114,9 +114,10 @@ _NUMBERS = itertools.count()
 def _pack(fillings: list[Filling]) -> None:
     batch = Batch.of(fillings)
     targets = batch.targets
+    values, meta, values_t, meta_t = targets.columns
     pack_tiles_now_(
-        [filling.source for filling in fillings], batch.codes, *targets.columns, targets.tables, targets.orders,
-        batch.number,
+        [filling.source for filling in fillings], batch.codes, values, meta, values_t, meta_t, targets.tables,
+        targets.orders, batch.number,
     )  # fmt: skip
     for position, operand, natural in targets.unordered:
         fillings[position].backend.finish_(operand, natural)

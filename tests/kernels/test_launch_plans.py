@@ -103,16 +103,20 @@ for _name in NAMES:
             MUTATIONS[f"{_name}: {_what}, same object"] = given_data(_name, _change)
 
 
+def told_of(argument: Any) -> Any:
+    """What a kernel is told by an argument: the numbers of a table, or an address and a type."""
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.tolist() if argument.dtype == torch.int64 else (argument.data_ptr(), argument.dtype)
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What kernels are launched with; they do not run, and tensors of the CPU take the way of a GPU's."""
     found: list[Any] = []
 
     def record(kernel: Any, *arguments: Any, **keywords: Any) -> None:
-        told = [
-            one if not isinstance(one, Tensor) else one.tolist() if one.dtype == torch.int64 else (one.data_ptr(), one.dtype)
-            for one in arguments
-        ]
+        told = [told_of(argument) for argument in arguments]
         found.append((kernel.fn.__name__, told, keywords))
 
     for kind in (JITFunction, InterpretedFunction):
@@ -132,9 +136,8 @@ def mask(state: Columns) -> None:
 
 
 def pack_both(state: Columns) -> None:
-    pack.pack_tiles_now_(
-        state["weights"], state["codes"], *(state[name] for name in ("values", "meta", "values_t", "meta_t")), []
-    )
+    values, meta, values_t, meta_t = (state[name] for name in ("values", "meta", "values_t", "meta_t"))
+    pack.pack_tiles_now_(state["weights"], state["codes"], values, meta, values_t, meta_t, [])
 
 
 def pack_one(state: Columns) -> None:
