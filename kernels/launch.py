@@ -1,13 +1,24 @@
 """Launching one kernel over many tensors: groups of equal layout, and their places relative to the first."""
 
-from collections.abc import Sequence
+import ctypes
+from array import array
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from itertools import chain
+from operator import attrgetter
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ALIGNMENT = 16  # elements; lets the compiler use the widest loads
+PLANS = 32  # of one operator
+ADDRESSES = 8  # sets of addresses that a column of a plan is met with, as an allocator takes turns
+
+Settings = TypeVar("Settings")
+Made = TypeVar("Made")
+_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
 def groups_of_equal_layout(*columns: Sequence[Tensor]) -> list[list[int]]:
@@ -49,6 +60,148 @@ def members(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return tensors[0], table(tuple(_offsets(tensors)), tensors[0].device)
 
 
+def layout_of(*columns: Sequence[Tensor]) -> Hashable:
+    """Return all that a plan of launches is made from but the addresses: sizes, strides, dtypes and devices.
+
+    Example:
+        >>> layout_of([torch.zeros(4)]) == layout_of([torch.ones(4)]) != layout_of([torch.zeros(4, dtype=torch.int64)])
+        True
+    """
+    every = [*chain.from_iterable(columns)]
+    return (
+        *map(len, columns), *map(Tensor.size, every), *map(Tensor.stride, every), *map(_DTYPE, every),
+        *map(_DEVICE, every),
+    )  # fmt: skip
+
+
+def kernels_now(kernels: Mapping[str, Made], *columns: Sequence[Tensor]) -> Made | None:
+    """Return what runs on tensors at once, by their type of device; None where the dispatcher has to be asked.
+
+    It has to while something is compiled, under dispatch modes, for tensors of classes of their own, and for none.
+
+    Example:
+        >>> kernels_now({"cpu": "here"}, [torch.zeros(1)])
+        'here'
+        >>> kernels_now({"cpu": "here"}, []) is None
+        True
+    """
+    last = columns[-1]
+    if not last or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not are_plain(*columns):
+        return None
+    return kernels.get(last[0].device.type)
+
+
+def are_plain(*columns: Sequence[Tensor]) -> bool:
+    """Say whether all are tensors of no class of their own, whose operators something else might run.
+
+    Example:
+        >>> are_plain([torch.zeros(1)])
+        True
+    """
+    return {*map(type, chain.from_iterable(columns))} <= {Tensor, nn.Parameter}
+
+
+class Group(Generic[Settings]):
+    """Tensors of equal layout, which share a launch.
+
+    Args:
+        positions: Theirs in every column.
+        sizes: Bytes of what the kernel's pointers point to, one for each column.
+        settings: What the launch is told beside addresses.
+    """
+
+    def __init__(self, positions: Sequence[int], sizes: Sequence[int], settings: Settings) -> None:
+        self.positions, self.sizes, self.settings = tuple(positions), tuple(sizes), settings
+        self.first = self.positions[0]
+
+    def pick(self, entries: Sequence[Made]) -> tuple[Made, ...]:
+        """Return the group's entries of a column."""
+        return tuple([entries[position] for position in self.positions])
+
+    def offsets(self, column: int, addresses: Sequence[int]) -> tuple[tuple[int, ...], bool]:
+        """Return where the group's tensors begin, in elements from the first, and whether that is aligned."""
+        own, size = self.pick(addresses), self.sizes[column]
+        first, step = own[0], ALIGNMENT * size
+        aligned = not first % 16 and not any((address - first) % step for address in own)
+        return tuple([(address - first) // size for address in own]), aligned
+
+
+class Plan(Generic[Settings]):
+    """The launches of columns of tensors: their groups, and where the tensors of each lie.
+
+    It holds no tensor and is made of layouts alone: every use gives the addresses, so nothing in it can be out of date
+    for tensors of these layouts.
+
+    Args:
+        groups: With one size for each column.
+
+    Example:
+        >>> base = torch.zeros(40)
+        >>> plan = Plan([Group([0, 1], [4], None)])
+        >>> [(offsets[0].tolist(), aligned) for _, offsets, aligned in plan.placed([[base, base[16:]]])]
+        [([0, 16], (True,))]
+    """
+
+    def __init__(self, groups: Sequence[Group[Settings]]) -> None:
+        self.groups = list(groups)
+        self._met: dict[tuple[int, tuple[int, ...]], tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]] = {}
+
+    def placed(
+        self, columns: Sequence[Sequence[Tensor]]
+    ) -> Iterator[tuple[Group[Settings], tuple[Tensor, ...], tuple[bool, ...]]]:
+        """Return the groups, each with a table of the offsets of every column, and whether every column is aligned."""
+        tables: list[Sequence[Tensor]] = []
+        aligned: list[tuple[bool, ...]] = []
+        for number, column in enumerate(columns):
+            if number and column is columns[number - 1]:
+                tables.append(tables[-1])
+                aligned.append(aligned[-1])
+                continue
+            key = (number, tuple(map(Tensor.data_ptr, column)))
+            found = self._met.get(key)
+            if found is None:
+                offsets, whether = zip(*[group.offsets(number, key[1]) for group in self.groups], strict=True)
+                found = offsets, whether
+                _keep(self._met, key, found, ADDRESSES * len(columns))
+            tables.append(self.tables(found[0], column))
+            aligned.append(found[1])
+        return zip(self.groups, zip(*tables, strict=True), zip(*aligned, strict=True), strict=True)
+
+    def tables(self, numbers: Sequence[tuple[int, ...]], column: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return numbers of every group as a table on its device, that of a column's tensors."""
+        devices = [column[group.first].device for group in self.groups]
+        if len({*devices}) == 1:
+            return tables(tuple(numbers), devices[0])
+        return [table(own, device) for own, device in zip(numbers, devices, strict=True)]
+
+
+class Plans(Generic[Made]):
+    """Plans by what they were made from: the last few.
+
+    Example:
+        >>> plans: Plans[int] = Plans()
+        >>> plans.of((1, 2), lambda: 3), plans.of((1, 2), lambda: 4)
+        (3, 3)
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Made] = {}
+
+    def of(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """Return the plan of a key, made if there is none; what ``make`` raises is raised, and nothing is kept."""
+        plan = self._kept.get(key)
+        if plan is None:
+            plan = make()
+            _keep(self._kept, key, plan, PLANS)
+        return plan
+
+
+def _keep(kept: dict[Any, Any], key: Hashable, value: object, limit: int) -> None:
+    while len(kept) >= limit:
+        kept.pop(next(iter(kept)), None)  # the oldest
+    kept[key] = value
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which kernels are launched on the tensor's device.
 
@@ -74,32 +227,51 @@ def interpreted() -> bool:
 def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Return int64 ``[numbers]`` on a device, without waiting for it. Do not write to it.
 
-    The numbers travel as arguments of a kernel, as a copy from pageable memory would wait for the device. A table is
-    kept for its stream, in whose order it is written, read and freed. One that is made while a CUDA graph is captured
-    is the graph's own, in its memory and written again by every replay, so that nothing else can free what it reads.
+    The numbers lie in pinned memory, as a copy from pageable memory would wait for the device. A table is kept for its
+    stream, in whose order it is written, read and freed. One that is made while a CUDA graph is captured is the graph's
+    own, in its memory and written again by every replay from the arguments of a kernel, so that nothing else can free
+    what it reads.
 
     Example:
         >>> table((0, 3), torch.device("cpu")).tolist()
         [0, 3]
     """
+    return tables((numbers,), device)[0]
+
+
+def tables(numbers: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Return several tables, as :func:`table` makes them, written together.
+
+    Example:
+        >>> [one.tolist() for one in tables(((0, 3), (5,)), torch.device("cpu"))]
+        [[0, 3], [5]]
+    """
     if device.type != "cuda":
-        return _kept_table(numbers, device, 0)
+        return _kept_tables(numbers, device, 0)
     if torch.cuda.is_current_stream_capturing():
-        return _written(numbers, device)
-    return _kept_table(numbers, device, torch.cuda.current_stream(device).cuda_stream)
+        return _written(numbers, device, captured=True)
+    return _kept_tables(numbers, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 @lru_cache(maxsize=1024)
-def _kept_table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    return _written(numbers, device)
+def _kept_tables(numbers: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> tuple[Tensor, ...]:
+    return _written(numbers, device, captured=device.type not in ("cpu", "cuda"))
 
 
-def _written(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+def _written(numbers: tuple[tuple[int, ...], ...], device: torch.device, captured: bool) -> tuple[Tensor, ...]:
+    padded = [own + (0,) * (len(own) % 2) for own in numbers]  # tables begin at multiples of 16 bytes
+    flat = array("q", chain.from_iterable(padded))
     with torch.inference_mode(False), torch.no_grad():
-        made = torch.zeros(len(numbers), dtype=torch.int64, device=device)
-        if numbers:
-            torch._foreach_add_(made.unbind(), numbers)
-    return made
+        made = torch.zeros(len(flat), dtype=torch.int64, device=device)
+        if flat and captured:
+            torch._foreach_add_(made.unbind(), flat.tolist())
+        elif flat:
+            host = torch.empty(len(flat), dtype=torch.int64, pin_memory=True) if device.type == "cuda" else made
+            ctypes.memmove(host.data_ptr(), flat.buffer_info()[0], 8 * len(flat))
+            if host is not made:
+                made.copy_(host, non_blocking=True)  # its memory is used again when the stream has read it
+        parts = torch.split(made, [*map(len, padded)])
+        return tuple([part[: len(own)] for part, own in zip(parts, numbers, strict=True)])
 
 
 def are_aligned(*columns: Sequence[Tensor]) -> bool:

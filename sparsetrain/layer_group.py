@@ -3,9 +3,11 @@
 import time
 from collections.abc import Collection, Mapping
 
+import torch
+
 from .estimated_gradient import renumber_
 from .kernels.masked_update.operator import apply_masks_now_
-from .masked_layer import MaskedLayer, written_as_matrices
+from .masked_layer import MaskedLayer, weight_in, written_as_matrices
 from .matrices import by_device
 from .operands import renew_
 
@@ -22,9 +24,9 @@ def write_masks_(layers: Mapping[str, MaskedLayer], active: Collection[str]) -> 
         >>> int((layer.weight == 0).sum())
         32
     """
-    for weights in by_device({name: layer.weight for name, layer in layers.items() if name in active}):
+    for weights in by_device({name: weight_in(layer) for name, layer in layers.items() if name in active}):
         wanted = [layers[name] for name in weights]
-        with written_as_matrices(wanted, [layer.weight for layer in wanted]) as matrices:
+        with written_as_matrices(wanted, [*weights.values()]) as matrices:
             apply_masks_now_(matrices, [layer.mask_codes for layer in wanted])
 
 
@@ -39,9 +41,12 @@ def repack_(layers: Mapping[str, MaskedLayer]) -> float:
         True
     """
     start = time.perf_counter()
-    packed = {name: layer for name, layer in layers.items() if layer.operands.is_packed and layer.soft_scale is None}
-    for weights in by_device({name: layer.weight for name, layer in packed.items()}):
-        renew_([packed[name] for name in weights])
+    packed: dict[torch.device, list[MaskedLayer]] = {}
+    for layer in layers.values():
+        if layer.operands.is_packed and layer.soft_scale is None:
+            packed.setdefault(layer.mask_codes.device, []).append(layer)
+    for together in packed.values():
+        renew_(together)
     return 1e3 * (time.perf_counter() - start)
 
 

@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from .checks import NOT_NEGATIVE, mapping
 from .kernels.masked_update.operator import add_masked_decays_now_
-from .masked_layer import MaskedLayer, written_as_matrices
+from .masked_layer import MaskedLayer, weight_in, written_as_matrices
 from .state_schema import require_state
 
 DecayTarget = Literal["gradient", "weight", "by_optimizer"]
@@ -79,12 +79,12 @@ class MaskedDecay:
         """
         if not self.value or not layers:
             return
-        device = next(iter(layers.values())).weight.device
+        device = weight_in(next(iter(layers.values()))).device
         # a number is written on the device, never read from it
         decay = torch.full((), self.at(age), dtype=torch.float64, device=device)
         if self.is_on_gradients(optimizer):
             decay = decay if scale is None else decay * scale.to(device)
-            _add_(layers, [layer.weight.grad for layer in layers.values()], decay, clock)
+            _add_(layers, [weight_in(layer).grad for layer in layers.values()], decay, clock)
             return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:

@@ -63,8 +63,9 @@ class MaskedLayer(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """The weight as a matrix ``[O, K]``, in which K is kernel positions times input features."""
-        weight = self._parameters.get("weight")  # found in half the time
-        return self.as_matrix(self.weight if weight is None else weight)
+        found = self._parameters.get("weight")  # in half the time
+        weight = self.weight if found is None else found
+        return matrix_of(weight, self.transposed) if self.transposed or weight.dim() != 2 else weight
 
     @property
     def mask(self) -> Tensor:
@@ -221,6 +222,19 @@ class MaskedLayer(nn.Module):
             self.__dict__.pop(name, None)
 
 
+def weight_in(layer: MaskedLayer) -> Tensor:
+    """Return ``layer.weight``, in a fraction of the time that modules take to find it.
+
+    Example:
+        >>> from .conversion import to_sparse_
+        >>> layer = to_sparse_(nn.Linear(8, 8))
+        >>> weight_in(layer) is layer.weight
+        True
+    """
+    weight = layer._parameters.get("weight")
+    return layer.weight if weight is None else weight
+
+
 @contextmanager
 def written_as_matrices(layers: Sequence[MaskedLayer], tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Give tensors that are shaped like layers' weights as matrices to write to, whatever their order in memory.
@@ -238,6 +252,9 @@ def written_as_matrices(layers: Sequence[MaskedLayer], tensors: Sequence[Tensor]
         5.0
     """
     sources = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
+    if all(source.dim() == 2 for source in sources) and not any(layer.transposed for layer in layers):
+        yield sources
+        return
     matrices = [layer.as_matrix(source) for layer, source in zip(layers, sources, strict=True)]
     yield matrices
     for layer, source, matrix in zip(layers, sources, matrices, strict=True):

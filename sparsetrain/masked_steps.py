@@ -9,7 +9,7 @@ from .gradient_rules import resolve_gradient_rule
 from .kernels.adamw.reference import Rule
 from .kernels.masked_update.operator import apply_masks_now_
 from .masked_decay import MaskedDecay
-from .masked_layer import MaskedLayer, PhaseKind, written_as_matrices
+from .masked_layer import MaskedLayer, PhaseKind, weight_in, written_as_matrices
 from .matrices import by_device
 from .methods.method import Method
 from .optim import MaskedStep, SparseAdamW
@@ -64,13 +64,13 @@ class MaskedSteps:
             zeros = phase == "frozen" and self._in_place
             rule = self._rule(optimizer, phase, decay)
             optimizer.masked_step = MaskedStep(inside, rule, decay, clock, zeros, settled) if inside else None
-        weights = {name: layer.weight for name, layer in layers.items() if name not in inside}
+        weights = {name: weight_in(layer) for name, layer in layers.items() if name not in inside}
         for names in by_device(weights):
-            rest = {name: layers[name] for name in names}
+            rest = layers if len(names) == len(layers) else {name: layers[name] for name in names}
             if phase == "sparse":
                 self._decay.apply_(optimizer, rest, age, clock, scale)
             elif self._masks_gradient:
-                gradients = [layer.weight.grad for layer in rest.values() if layer.weight.grad is not None]
+                gradients = [found for weight in names.values() if (found := weight.grad) is not None]
                 with written_as_matrices(list(rest.values()), gradients) as matrices:
                     apply_masks_now_(matrices, [layer.mask_codes for layer in rest.values()])
 

@@ -52,14 +52,14 @@ class Masters:
             RuntimeError: If a new weight does not fit or no optimizer owns it, or a layer is no longer in the model;
                 nothing is changed then.
         """
-        for name, layer in self._layers.items():
-            if name in self._paths and self._found_at(self._paths[name]) is not layer:
-                self._require_elsewhere(name, layer)
-                del self._paths[name]
+        for name in [name for name, path in self._paths.items() if self._found_at(path) is not self._layers[name]]:
+            self._require_elsewhere(name, self._layers[name])
+            del self._paths[name]
         # nn.Module would find each weight in half a microsecond or more
-        now_there = {name: layer._parameters.get("weight") for name, layer in self._layers.items()}
         replaced = {
-            name: (old, self._layers[name].weight) for name, old in self.weights.items() if old is not now_there[name]
+            name: (self.weights[name], layer.weight)
+            for name, layer in self._layers.items()
+            if layer._parameters.get("weight") is not self.weights[name]
         }
         owned = owned_parameters(optimizer)
         if not replaced and owned == self.owned[id(optimizer)]:

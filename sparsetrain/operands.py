@@ -101,12 +101,14 @@ class Operands:
         self.choices: dict[tuple[bool | None, int, torch.dtype, bool, str], Choice] = {}
         self.owner: weakref.ref[Layer] | None = None
         self._made: dict[Key, Operand] = {}
+        self._fillings: list[Filling] | None = None  # of all that is made, for the tensors that they name
         self._idle: dict[Key, int] = {}  # renewals since the last use
         self._captured: set[Key] = set()
         self._shared: dict[tuple[object, ...], Operand] = {}
         self._stamp: Stamp | None = None
         self._fresh: Stamp | None = None  # of what a refresh or a step packed, which the renewal after it need not
         self._held: tuple[StorageWeakRef, ...] = ()  # so that no other storage gets the stamp's address
+        self._held_storages: Stamp | None = None  # the addresses of those
         self._bias: dict[torch.dtype, _Bias] = {}
         self._device: torch.device | None = None
         self.kept = KeptWeight()
@@ -195,7 +197,7 @@ class Operands:
         parts = (first, operand) if transposed else (operand, None)
         fill_(_fillings(weight, codes, backward, backend, dtype, *parts))
         if keep:
-            self._made[key] = operand
+            self._made[key], self._fillings = operand, None
         return operand
 
     def bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -232,7 +234,7 @@ class Operands:
     def release(self, captured: bool = False) -> None:
         """Free memory; what CUDA graphs read stays unless ``captured``."""
         kept = set() if captured else self._captured
-        self._made = {key: made for key, made in self._made.items() if key in kept}
+        self._made, self._fillings = {key: made for key, made in self._made.items() if key in kept}, None
         self._captured = set(kept)
         self.kept.release()
         if not kept:
@@ -265,15 +267,32 @@ class Operands:
 
     def _stale(self) -> dict[Key, Operand]:
         """Forget what nobody used for long, and return the rest; captured graphs use theirs unseen."""
+        idle = self._idle
         for key in list(self._made):
-            self._idle[key] = self._idle.get(key, 0) + 1
-            if self._idle[key] > MAX_IDLE and key not in self._captured:
+            idle[key] = renewals = idle.get(key, 0) + 1
+            if renewals > MAX_IDLE and key not in self._captured:
                 del self._made[key]
+                self._fillings = None
         return self._made
 
+    def _to_fill(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> list[Filling]:
+        """Count a renewal and return how what is left is filled; the same objects for the same tensors."""
+        made, kept = self._stale(), self._fillings
+        if kept and kept[0].weight is weight and backward is None and kept[0].codes is codes:
+            return kept
+        fillings = []
+        for name, dtype in {(name, dtype): None for name, _, dtype in made}:
+            parts = [made.get((name, transposed, dtype)) for transposed in (False, True)]
+            fillings += _fillings(weight, codes, backward, BACKENDS[name], dtype, *parts)
+        self._fillings = fillings if backward is None else None
+        return fillings
+
     def _renewed(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> None:
-        self._stamp = _stamp(weight, codes, backward)
-        self._held = tuple(_hold(tensor) for tensor in (weight, codes, backward) if tensor is not None)
+        self._stamp = stamp = _stamp(weight, codes, backward)
+        storages = None if stamp is None else stamp[::3]
+        if storages is None or storages != self._held_storages:
+            self._held = tuple(_hold(tensor) for tensor in (weight, codes, backward) if tensor is not None)
+            self._held_storages = storages
 
 
 class _Bias:
@@ -350,13 +369,14 @@ def stamp_of(*tensors: Tensor) -> Stamp | None:
         if tensor.is_inference():
             return None
         numbers += (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor._version)
-    return tuple(numbers)
+    return tuple(numbers)  # three of each
 
 
 def renew_(layers: Sequence[Layer]) -> None:
     """Fill the operands of several layers again, in place, but for those just written; equal layouts share a launch."""
-    sources = [(layer.operands, layer.matrix.detach(), layer.mask_codes, layer.backward_codes) for layer in layers]
-    stale = [source for source in sources if not source[0]._take_fresh(*source[1:])]
+    with torch.no_grad():
+        sources = [(layer.operands, layer.matrix, layer.mask_codes, layer.backward_codes) for layer in layers]
+    stale = [source for source in sources if source[0]._fresh is None or not source[0]._take_fresh(*source[1:])]
     try:
         _renew(stale)
     except RuntimeError as error:
@@ -367,25 +387,29 @@ def renew_(layers: Sequence[Layer]) -> None:
         for operands, *_ in stale:
             operands.release()
     for layer in layers:
-        if layer.bias is not None:
-            for held in layer.operands._bias.values():
+        if (copies := layer.operands._bias) and layer.bias is not None:
+            for held in copies.values():
                 held.renew_(layer.bias)
 
 
 def _renew(sources: Sequence[tuple[Operands, Tensor, Tensor, Tensor | None]]) -> None:
-    fillings = []
+    fillings: list[Filling] = []
     for operands, weight, codes, backward in sources:
-        made = operands._stale()
-        for name, dtype in {(name, dtype): None for name, _, dtype in made}:
-            parts = [made.get((name, transposed, dtype)) for transposed in (False, True)]
-            fillings += _fillings(weight, codes, backward, BACKENDS[name], dtype, *parts)
+        fillings += operands._to_fill(weight, codes, backward)
     fill_(fillings)
     for operands, weight, codes, backward in sources:
         operands._renewed(weight, codes, backward)
 
 
 def _stamp(weight: Tensor, codes: Tensor, backward: Tensor | None) -> Stamp | None:
-    return stamp_of(weight, codes) if backward is None else stamp_of(weight, codes, backward)
+    if backward is not None:
+        return stamp_of(weight, codes, backward)
+    if weight.is_inference() or codes.is_inference():
+        return None
+    return (  # what stamp_of returns, without a loop: every layer asks in every step
+        weight.untyped_storage()._cdata, int(weight.storage_offset()), weight._version,
+        codes.untyped_storage()._cdata, int(codes.storage_offset()), codes._version,
+    )  # fmt: skip
 
 
 def _fillings(

@@ -478,9 +478,9 @@ class SparseTraining:
 
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: packed weights of its layers that it did not pack are out of date."""
-        packed = self._masked_steps.after(optimizer)
+        packed, owned = self._masked_steps.after(optimizer), self._owned[id(optimizer)]
         for name, layer in self.masks.layers.items():
-            if id(layer.weight) in self._owned[id(optimizer)] and name not in packed:
+            if id(self._weights[name]) in owned and name not in packed:
                 layer.operands.expire()
 
     def _advance(self) -> None:

@@ -1,10 +1,12 @@
 """Masked updates of several tensors as torch operators: Triton on CUDA, the reference elsewhere."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..launch import Plans, kernels_now, layout_of
 from .reference import add_masked_decay_, apply_mask_
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -89,29 +91,46 @@ def _decay_on_cuda(
 ) -> None:  # fmt: skip
     from .triton_kernel import decay_in_place
 
-    _check(codes, gradients=gradients, weights=weights)
+    taken, plan = DECAYS.of(
+        layout_of(gradients, weights, codes), lambda: _planned(codes, gradients=gradients, weights=weights)
+    )
     numbers = _numbers(numbers, codes)
-    by_kernel = []
-    for position, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
-        if _suits_kernel(gradient) and _suits_kernel(weight):
-            by_kernel.append(position)
-        else:
-            add_masked_decay_(gradient, weight, codes[position], decay, numbers[position], clock)
-    if by_kernel:
-        changed, sources, masks = ([column[i] for i in by_kernel] for column in (gradients, weights, codes))
-        decay_in_place(changed, sources, masks, decay.to(torch.float32), [numbers[i] for i in by_kernel], clock)
+    if len(taken) < len(codes):
+        for position in sorted({*range(len(codes))}.difference(taken)):
+            add_masked_decay_(
+                gradients[position], weights[position], codes[position], decay, numbers[position], clock
+            )  # fmt: skip
+        gradients, weights, codes = ([column[i] for i in taken] for column in (gradients, weights, codes))
+        numbers = [numbers[i] for i in taken]
+    if taken:
+        decay_in_place(gradients, weights, codes, decay.to(torch.float32), numbers, clock, plan)
 
 
 @apply_masks_.register_kernel("cuda")
 def _mask_on_cuda(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
     from .triton_kernel import mask_in_place
 
-    _check(codes, tensors=tensors)
-    by_kernel = [position for position, tensor in enumerate(tensors) if _suits_kernel(tensor)]
-    for position in set(range(len(tensors))) - set(by_kernel):
-        apply_mask_(tensors[position], codes[position])
-    if by_kernel:
-        mask_in_place([tensors[i] for i in by_kernel], [codes[i] for i in by_kernel])
+    taken, plan = MASKINGS.of(layout_of(tensors, codes), lambda: _planned(codes, tensors=tensors))
+    if len(taken) < len(codes):
+        for position in {*range(len(codes))}.difference(taken):
+            apply_mask_(tensors[position], codes[position])
+        tensors, codes = [tensors[i] for i in taken], [codes[i] for i in taken]
+    if taken:
+        mask_in_place(tensors, codes, plan)
+
+
+DECAYS: Plans[tuple[list[int], Any]] = Plans()
+MASKINGS: Plans[tuple[list[int], Any]] = Plans()
+
+
+def _planned(codes: Sequence[Tensor], **columns: Sequence[Tensor]) -> tuple[list[int], Any]:
+    """Check tensors, and return the positions of those that the kernel takes, and the plan of its launches."""
+    from .triton_kernel import plan_of
+
+    _check(codes, **columns)
+    first, last = next(iter(columns.values())), [*columns.values()][-1]
+    taken = [i for i in range(len(codes)) if _suits_kernel(first[i]) and _suits_kernel(last[i])]
+    return taken, plan_of(*([column[i] for i in taken] for column in (first, last, codes)))
 
 
 NOW: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {"cuda": (_decay_on_cuda, _mask_on_cuda)}
@@ -127,11 +146,11 @@ def add_masked_decays_now_(
     Example:
         >>> add_masked_decays_now_([], [], [], torch.tensor(0.5))
     """
-    kernel = _kernel_now(codes, 0)
-    if kernel is None:
+    kernels = kernels_now(NOW, gradients, weights, codes)
+    if kernels is None:
         add_masked_decays_(gradients, weights, codes, decay, numbers, clock)
     else:
-        kernel(gradients, weights, codes, decay, numbers, clock)
+        kernels[0](gradients, weights, codes, decay, numbers, clock)
         torch.autograd.graph.increment_version(gradients)
 
 
@@ -141,19 +160,12 @@ def apply_masks_now_(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None
     Example:
         >>> apply_masks_now_([], [])
     """
-    kernel = _kernel_now(codes, 1)
-    if kernel is None:
+    kernels = kernels_now(NOW, tensors, codes)
+    if kernels is None:
         apply_masks_(tensors, codes)
     else:
-        kernel(tensors, codes)
+        kernels[1](tensors, codes)
         torch.autograd.graph.increment_version(tensors)
-
-
-def _kernel_now(codes: Sequence[Tensor], which: int) -> Callable[..., None] | None:
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not codes:
-        return None
-    kernels = NOW.get(codes[0].device.type)
-    return None if kernels is None else kernels[which]
 
 
 def _suits_kernel(tensor: Tensor) -> bool:

@@ -1,13 +1,14 @@
 """Masked decay and re-masking as Triton kernels: several tensors at a time, no mask in memory."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import load_code, member
-from ..launch import are_aligned, groups_of_equal_layout, members, on_device_of, table
+from ..launch import Group, Plan, groups_of_equal_layout, on_device_of
 from .reference import HALF_DTYPES
 from .reference import SEED as KEY
 
@@ -16,9 +17,33 @@ WARPS = 4
 SEED = tl.constexpr(KEY)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a launch is told of its tensors' layout."""
+
+    grid: tuple[int, int]
+    tiles: tuple[int, int]
+    strides: tuple[int, int]
+    at_random: bool
+
+
+def plan_of(targets: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor]) -> Plan[Settings]:
+    """Return the launches of targets, weights and codes; tensors of equal layout share one."""
+    groups = []
+    for positions in groups_of_equal_layout(targets, weights, codes):
+        target, weight, code = (column[positions[0]] for column in (targets, weights, codes))
+        rows, columns = code.shape
+        blocks = -(-rows // BLOCK[0]) * -(-columns // BLOCK[1])
+        settings = Settings(
+            (blocks, len(positions)), (rows, columns), (target.stride(0), weight.stride(0)), target.dtype in HALF_DTYPES
+        )
+        groups.append(Group(positions, [one.element_size() for one in (target, weight, code)], settings))
+    return Plan(groups)
+
+
 def decay_in_place(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
-    numbers: Sequence[int], clock: int,
+    numbers: Sequence[int], clock: int, plan: Plan[Settings] | None = None,
 ) -> None:  # fmt: skip
     """Add ``decay * (1 - mask) * weight`` to gradients; tensors of equal layout share one launch.
 
@@ -29,35 +54,35 @@ def decay_in_place(
         decay: float32, one element, on their device.
         numbers: Of the layers, one each: the counter of the random numbers that round 16-bit gradients.
         clock: Its other word.
+        plan: Of these layouts; None to make one.
     """
-    _launch(gradients, weights, codes, decay, numbers, clock)
+    _launch(plan or plan_of(gradients, weights, codes), (gradients, weights, codes), decay, numbers, clock)
 
 
-def mask_in_place(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
+def mask_in_place(tensors: Sequence[Tensor], codes: Sequence[Tensor], plan: Plan[Settings] | None = None) -> None:
     """Write zeros into pruned entries; tensors of equal layout share one launch.
 
     Args:
         tensors: ``[O, I]`` each, columns contiguous, rows at any stride; changed.
         codes: int16 ``[O/4, I/4]`` each, contiguous.
+        plan: Of these layouts, the tensors being the weights too; None to make one.
     """
-    _launch(tensors, tensors, codes, None, [0] * len(tensors), 0)
+    _launch(plan or plan_of(tensors, tensors, codes), (tensors, tensors, codes), None, [0] * len(tensors), 0)
 
 
 def _launch(
-    targets: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor | None,
+    plan: Plan[Settings], columns: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], decay: Tensor | None,
     numbers: Sequence[int], clock: int,
 ) -> None:  # fmt: skip
-    for group in groups_of_equal_layout(targets, weights, codes):
-        changed, sources, masks = ([column[i] for i in group] for column in (targets, weights, codes))
-        tile_rows, tile_columns = masks[0].shape
-        grid = (triton.cdiv(tile_rows, BLOCK[0]) * triton.cdiv(tile_columns, BLOCK[1]), len(group))
-        with on_device_of(changed[0]):
-            masked_update_kernel[grid](
-                *members(changed), *members(sources), *members(masks), masks[0] if decay is None else decay,
-                table(tuple(numbers[i] for i in group), changed[0].device), clock & 0xFFFFFFFF, tile_rows, tile_columns,
-                changed[0].stride(0), sources[0].stride(0), ADD=decay is not None,
-                AT_RANDOM=changed[0].dtype in HALF_DTYPES, ALIGNED=are_aligned(changed, sources, masks),
-                ROWS=BLOCK[0], COLUMNS=BLOCK[1], num_warps=WARPS,
+    counters = plan.tables([group.pick(numbers) for group in plan.groups], columns[0])
+    for own, (group, offsets, aligned) in zip(counters, plan.placed(columns), strict=True):
+        target, weight, code = [column[group.first] for column in columns]
+        settings = group.settings
+        with on_device_of(target):
+            masked_update_kernel[settings.grid](
+                target, offsets[0], weight, offsets[1], code, offsets[2], code if decay is None else decay, own,
+                clock & 0xFFFFFFFF, *settings.tiles, *settings.strides, ADD=decay is not None,
+                AT_RANDOM=settings.at_random, ALIGNED=all(aligned), ROWS=BLOCK[0], COLUMNS=BLOCK[1], num_warps=WARPS,
                 enable_fp_fusion=False,  # the reference rounds the product
             )  # fmt: skip
 

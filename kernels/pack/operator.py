@@ -1,10 +1,12 @@
 """Packing as torch operators: Triton on CUDA, the reference elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..launch import Plans, kernels_now, layout_of
 from ..mask_search.reference import search_transposable
 from ..metadata_order import Order, metadata_words
 from ..statistics.reference import FIELDS, measure
@@ -242,6 +244,67 @@ def _(
     statistics = _empty_statistics(weights)
     _pack_on_cuda(weights, codes, *sides, search=True, statistics=statistics)
     return statistics
+
+
+def _pack_now_on_cuda(
+    weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
+    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor], orders: Sequence[int] | None,
+    known: Hashable,
+) -> None:  # fmt: skip
+    from .triton_kernel import pack_into, plan_of
+
+    every = (values, meta, values_t, meta_t, tables)
+    plain = tuple(orders) if orders is not None else None
+    key = (layout_of(weights, codes), plain, known or layout_of(*every), *map(len, every))
+
+    def made() -> Any:
+        sides = sides_of(weights, codes, *every, orders)
+        regular = all(weight.numel() and weight.stride(1) == 1 for weight in weights)
+        return (plan_of(weights, codes, *sides) if regular and not tables else None,)
+
+    (plan,) = PACKINGS.of(key, made)
+    if plan is None:
+        _pack_on_cuda(weights, codes, *sides_of(weights, codes, *every, orders), search=False)
+        return
+    numbers = [0] * (len(meta) + len(meta_t)) if orders is None else orders
+    side = Side(values, meta, numbers[: len(meta)], meta) if values else None
+    side_t = Side(values_t, meta_t, numbers[len(meta) :], meta_t) if values_t else None
+    pack_into(weights, codes, side, side_t, search=False, plan=plan)
+
+
+PACKINGS: Plans[tuple[Any]] = Plans()
+NOW: dict[str, Callable[..., None]] = {"cuda": _pack_now_on_cuda}
+"""By type of device, what the function below calls; elsewhere the operator."""
+
+
+def pack_tiles_now_(
+    weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
+    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    orders: Sequence[int] | None = None, known: Hashable = None,
+) -> None:  # fmt: skip
+    """Do what :func:`pack_tiles_` does; eager execution spares the dispatcher, which looks at every tensor.
+
+    Args:
+        weights: As there, and so are the others.
+        codes: See there.
+        values: See there.
+        meta: See there.
+        values_t: See there.
+        meta_t: See there.
+        tables: See there.
+        orders: See there.
+        known: What tells the layouts of all targets: where it was seen before, they are not looked at again. None to
+            look.
+
+    Example:
+        >>> pack_tiles_now_([], [], [], [], [], [], [])
+    """
+    kernel = kernels_now(NOW, values, meta, values_t, meta_t, tables, weights, codes)
+    if kernel is None:
+        pack_tiles_(weights, codes, values, meta, values_t, meta_t, tables, orders)
+    else:
+        kernel(weights, codes, values, meta, values_t, meta_t, tables, orders, known)
+        torch.autograd.graph.increment_version([*values, *meta, *values_t, *meta_t])
 
 
 def _pack_on_cuda(

@@ -1,6 +1,7 @@
 """Packing a weight and its transpose in one pass, with or without search and statistics, as a Triton kernel."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from ..device_functions import (
     split_columns,
     transposed_nibbles,
 )
-from ..launch import are_aligned, groups_of_equal_layout, interpreted, members, on_device_of, table
+from ..launch import Group, Plan, groups_of_equal_layout, interpreted, members, on_device_of, table
 from ..mask_search.triton_kernel import best_nibbles, ranking_key
 from .sides import Side
 
@@ -33,9 +34,22 @@ PAIRS = {torch.float32: torch.int64, torch.float16: torch.int32, torch.bfloat16:
 TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a launch is told of its tensors' layout."""
+
+    grid: tuple[int, int]
+    tiles: tuple[int, int]
+    words: tuple[int, int]
+    stride: int
+    block: tuple[int, int, int]
+    dtype: torch.dtype
+    orders: tuple[int, int]
+
+
 def pack_into(
     weights: Sequence[Tensor], codes: Sequence[Tensor], side: Side | None, side_t: Side | None, search: bool,
-    statistics: Tensor | None = None,
+    statistics: Tensor | None = None, plan: Plan[Settings] | None = None,
 ) -> None:  # fmt: skip
     """Pack several weights; weights of equal layout share one launch.
 
@@ -47,23 +61,52 @@ def pack_into(
         search: Search the masks of largest ``Σ|w|`` first.
         statistics: With ``search``: float64 ``[weights, 6]``, overwritten, see ``FIELDS`` of the statistics; flips are
             counted from the codes that were there.
+        plan: Of these layouts and orders; None to make one.
     """
-    groups = groups_of_equal_sides([weights, codes], side, side_t)
-    order = [i for group in groups for i in group]
-    blocks = max(_blocks(weights[i], side_t is not None) for i in order)
+    plan = plan or plan_of(weights, codes, side, side_t)
+    order = [i for group in plan.groups for i in group.positions]
     # rows in the order of the launches, so that each writes to one piece
-    sums = None if statistics is None else weights[0].new_zeros((len(order), SUMS, blocks), dtype=torch.float32)
+    sums = None
+    if statistics is not None:
+        blocks = max(group.settings.grid[0] for group in plan.groups)
+        sums = weights[0].new_zeros((len(order), SUMS, blocks), dtype=torch.float32)
+    columns = [weights, codes, *(column for each in (side, side_t) if each is not None for column in each.columns)]
     start = 0
-    for group in groups:
-        first, second = (None if given is None else given.of(group) for given in (side, side_t))
-        piece = None if sums is None else sums[start : start + len(group)]
-        _launch([weights[i] for i in group], [codes[i] for i in group], first, second, search, piece)
-        start += len(group)
+    for group, offsets, aligned in plan.placed(columns):
+        end = start + len(group.positions)
+        firsts, piece = [column[group.first] for column in columns], None if sums is None else sums[start:end]
+        widest = all(aligned[:4] + aligned[5:7])  # tables are read a number at a time
+        _launch(group.settings, firsts, offsets, widest, (side, side_t), search, piece)
+        start = end
     if statistics is not None and sums is not None:
         kept, pruned, nonfinite, flips = sums.sum(2, dtype=torch.float64).unbind(1)
         total = table(tuple(weights[i].numel() for i in order), statistics.device)
         rows = torch.stack([kept, pruned, total / 2, total.double(), nonfinite, flips], dim=1)
         statistics.index_copy_(0, table(tuple(order), statistics.device), rows)
+
+
+def plan_of(
+    weights: Sequence[Tensor], codes: Sequence[Tensor], side: Side | None, side_t: Side | None
+) -> Plan[Settings]:
+    """Return the launches of weights, their codes and their targets, in that order and that of ``Side.columns``."""
+    sides = [given for given in (side, side_t) if given is not None]
+    groups = []
+    for positions in groups_of_equal_sides([weights, codes], side, side_t):
+        weight, code = weights[positions[0]], codes[positions[0]]
+        block = BOTH[weight.dtype] if side_t is not None else ALONE
+        tile_rows, tile_columns = code.shape
+        blocks = -(-tile_rows // block[0]) * -(-tile_columns // block[1])
+        settings = Settings(
+            (blocks, len(positions)), (tile_rows, tile_columns), (-(-tile_rows // 4), -(-tile_columns // 4)),
+            weight.stride(0), block, sides[0].values[positions[0]].dtype if sides else weight.dtype,
+            (int(side.orders[positions[0]]) if side else 0, int(side_t.orders[positions[0]]) if side_t else 0),
+        )  # fmt: skip
+        sizes = [weight.element_size(), code.element_size()]
+        for given in sides:
+            values, meta, places = (column[positions[0]] for column in given.columns)
+            sizes += [2 * values.element_size(), meta.element_size(), places.element_size()]  # values go in pairs
+        groups.append(Group(positions, sizes, settings))
+    return Plan(groups)
 
 
 def groups_of_equal_sides(
@@ -77,15 +120,6 @@ def groups_of_equal_sides(
             orders = (each.orders[position] for each in sides)
             groups.setdefault((alike[0], *orders), []).append(position)
     return list(groups.values())
-
-
-def _block(weight: Tensor, transposed: bool) -> tuple[int, int, int]:
-    return BOTH[weight.dtype] if transposed else ALONE
-
-
-def _blocks(weight: Tensor, transposed: bool) -> int:
-    rows, columns, _ = _block(weight, transposed)
-    return int(triton.cdiv(weight.shape[0], 4 * rows) * triton.cdiv(weight.shape[1], 4 * columns))
 
 
 def side_arguments(
@@ -108,23 +142,26 @@ def side_arguments(
 
 
 def _launch(
-    weights: Sequence[Tensor], codes: Sequence[Tensor], side: Side | None, side_t: Side | None, search: bool,
-    sums: Tensor | None,
+    settings: Settings, firsts: Sequence[Tensor], offsets: Sequence[Tensor], aligned: bool,
+    sides: tuple[Side | None, Side | None], search: bool, sums: Tensor | None,
 ) -> None:  # fmt: skip
-    first = side or side_t
-    dtype = weights[0].dtype if first is None else first.values[0].dtype
-    outputs, arguments = side_arguments(side, side_t, codes)
-    tile_rows, tile_columns = codes[0].shape
-    rows, columns, warps = _block(weights[0], side_t is not None)
-    with on_device_of(weights[0]):
-        pack_kernel[(_blocks(weights[0], side_t is not None), len(weights))](
-            *members(weights), *members(codes), *arguments, codes[0] if sums is None else sums, tile_rows,
-            tile_columns, triton.cdiv(tile_rows, 4), triton.cdiv(tile_columns, 4),
-            0 if sums is None else sums.shape[2], weights[0].stride(0), DTYPE=TRITON[dtype], SEARCH=search,
-            STATISTICS=sums is not None, FORWARD=side is not None, TRANSPOSED=side_t is not None,
-            ORDER=int(side.orders[0]) if side else 0, ORDER_T=int(side_t.orders[0]) if side_t else 0,
-            ALIGNED=are_aligned(weights, codes, *outputs), BY_HAND=interpreted(), ROWS=rows, COLUMNS=columns,
-            num_warps=warps,
+    weight, code, *targets = firsts
+    rows, columns, warps = settings.block
+    with on_device_of(weight):
+        arguments: list[Tensor] = []
+        rest = iter(zip(targets, offsets[2:], strict=True))
+        for given in sides:
+            if given is None:
+                arguments += [code, offsets[1]] * 3  # unread
+                continue
+            for number, (target, places) in zip(range(3), rest, strict=False):
+                arguments += [target if number else target.view(PAIRS[target.dtype]), places]
+        pack_kernel[settings.grid](
+            weight, offsets[0], code, offsets[1], *arguments, code if sums is None else sums,
+            *settings.tiles, *settings.words, 0 if sums is None else sums.shape[2], settings.stride,
+            DTYPE=TRITON[settings.dtype], SEARCH=search, STATISTICS=sums is not None, FORWARD=sides[0] is not None,
+            TRANSPOSED=sides[1] is not None, ORDER=settings.orders[0], ORDER_T=settings.orders[1], ALIGNED=aligned,
+            BY_HAND=interpreted(), ROWS=rows, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
 
 

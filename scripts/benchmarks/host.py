@@ -27,6 +27,7 @@ from sparsetrain.backends import BACKENDS, Operand
 from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.kernels.masked_update.operator import NOW
+from sparsetrain.kernels.pack.operator import NOW as PACK_NOW
 from sparsetrain.kernels.pack.operator import pack_tiles_
 from sparsetrain.operands import Execution
 
@@ -116,7 +117,7 @@ def stand_ins(launched: Callable[[], object] = lambda: None) -> Iterator[None]:
 
     run_kernels, packers = {kind: kind.run for kind in KERNELS}, pack_tiles_._backend_fns
     elsewhere, packers[None] = packers[None], packers["cuda"]
-    NOW["cpu"] = NOW["cuda"]
+    NOW["cpu"], PACK_NOW["cpu"] = NOW["cuda"], PACK_NOW["cuda"]
     BACKENDS[StandIn.name] = StandIn()
     for kind in KERNELS:
         kind.run = launch
@@ -126,7 +127,7 @@ def stand_ins(launched: Callable[[], object] = lambda: None) -> Iterator[None]:
         for kind, run_kernel in run_kernels.items():
             kind.run = run_kernel
         del BACKENDS[StandIn.name]
-        del NOW["cpu"]
+        del NOW["cpu"], PACK_NOW["cpu"]
         packers[None] = elsewhere
 
 

@@ -1,18 +1,20 @@
 """Filling operands: masked weights packed, or masked and copied, into the forms of backends."""
 
+import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..kernels.masked_update.operator import apply_masks_
 from ..kernels.metadata_order import Order
-from ..kernels.pack.operator import pack_tiles_, unpack_rows
+from ..kernels.pack.operator import pack_tiles_now_, unpack_rows
 from .interface import Backend, Operand
 
 
-@dataclass
+@dataclass(eq=False)
 class Filling:
     """A backend's operands of one weight that are to be filled: W's, Wᵀ's or both.
 
@@ -33,20 +35,25 @@ class Filling:
     operand: Operand | None = None
     transpose: Operand | None = None
     within: Tensor | None = None
+    batch: "Batch | None" = field(default=None, repr=False)  # whose first this was when it was last packed
 
     @property
     def source(self) -> Tensor:
         """The matrix whose entries are packed."""
         if self.within is None:
-            return self.weight.detach()
+            return self.weight
         masked = torch.empty_like(self.weight, dtype=self.dtype).copy_(self.weight)
         apply_masks_([masked], [self.within])
         return masked
 
-    @property
-    def parts(self) -> list[Operand]:
-        """The operands there are."""
-        return [part for part in (self.operand, self.transpose) if part is not None]
+    @cached_property
+    def kind(self) -> tuple[object, ...] | None:
+        """What fillings have in common that are packed in one call; None if the packer does not write its operands."""
+        if any(part is not None and part.values is None for part in (self.operand, self.transpose)):
+            return None
+        # alone if its source is a copy, so that there is one copy at a time
+        alone = None if self.within is None else id(self)
+        return self.dtype, self.operand is None, self.transpose is None, alone
 
 
 def fill_(fillings: Iterable[Filling]) -> None:
@@ -54,13 +61,11 @@ def fill_(fillings: Iterable[Filling]) -> None:
     groups: dict[tuple[object, ...], list[Filling]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for filling in fillings:
-            if any(part.values is None for part in filling.parts):
+            kind = filling.kind
+            if kind is None:
                 _fill_from_matrix(filling)
             else:
-                # alone if its source is a copy, so that there is one copy at a time
-                alone = None if filling.within is None else id(filling)
-                sides = (filling.operand is None, filling.transpose is None)
-                groups.setdefault((filling.weight.device, filling.dtype, sides, alone), []).append(filling)
+                groups.setdefault((filling.weight.device, kind), []).append(filling)
         for group in groups.values():
             _pack(group)
 
@@ -82,10 +87,38 @@ def operand_of_packed(backend: Backend, values: Tensor, meta: Tensor) -> Operand
     return operand
 
 
+class Batch:
+    """Fillings that are packed in one call, and the packer's arguments, which stay those of these very objects."""
+
+    def __init__(self, fillings: list[Filling]) -> None:
+        self._others = fillings[1:]  # not the first, whose it is
+        self.codes = [filling.codes for filling in fillings]
+        self.targets = Targets([(filling.operand, filling.transpose) for filling in fillings])
+        self.number = next(_NUMBERS)  # an operand's tensors stay as they are, so this tells all that they are
+
+    @classmethod
+    def of(cls, fillings: list[Filling]) -> "Batch":
+        """Return the batch of these fillings: the last one of the first, if it was of the same."""
+        kept = fillings[0].batch
+        if kept is not None and kept._others == fillings[1:]:
+            return kept
+        made = cls(fillings)
+        keeps = not made.targets.unordered and fillings[0].within is None  # else it would hold scratch memory
+        fillings[0].batch = made if keeps else None
+        return made
+
+
+_NUMBERS = itertools.count()
+
+
 def _pack(fillings: list[Filling]) -> None:
-    sources, codes = [filling.source for filling in fillings], [filling.codes for filling in fillings]
-    targets = Targets([(filling.operand, filling.transpose) for filling in fillings])
-    pack_tiles_(sources, codes, *targets.columns, targets.tables, targets.orders)
+    batch = Batch.of(fillings)
+    targets = batch.targets
+    values, meta, values_t, meta_t = targets.columns
+    pack_tiles_now_(
+        [filling.source for filling in fillings], batch.codes, values, meta, values_t, meta_t, targets.tables,
+        targets.orders, batch.number,
+    )  # fmt: skip
     for position, operand, natural in targets.unordered:
         fillings[position].backend.finish_(operand, natural)
 

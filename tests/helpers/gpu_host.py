@@ -14,11 +14,17 @@ from triton.runtime.jit import JITFunction
 
 from sparsetrain.backends import BACKENDS, Operand
 from sparsetrain.kernels.mask_search.operator import search_tiles_
-from sparsetrain.kernels.masked_update.operator import add_masked_decays_, apply_masks_
-from sparsetrain.kernels.pack.operator import pack_tiles_
+from sparsetrain.kernels.masked_update import operator as masked_update
+from sparsetrain.kernels.pack import operator as pack
 from sparsetrain.kernels.statistics.operator import tile_statistics
 
-OPERATORS = (add_masked_decays_, apply_masks_, pack_tiles_, search_tiles_, tile_statistics)
+OPERATORS = (
+    masked_update.add_masked_decays_,
+    masked_update.apply_masks_,
+    pack.pack_tiles_,
+    search_tiles_,
+    tile_statistics,
+)
 
 
 class StandIn:
@@ -61,6 +67,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setitem(BACKENDS, StandIn.name, StandIn())
     for operator in OPERATORS:
         monkeypatch.setitem(operator._backend_fns, None, operator._backend_fns["cuda"])
+    for module in (masked_update, pack):
+        monkeypatch.setitem(module.NOW, "cpu", module.NOW["cuda"])
     return launches
 
 

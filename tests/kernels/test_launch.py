@@ -27,12 +27,25 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         def cuda_stream(self) -> int:
             return int(state["stream"])
 
-    real = torch.zeros
+    real, real_empty, real_copy = torch.zeros, torch.empty, Tensor.copy_
+    pinned: set[int] = set()
 
     def zeros(*sizes: Any, device: Any = None, **keywords: Any) -> Tensor:
         return real(*sizes, **keywords)
 
+    def empty(*sizes: Any, device: Any = None, pin_memory: bool = False, **keywords: Any) -> Tensor:
+        made = real_empty(*sizes, **keywords)
+        pinned.update([made.data_ptr()] if pin_memory else [])
+        return made
+
+    def copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        assert non_blocking, "a copy waits for the device"
+        assert source.data_ptr() in pinned, "a copy from pageable memory waits for the device"
+        return real_copy(self, source)
+
     monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(Tensor, "copy_", copy_)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
     state["device"] = Device()

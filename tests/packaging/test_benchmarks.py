@@ -208,7 +208,8 @@ def test_the_host_benchmark_compares_layers_steps_and_masked_products(load, monk
     monkeypatch.setattr(host, "LAYERS", 5)
     monkeypatch.setattr(host, "MASKED", (16, 16, 4))
     state = lambda: (  # noqa: E731
-        dict(host.BACKENDS), dict(host.NOW), dict(host.pack_tiles_._backend_fns), [kind.run for kind in host.KERNELS]
+        dict(host.BACKENDS), dict(host.NOW), dict(host.PACK_NOW), dict(host.pack_tiles_._backend_fns),
+        [kind.run for kind in host.KERNELS],
     )  # fmt: skip
     before = state()
     assert host.run(2, tmp_path / "host.csv") == 0

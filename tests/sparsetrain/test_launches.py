@@ -136,7 +136,7 @@ def test_nothing_is_packed_twice_in_a_refresh(backend: OrderedBackend, monkeypat
     from sparsetrain.backends import filling
 
     packed = []
-    monkeypatch.setattr(filling, "pack_tiles_", lambda weights, *rest: packed.append(len(weights)))
+    monkeypatch.setattr(filling, "pack_tiles_now_", lambda weights, *rest: packed.append(len(weights)))
     model = network(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     training = st.SparseTraining(model, optimizer, METHOD, 20, backend="simulated", verbose=False)

@@ -1,0 +1,123 @@
+"""Operands of several layers that are packed in one call hold their weights, whatever becomes of a layer in between."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from gpu_host import StandIn
+from torch import nn
+
+from sparsetrain.backends import BACKENDS
+from sparsetrain.conversion import to_sparse_
+from sparsetrain.kernels.mask_search import search_tiles
+from sparsetrain.kernels.tile_codes.reference import unpack_codes
+from sparsetrain.masked_layer import MaskedLayer
+from sparsetrain.operands import Execution, register, renew_
+
+Layers = list[MaskedLayer]
+
+
+def use(layer: MaskedLayer, dtype: torch.dtype = torch.float32) -> None:
+    for transposed in (False, True):
+        layer.operands.get(layer.matrix.detach(), layer.mask_codes, BACKENDS["stand_in"], transposed, dtype)
+
+
+def new_layer() -> MaskedLayer:
+    layer = to_sparse_(nn.Linear(32, 16, bias=False), "sparse", Execution("stand_in"))
+    assert isinstance(layer, MaskedLayer)
+    layer.set_codes_(search_tiles(layer.weight.detach(), True))
+    use(layer)
+    return layer
+
+
+def new_codes(layers: Layers) -> None:
+    layers[1].mask_codes = search_tiles(torch.randn(16, 32), True)
+    register(layers[1])
+
+
+def new_weight(layers: Layers) -> None:
+    layers[0].weight = nn.Parameter(torch.randn(16, 32))
+
+
+def new_memory(layers: Layers) -> None:
+    layers[1].weight.data = torch.randn(32, 16).t()
+
+
+def released(layers: Layers) -> None:
+    layers[2].operands.release()
+    use(layers[2])
+
+
+def first_released(layers: Layers) -> None:
+    layers[0].operands.release()
+
+
+def another_dtype(layers: Layers) -> None:
+    use(layers[1], torch.float16)
+
+
+def backward_codes(layers: Layers) -> None:
+    layers[1].set_backward_codes_(layers[1].mask_codes)
+
+
+def a_layer_more(layers: Layers) -> None:
+    layers.append(new_layer())
+
+
+def a_layer_less(layers: Layers) -> None:
+    del layers[0]
+
+
+def nothing(layers: Layers) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nothing, new_codes, new_weight, new_memory, released, first_released, another_dtype, backward_codes,
+        a_layer_more, a_layer_less,
+    ],
+)  # fmt: skip
+def test_every_operand_holds_its_weight(change: Callable[[Layers], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setitem(BACKENDS, "stand_in", StandIn())
+    layers = [new_layer() for _ in range(3)]
+    for _ in range(2):
+        renew_(layers)
+    change(layers)
+    for _ in range(2):
+        with torch.no_grad():
+            for layer in layers:
+                layer.weight.mul_(-1.5)
+        renew_(layers)
+        for layer in layers:
+            masked = layer.weight.detach() * unpack_codes(layer.mask_codes)
+            for (_, transposed, dtype), operand in layer.operands._made.items():
+                wanted = (masked.t() if transposed else masked).to(dtype)
+                assert operand.values is not None
+                assert torch.equal(operand.values.flatten(), wanted[wanted != 0])
+                assert layer.operands.stamp is not None
+    assert sum(len(layer.operands._made) for layer in layers) >= 4
+
+
+def test_an_operand_nobody_uses_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "stand_in", StandIn())
+    layers = [new_layer() for _ in range(2)]
+    for _ in range(12):
+        use(layers[0])
+        renew_(layers)
+    assert [len(layer.operands._made) for layer in layers] == [2, 0]
+
+
+def test_a_released_operand_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import weakref
+
+    monkeypatch.setitem(BACKENDS, "stand_in", StandIn())
+    layers = [new_layer() for _ in range(3)]
+    renew_(layers)
+    renew_(layers)
+    kept = [weakref.ref(operand) for layer in layers for operand in layer.operands._made.values()]
+    for layer in layers:
+        layer.operands.release()
+    assert not any(reference() for reference in kept)
