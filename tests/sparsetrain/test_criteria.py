@@ -415,6 +415,7 @@ def _worker(rank: int, folder: str) -> None:
     os._exit(0)  # gloo's threads may abort an orderly exit
 
 
+@pytest.mark.sweep
 def test_data_parallel_ranks_share_their_inputs(tmp_path: Path) -> None:
     mp.spawn(_worker, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt")["running"] for rank in (0, 1))

@@ -42,7 +42,7 @@ def _worker(rank: int, folder: str, backend: str) -> None:
     os._exit(0)  # gloo's threads may abort an orderly exit
 
 
-@pytest.mark.parametrize("backend", ["masked", "simulated"])
+@pytest.mark.parametrize("backend", ["masked", pytest.param("simulated", marks=pytest.mark.sweep)])
 def test_ranks_agree_on_masks_and_a_difference_is_an_error_on_every_rank(tmp_path: Path, backend: str) -> None:
     mp.spawn(_worker, (str(tmp_path), backend), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
