@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adagrad, Optimizer
 
 from .checks import each
 from .masked_layer import MaskedLayer
@@ -75,9 +75,19 @@ class Adapters:
             for part in pair:
                 part.grad = None
 
-    def start_momentum(self, optimizer: Optimizer) -> None:
-        """Give adapters that begin now momentum of zeros, where a fused SGD wants it of all parameters or of none."""
+    def start_state(self, optimizer: Optimizer) -> None:
+        """Give adapters that begin now the state that an optimizer would not make for them.
+
+        A fused SGD wants momentum of all parameters or of none; Adagrad, before torch 2.13, makes its sums when it is
+        constructed, for the parameters that it has then.
+        """
         for group in optimizer.param_groups:
+            if isinstance(optimizer, Adagrad):
+                for part in group["params"]:
+                    if id(part) in self._own and part.grad is not None and not optimizer.state.get(part):
+                        device = part.device if group.get("fused") else None
+                        optimizer.state[part]["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                        optimizer.state[part]["sum"] = torch.full_like(part, group["initial_accumulator_value"])
             if not (group.get("fused") and group.get("momentum")):
                 continue
             states = {entry: optimizer.state.get(entry, {}) for entry in group["params"] if entry.grad is not None}

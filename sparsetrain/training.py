@@ -457,7 +457,7 @@ class SparseTraining:
         self._observer.before_step(gradients, scale)
         if self._adapters is not None:
             self._adapters.average_gradients(optimizer)
-            self._adapters.start_momentum(optimizer)
+            self._adapters.start_state(optimizer)
         if self._moments is not None and self.phase == "dense":
             self._moments.forget()
             self._moments.observe(
