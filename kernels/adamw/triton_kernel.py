@@ -12,13 +12,12 @@ from ..device_functions import (
     nibbles_of,
     rounded,
     split_columns,
-    transposed_nibbles,
 )
 from ..launch import are_aligned, interpreted, members, on_device_of, table
 from ..masked_update.reference import SEED as KEY
 from ..masked_update.triton_kernel import rounded_at_random
 from ..pack.sides import Side
-from ..pack.triton_kernel import TRITON, groups_of_equal_sides, side_arguments, store_side, store_turned_side
+from ..pack.triton_kernel import TRITON, groups_of_equal_sides, side_arguments, store_sides
 from .reference import RULES, Factors
 
 # one program: rows and columns in tiles, warps; with two tiles a thread, registers last for twelve warps and more
@@ -131,20 +130,13 @@ def adamw_kernel(
         b0, b1, b2, b3 = split_columns(row_b, ROWS, COLUMNS)
         c0, c1, c2, c3 = split_columns(row_c, ROWS, COLUMNS)
         d0, d1, d2, d3 = split_columns(row_d, ROWS, COLUMNS)
-        side = (values_base, values_offsets, meta_base, meta_offsets, table_base, table_offsets)
-        side_t = (values_t_base, values_t_offsets, meta_t_base, meta_t_offsets, table_t_base, table_t_offsets)
-        if FORWARD:
-            rows_of_tiles = ((a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3))
-            store_side(
-                (a, b, c, d), rows_of_tiles, side, tensor, top, left, tile_rows, tile_columns, word_columns, ORDER,
-                DTYPE, ALIGNED, BY_HAND, ROWS, COLUMNS,
-            )  # fmt: skip
-        if TRANSPOSED:
-            columns_of_tiles = ((a0, b0, c0, d0), (a1, b1, c1, d1), (a2, b2, c2, d2), (a3, b3, c3, d3))
-            store_turned_side(
-                transposed_nibbles(a, b, c, d), columns_of_tiles, side_t, tensor, top, left, tile_rows, tile_columns,
-                word_rows, ORDER_T, DTYPE, ALIGNED, BY_HAND, ROWS, COLUMNS,
-            )  # fmt: skip
+        store_sides(
+            (a, b, c, d), ((a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3)),
+            (values_base, values_offsets, meta_base, meta_offsets, table_base, table_offsets),
+            (values_t_base, values_t_offsets, meta_t_base, meta_t_offsets, table_t_base, table_t_offsets),
+            tensor, top, left, tile_rows, tile_columns, word_rows, word_columns, FORWARD, TRANSPOSED, ORDER, ORDER_T,
+            DTYPE, ALIGNED, BY_HAND, ROWS, COLUMNS,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -246,15 +246,33 @@ def pack_kernel(
         tl.store(place + 2 * blocks_of_sums, (counts >> 16).to(tl.float32))
         tl.store(place + 3 * blocks_of_sums, (counts & 0xFFFF).to(tl.float32))
 
-    side = (values_base, values_offsets, meta_base, meta_offsets, table_base, table_offsets)
-    side_t = (values_t_base, values_t_offsets, meta_t_base, meta_t_offsets, table_t_base, table_t_offsets)
+    store_sides(
+        (a, b, c, d), ((a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3)),
+        (values_base, values_offsets, meta_base, meta_offsets, table_base, table_offsets),
+        (values_t_base, values_t_offsets, meta_t_base, meta_t_offsets, table_t_base, table_t_offsets),
+        tensor, top, left, tile_rows, tile_columns, word_rows, word_columns, FORWARD, TRANSPOSED, ORDER, ORDER_T, DTYPE,
+        ALIGNED, BY_HAND, ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_sides(
+    nibbles, rows_of_tiles, side, side_t, tensor, top, left, tile_rows, tile_columns, word_rows, word_columns,
+    FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, ORDER: tl.constexpr, ORDER_T: tl.constexpr, DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Pack ROWS × COLUMNS tiles for the sides that are wanted, from their four rows of nibbles and of entries."""
     if FORWARD:
-        rows_of_tiles = ((a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3))
         store_side(
-            (a, b, c, d), rows_of_tiles, side, tensor, top, left, tile_rows, tile_columns, word_columns, ORDER, DTYPE,
+            nibbles, rows_of_tiles, side, tensor, top, left, tile_rows, tile_columns, word_columns, ORDER, DTYPE,
             ALIGNED, BY_HAND, ROWS, COLUMNS,
         )  # fmt: skip
     if TRANSPOSED:
+        a, b, c, d = nibbles
+        a0, a1, a2, a3 = rows_of_tiles[0]
+        b0, b1, b2, b3 = rows_of_tiles[1]
+        c0, c1, c2, c3 = rows_of_tiles[2]
+        d0, d1, d2, d3 = rows_of_tiles[3]
         columns_of_tiles = ((a0, b0, c0, d0), (a1, b1, c1, d1), (a2, b2, c2, d2), (a3, b3, c3, d3))
         store_turned_side(
             transposed_nibbles(a, b, c, d), columns_of_tiles, side_t, tensor, top, left, tile_rows, tile_columns,

@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from sparsetrain import SparseTraining
 from sparsetrain.backends import BACKENDS, Operand
+from sparsetrain.backends.masked import MaskedBackend
 from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.kernels.masked_update.operator import NOW
@@ -40,30 +41,17 @@ KERNELS: tuple[Any, ...] = (JITFunction, InterpretedFunction)
 CALLS = 20  # in one sample of a layer
 
 
-class StandIn:
-    """A backend that holds packed weights in natural order and multiplies nothing."""
+class StandIn(MaskedBackend):
+    """A backend that holds packed weights in natural order, which the packer writes whole, and multiplies nothing."""
 
     name = "stand_in"
     symmetric = False
-
-    def why_not(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
-        """Return None."""
-        return None
-
-    def algorithms(
-        self, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> Sequence[str]:
-        """Return the one way there is."""
-        return ("",)
 
     def allocate(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Operand:
         """Return an operand whose metadata is natural."""
         values = torch.empty(shape[0], shape[1] // 2, dtype=dtype, device=device)
         meta = torch.empty(shape[0], -(-shape[1] // 16), dtype=torch.int16, device=device)
         return Operand(shape, (values, meta), values, meta)
-
-    def finish_(self, operand: Operand, source: Tensor) -> None:
-        """Do nothing."""
 
     def product(
         self, operand: Operand, rows: Tensor, bias: Tensor | None = None, algorithm: str = "",

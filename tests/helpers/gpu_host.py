@@ -1,7 +1,7 @@
 """A GPU's host side on a machine without one: its operators and launchers run, and nothing is computed."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from sparsetrain.backends import BACKENDS, Operand
+from sparsetrain.backends.masked import MaskedBackend
 from sparsetrain.kernels.mask_search.operator import search_tiles_
 from sparsetrain.kernels.masked_update import operator as masked_update
 from sparsetrain.kernels.pack import operator as pack
@@ -27,18 +28,10 @@ OPERATORS = (
 )
 
 
-class StandIn:
+class StandIn(MaskedBackend):
     """A vendor's library that multiplies nothing and returns an empty output."""
 
     name, symmetric = "stand_in", False
-
-    def why_not(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
-        return None
-
-    def algorithms(
-        self, shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> Sequence[str]:
-        return ("",)
 
     def allocate(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Operand:
         values = torch.zeros(shape[0], shape[1] // 2, dtype=dtype)
