@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .autocast import as_autocast, autocast_dtype
-from .backends import BACKENDS, resolve_backend
-from .eager import is_eager, is_plain
+from .autocast import as_autocast
+from .backends import resolve_backend
+from .eager import is_eager
+from .eager_linear import eager_product
 from .gradient_rules import GradientRule, resolve_gradient_rule
-from .kept_weight import may_keep
-from .linear_function import Call, EagerLinearFunction, Rules, SparseLinearFunction
+from .linear_function import Rules, SparseLinearFunction
 from .masked_layer import MaskedLayer, has_choice
 from .operands import Execution
 from .tiles import require_tiles
@@ -146,7 +146,7 @@ class SparseLinear(MaskedLayer, nn.Linear):
 
 def multiply(layer: MaskedLayer, input: Tensor) -> Tensor:
     """Multiply tokens ``[..., K]`` by a masked layer's matrix, add bias and adapter: ``[..., O]``."""
-    output = _eager_product(layer, input) if is_eager(input) else None
+    output = eager_product(layer, input) if is_eager(input) else None
     if output is None:
         execution = layer.execution
         output = sparse_linear(
@@ -158,45 +158,3 @@ def multiply(layer: MaskedLayer, input: Tensor) -> Tensor:
         return output
     down, up = as_constants(layer.adapter)
     return output + F.linear(F.linear(input, down), up)
-
-
-def _eager_product(layer: MaskedLayer, input: Tensor) -> Tensor | None:
-    """Return the product, without what :func:`sparse_linear` has to find out first; None if it has to.
-
-    ``nn.Module`` finds parameters slowly, and every check here is one that costs next to nothing.
-    """
-    weight: Tensor | None = layer._parameters.get("weight")
-    bias: Tensor | None = layer._parameters.get("bias")
-    codes, execution, again = layer.mask_codes, layer.execution, layer.backward_codes
-    if weight is None or layer.soft_scale is not None or not is_plain(weight) or input.is_nested or not input.dim():
-        return None
-    matrix = weight if weight.dim() == 2 and not layer.transposed else layer.as_matrix(weight)
-    columns = matrix.size(1)
-    if codes.dtype is not torch.int16 or codes.dim() != 2 or input.size(-1) != columns:
-        return None
-    if codes.size(1) * 4 != columns or codes.size(0) * 4 != matrix.size(0):
-        return None
-    device = "cuda" if input.is_cuda else "cpu" if input.is_cpu else input.device.type
-    name = execution.backend if layer.is_two_of_four else "masked"
-    if name == "auto" and not has_choice(device):
-        name = "masked"
-    elif name not in BACKENDS and name != "auto":
-        return None
-    by_autocast = torch.is_autocast_enabled(device)
-    if by_autocast:
-        input = as_autocast(input)
-    elif name != "masked" and input.dtype is not weight.dtype:
-        return None
-    transposable = execution.transposable or again is not None
-    rules = Rules(resolve_gradient_rule(layer.gradient), name, name if transposable else "masked", execution.seed)
-    call = Call(layer.operands, codes, again, layer.draws, rules)
-    if name == "masked":
-        if not may_keep(weight):
-            return None
-        kept, dtype = layer.operands.kept, weight.dtype
-        if by_autocast:
-            dtype, bias = autocast_dtype(weight), None if bias is None else as_autocast(bias)
-        masked = kept.get(weight, matrix, codes, None, dtype)
-        call.keep(masked, masked if again is None else kept.get(weight, matrix, codes, again, dtype))
-    output: Tensor = EagerLinearFunction.apply(input, matrix, bias, call)  # type: ignore[no-untyped-call]
-    return output

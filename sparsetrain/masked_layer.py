@@ -25,7 +25,7 @@ AUTO_DEVICES = ("cuda",)
 
 STATE = (
     "mask_codes", "draws", "backward_codes", "adapter", "soft_scale", "phase", "scheduled", "is_two_of_four",
-    "gradient", "execution", "operands",
+    "gradient", "execution", "operands", "eager_call",
 )  # fmt: skip
 """What a masked layer has beside its dense class."""
 
@@ -59,6 +59,7 @@ class MaskedLayer(nn.Module):
     gradient: GradientRule
     execution: Execution
     operands: Operands
+    eager_call: object  # what the last quick product has found out
 
     @property
     def matrix(self) -> Tensor:
@@ -169,6 +170,7 @@ class MaskedLayer(nn.Module):
         self.draws = None if self.draws is None else fn(self.draws)
         self.soft_scale = None if self.soft_scale is None else fn(self.soft_scale)
         self.backward_codes = None if self.backward_codes is None else fn(self.backward_codes)
+        self.eager_call = None
         register(self)
         return self
 
@@ -188,6 +190,7 @@ class MaskedLayer(nn.Module):
         super().register_parameter(name, param)
         if "operands" in self.__dict__:  # another parameter may have the memory and the version of the last
             self.operands.expire()
+            self.eager_call = None
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(
@@ -215,6 +218,7 @@ class MaskedLayer(nn.Module):
         self.backward_codes = None
         self.adapter = None
         self.operands = Operands(execution)
+        self.eager_call = None
         register(self)
 
     def _remove_mask(self) -> None:

@@ -79,6 +79,7 @@ SMALLEST_BUCKET = 64
 
 
 @functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def bucket(tokens: int) -> int:
     """Return the power of two, at least 64, that a number of tokens is rounded up to for measurements.
 
