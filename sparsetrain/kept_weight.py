@@ -12,8 +12,9 @@ from .kernels.masked_update.operator import apply_masks_
 from .kernels.tile_codes.reference import unpack_codes
 from .matrices import weight_of
 
-PERIOD = 509
-"""Words after which the places of a fingerprint begin again: a prime, so that a moved row or column changes place."""
+PERIOD = 8 * 61
+"""Words after which the places of a fingerprint begin again: whole vectors, and with a prime, so that moved rows or
+columns change places."""
 
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their bytes."""
@@ -68,16 +69,14 @@ class KeptWeight:
             Shaped like the source; matrices are contiguous, and kernels in the source's order.
         """
         key = dtype, backward is not None
-        mark = _fingerprint(weight) if weight.is_cpu else 0
-        stamp = _stamp(weight, codes, backward, mark)
         made = self._made.get(key)
-        if made is None or not made.is_of(stamp, weight, codes, backward):
+        if made is None or not made.is_of(weight, codes, backward):
             with self._lock, torch.inference_mode(False), torch.no_grad():
                 made = self._made.get(key)
-                if made is None or not made.is_of(stamp, weight, codes, backward):
+                if made is None or not made.is_of(weight, codes, backward):
                     masked = _room_for(source, dtype, None if made is None else made.masked)
                     self._mask_(masked, source.detach(), codes, backward)
-                    made = self._made[key] = _Made(masked, stamp, weight, codes, backward)
+                    made = self._made[key] = _Made(masked, weight, codes, backward)
         return made.masked
 
     def prune_(self, gradient: Tensor, codes: Tensor) -> Tensor:
@@ -102,7 +101,8 @@ class KeptWeight:
     def _mask_(self, masked: Tensor, source: Tensor, codes: Tensor, backward: Tensor | None) -> None:
         by_bits = source.is_cpu and masked.element_size() in WORDS
         if by_bits and source.dtype == masked.dtype:
-            torch.bitwise_and(_words(source), weight_of(self._bits_of(codes), source.shape), out=_words(masked))
+            # widened by the copy, which takes less time than an operation on two types of integers
+            _words(masked).copy_(weight_of(self._bits_of(codes), source.shape)).bitwise_and_(_words(source))
         else:
             masked.copy_(source)
         for pruned, again in ((codes, False), (backward, True)):
@@ -127,17 +127,17 @@ class KeptWeight:
 class _Made:
     """``W⊙M`` and what it was made of; tensors are held, so that no other can be taken for them."""
 
-    def __init__(
-        self, masked: Tensor, stamp: tuple[int, ...], weight: Tensor, codes: Tensor, backward: Tensor | None
-    ) -> None:
-        self.masked, self.stamp, self.codes, self.backward = masked, stamp, codes, backward
+    def __init__(self, masked: Tensor, weight: Tensor, codes: Tensor, backward: Tensor | None) -> None:
+        self.masked, self.codes, self.backward = masked, codes, backward
         self.weight: Tensor | None = weight
+        self._stamp = _stamp(weight, codes, backward)
+        self._mark = _mark(weight)  # while the weight, which was just read, is in the processor's cache
         self._storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]  # keeps its address
 
-    def is_of(self, stamp: tuple[int, ...], weight: Tensor, codes: Tensor, backward: Tensor | None) -> bool:
+    def is_of(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> bool:
         """Say whether it was made of these tensors as they are now."""
         same = self.weight is weight and self.codes is codes and self.backward is backward
-        return same and self.stamp == stamp
+        return same and self._stamp == _stamp(weight, codes, backward) and self._mark == _mark(weight)
 
 
 def may_keep(weight: Tensor) -> bool:
@@ -155,9 +155,13 @@ def may_keep(weight: Tensor) -> bool:
     )
 
 
-def _stamp(weight: Tensor, codes: Tensor, backward: Tensor | None, mark: int) -> tuple[int, ...]:
+def _stamp(weight: Tensor, codes: Tensor, backward: Tensor | None) -> tuple[int, ...]:
     again = -1 if backward is None else backward._version
-    return weight.untyped_storage()._cdata, int(weight.storage_offset()), weight._version, codes._version, again, mark
+    return weight.untyped_storage()._cdata, int(weight.storage_offset()), weight._version, codes._version, again
+
+
+def _mark(weight: Tensor) -> int:
+    return _fingerprint(weight) if weight.is_cpu else 0
 
 
 def _room_for(source: Tensor, dtype: torch.dtype, room: Tensor | None) -> Tensor:
@@ -181,7 +185,8 @@ def _fingerprint(weight: Tensor) -> int:
     flat = flat.reshape(-1)  # a copy only if the weight is spread over more memory than it has
     words = flat.view(torch.int16 if flat.storage_offset() % 4 else torch.int64)
     whole = words.numel() // PERIOD * PERIOD
-    total = torch.dot(words[whole:].to(torch.int64), _keys()[: words.numel() - whole])
+    rest = words[whole:]
+    total = torch.dot(rest.to(torch.int64), _keys()[: rest.numel()])
     if whole:
         total += torch.dot(words[:whole].view(-1, PERIOD).sum(0), _keys())
     return int(total)
