@@ -18,7 +18,7 @@ ADDRESSES = 8  # sets of addresses that a column of a plan is met with, as an al
 
 Settings = TypeVar("Settings")
 Made = TypeVar("Made")
-_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
+_DTYPE = attrgetter("dtype")
 
 
 def groups_of_equal_layout(*columns: Sequence[Tensor]) -> list[list[int]]:
@@ -70,7 +70,7 @@ def layout_of(*columns: Sequence[Tensor]) -> Hashable:
     every = [*chain.from_iterable(columns)]
     return (
         *map(len, columns), *map(Tensor.size, every), *map(Tensor.stride, every), *map(_DTYPE, every),
-        *map(_DEVICE, every),
+        *map(Tensor.get_device, every),
     )  # fmt: skip
 
 
@@ -129,8 +129,8 @@ class Group(Generic[Settings]):
 class Plan(Generic[Settings]):
     """The launches of columns of tensors: their groups, and where the tensors of each lie.
 
-    It holds no tensor and is made of layouts alone: every use gives the addresses, so nothing in it can be out of date
-    for tensors of these layouts.
+    It holds none of those tensors and is made of layouts alone: every use gives the addresses, so nothing in it can be
+    out of date for tensors of these layouts.
 
     Args:
         groups: With one size for each column.
@@ -144,12 +144,20 @@ class Plan(Generic[Settings]):
 
     def __init__(self, groups: Sequence[Group[Settings]]) -> None:
         self.groups = list(groups)
-        self._met: dict[tuple[int, tuple[int, ...]], tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]] = {}
+        self._met: dict[Hashable, tuple[Sequence[Tensor], tuple[bool, ...]]] = {}
 
     def placed(
-        self, columns: Sequence[Sequence[Tensor]]
+        self, columns: Sequence[Sequence[Tensor]], known: Hashable = None, moving: int = 0
     ) -> Iterator[tuple[Group[Settings], tuple[Tensor, ...], tuple[bool, ...]]]:
-        """Return the groups, each with a table of the offsets of every column, and whether every column is aligned."""
+        """Return the groups, each with a table of the offsets of every column, and whether every column is aligned.
+
+        Args:
+            columns: The tensors.
+            known: What tells the addresses in all columns but the first few: where it was seen before, they are not
+                asked for again. None to ask.
+            moving: How many those few are.
+        """
+        where = self._streams(columns[0])
         tables: list[Sequence[Tensor]] = []
         aligned: list[tuple[bool, ...]] = []
         for number, column in enumerate(columns):
@@ -157,22 +165,53 @@ class Plan(Generic[Settings]):
                 tables.append(tables[-1])
                 aligned.append(aligned[-1])
                 continue
-            key = (number, tuple(map(Tensor.data_ptr, column)))
-            found = self._met.get(key)
+            settled = known is not None and number >= moving
+            addresses = () if settled else tuple(map(Tensor.data_ptr, column))
+            key = (number, known if settled else addresses, where)
+            found = None if where is None else self._met.get(key)
             if found is None:
-                offsets, whether = zip(*[group.offsets(number, key[1]) for group in self.groups], strict=True)
-                found = offsets, whether
-                _keep(self._met, key, found, ADDRESSES * len(columns))
-            tables.append(self.tables(found[0], column))
+                addresses = addresses or tuple(map(Tensor.data_ptr, column))
+                offsets, whether = zip(*[group.offsets(number, addresses) for group in self.groups], strict=True)
+                found = self._tables(offsets, column), whether
+                self._remember(key, found, ADDRESSES * len(columns))
+            tables.append(found[0])
             aligned.append(found[1])
         return zip(self.groups, zip(*tables, strict=True), zip(*aligned, strict=True), strict=True)
 
-    def tables(self, numbers: Sequence[tuple[int, ...]], column: Sequence[Tensor]) -> Sequence[Tensor]:
+    def numbered(self, numbers: Sequence[int], column: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return numbers, one for each tensor of a column, as a table for each group."""
+        where = self._streams(column)
+        key = ("numbers", tuple(numbers), where)
+        found = None if where is None else self._met.get(key)
+        if found is None:
+            found = self._tables([group.pick(numbers) for group in self.groups], column), ()
+            self._remember(key, found, ADDRESSES)
+        return found[0]
+
+    def _tables(self, numbers: Sequence[tuple[int, ...]], column: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return numbers of every group as a table on its device, that of a column's tensors."""
         devices = [column[group.first].device for group in self.groups]
         if len({*devices}) == 1:
             return tables(tuple(numbers), devices[0])
         return [table(own, device) for own, device in zip(numbers, devices, strict=True)]
+
+    def _streams(self, column: Sequence[Tensor]) -> tuple[int, ...] | None:
+        """Return the streams that the groups are launched on, whose tables are kept; None where none is."""
+        if not column[self.groups[0].first].is_cuda:
+            return ()
+        streams = []
+        for group in self.groups:
+            with on_device_of(column[group.first]):
+                if torch.cuda.is_current_stream_capturing():
+                    return None  # these are the graph's own
+                streams.append(torch.cuda.current_stream().cuda_stream)
+        return tuple(streams)
+
+    def _remember(
+        self, key: tuple[Hashable, ...], found: tuple[Sequence[Tensor], tuple[bool, ...]], limit: int
+    ) -> None:
+        if key[-1] is not None:
+            _keep(self._met, key, found, limit)
 
 
 class Plans(Generic[Made]):

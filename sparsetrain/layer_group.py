@@ -1,52 +1,157 @@
-"""What a run does to all its sparse layers together: masks on weights, packed weights, numbers of random draws."""
+"""What a run does to many sparse layers together: masks on weights, packed weights, numbers of random draws."""
 
+import itertools
 import time
-from collections.abc import Collection, Mapping
+import zlib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import attrgetter, is_
 
 import torch
+from torch import Tensor
 
 from .estimated_gradient import renumber_
-from .kernels.masked_update.operator import apply_masks_now_
+from .kernels.masked_update.operator import add_masked_decays_now_, apply_masks_now_
 from .masked_layer import MaskedLayer, weight_in, written_as_matrices
 from .matrices import by_device
 from .operands import renew_
 
+KEPT = 8
+"""Choices of layers whose groups are kept."""
 
-def write_masks_(layers: Mapping[str, MaskedLayer], active: Collection[str]) -> None:
-    """Write zeros into what the masks of some layers prune, all of a device together.
+_CODES = attrgetter("mask_codes")
+
+
+class LayerGroup:
+    """Layers on one device, and what kernels that take them all need of them, in lists.
+
+    Args:
+        layers: Name to layer.
 
     Example:
-        >>> import torch
         >>> from sparsetrain import SparseLinear
-        >>> layer = SparseLinear(8, 8)
-        >>> layer.set_codes_(torch.full((2, 2), 0x3C3C, dtype=torch.int16))
-        >>> write_masks_({"fc": layer}, ["fc"])
-        >>> int((layer.weight == 0).sum())
-        32
+        >>> group = LayerGroup({"fc": SparseLinear(8, 4)})
+        >>> [tuple(weight.shape) for weight in group.weights], group.is_current()
+        ([(4, 8)], True)
     """
-    for weights in by_device({name: weight_in(layer) for name, layer in layers.items() if name in active}):
-        wanted = [layers[name] for name in weights]
-        with written_as_matrices(wanted, [*weights.values()]) as matrices:
-            apply_masks_now_(matrices, [layer.mask_codes for layer in wanted])
+
+    def __init__(self, layers: Mapping[str, MaskedLayer]) -> None:
+        self.layers = dict(layers)
+        self.each = [*self.layers.values()]
+        self.weights = list(map(weight_in, self.each))
+        self.codes = list(map(_CODES, self.each))
+        self.numbers = tuple(zlib.crc32(name.encode()) for name in layers)
+        """Of the layers, for random draws."""
+        self.known = next(_NUMBERS)
+        """Tells these very codes."""
+        self._are_matrices = all(weight.dim() == 2 for weight in self.weights) and not any(
+            layer.transposed for layer in self.each
+        )
+
+    def is_current(self) -> bool:
+        """Say whether the layers still have these weights and codes."""
+        return all(map(is_, self.weights, map(weight_in, self.each))) and all(
+            map(is_, self.codes, map(_CODES, self.each))
+        )
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """The weights as matrices ``[O, K]``, to read."""
+        if self._are_matrices:
+            return self.weights
+        with torch.no_grad():
+            return [layer.matrix for layer in self.each]
+
+    @contextmanager
+    def written(self, tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """Give tensors that are shaped like the weights as matrices to write to, without a graph."""
+        with torch.no_grad():
+            if self._are_matrices:
+                yield tensors
+                return
+            with written_as_matrices(self.each, tensors) as matrices:
+                yield matrices
+
+    def apply_masks_(self, tensors: Sequence[Tensor]) -> None:
+        """Write zeros into what the masks prune of tensors that are shaped like the weights."""
+        with self.written(tensors) as matrices:
+            apply_masks_now_(matrices, self.codes, self.known)
+
+    def decay_(self, tensors: Sequence[Tensor], decay: Tensor, clock: int) -> None:
+        """Add what the masks prune of the weights, times a factor, to tensors that are shaped like them.
+
+        Args:
+            tensors: Gradients, or the weights themselves.
+            decay: The factor, one element on the device.
+            clock: Steps since the run began; with a layer's number, it makes the random numbers of 16-bit sums.
+        """
+        with self.written(tensors) as matrices:
+            weights = matrices if tensors is self.weights else self.matrices
+            add_masked_decays_now_(matrices, weights, self.codes, decay, self.numbers, clock, self.known)
+
+    def split(self, keys: Sequence[Hashable]) -> list["LayerGroup"]:
+        """Return the parts whose keys are equal, given one for each layer; the group itself if all are."""
+        if len({*keys}) == 1:
+            return [self]
+        parts: dict[Hashable, dict[str, MaskedLayer]] = {}
+        for (name, layer), key in zip(self.layers.items(), keys, strict=True):
+            parts.setdefault(key, {})[name] = layer
+        return list(map(LayerGroup, parts.values()))
+
+    def repack_(self) -> None:
+        """Renew the packed weights."""
+        renew_(self.each, self.matrices)
 
 
-def repack_(layers: Mapping[str, MaskedLayer]) -> float:
-    """Renew packed weights now, all of a device together, so that captured graphs and compiled steps find them.
+class LayerGroups:
+    """Groups of a run's layers by device, kept from step to step until a weight or a mask is another tensor.
+
+    Example:
+        >>> from sparsetrain import SparseLinear
+        >>> layers, groups = {"fc": SparseLinear(8, 4)}, LayerGroups()
+        >>> groups.of(layers)[0] is groups.of(layers)[0]
+        True
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, ...], tuple[list[MaskedLayer], list[LayerGroup]]] = {}
+
+    def of(self, layers: Mapping[str, MaskedLayer]) -> list[LayerGroup]:
+        """Return the groups of some layers, given by name."""
+        names, each = tuple(layers), [*layers.values()]
+        kept, groups = self._kept.get(names, ([], []))
+        if len(kept) != len(each) or not all(map(is_, kept, each)) or not all(map(LayerGroup.is_current, groups)):
+            while len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]
+            weights = {name: weight_in(layer) for name, layer in layers.items()}
+            groups = [LayerGroup({name: layers[name] for name in together}) for together in by_device(weights)]
+            self._kept[names] = each, groups
+        return groups
+
+    def packed(self, layers: Mapping[str, MaskedLayer]) -> list[LayerGroup]:
+        """Return the groups of those layers that have packed weights which a step renews."""
+        own = {
+            name: layer for name, layer in layers.items() if layer.operands.is_packed and layer.soft_scale is None
+        }
+        return self.of(own)
+
+
+_NUMBERS = itertools.count(1)
+
+
+def repack_(groups: Sequence[LayerGroup]) -> float:
+    """Renew packed weights now, so that captured graphs and compiled steps find them.
 
     Returns:
         Milliseconds of host time.
 
     Example:
-        >>> repack_({}) >= 0
+        >>> repack_([]) >= 0
         True
     """
     start = time.perf_counter()
-    packed: dict[torch.device, list[MaskedLayer]] = {}
-    for layer in layers.values():
-        if layer.operands.is_packed and layer.soft_scale is None:
-            packed.setdefault(layer.mask_codes.device, []).append(layer)
-    for together in packed.values():
-        renew_(together)
+    for group in groups:
+        group.repack_()
     return 1e3 * (time.perf_counter() - start)
 
 

@@ -1,7 +1,5 @@
 """Masked decay pulls pruned weights to zero, so that masks settle: on gradients or weights, constant or automatic."""
 
-import functools
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,8 +8,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from .checks import NOT_NEGATIVE, mapping
-from .kernels.masked_update.operator import add_masked_decays_now_
-from .masked_layer import MaskedLayer, weight_in, written_as_matrices
+from .layer_group import LayerGroup
 from .state_schema import require_state
 
 DecayTarget = Literal["gradient", "weight", "by_optimizer"]
@@ -66,36 +63,34 @@ class MaskedDecay:
             self.value *= FACTOR if ratio > BAND[1] else 1 / FACTOR if ratio < BAND[0] else 1.0
 
     def apply_(
-        self, optimizer: Optimizer, layers: Mapping[str, MaskedLayer], age: int, clock: int, scale: Tensor | None
-    ) -> None:
+        self, optimizer: Optimizer, group: LayerGroup, gradients: Sequence[Tensor], age: int, clock: int,
+        scale: Tensor | None,
+    ) -> None:  # fmt: skip
         """Add the decay of one step; to 16-bit gradients or weights in float32, rounded at random to the right mean.
 
         Args:
             optimizer: Whose step it is.
-            layers: Name to layer, with weights on one device, whose gradients are final but for ``scale``.
+            group: Layers whose gradients are final but for ``scale``.
+            gradients: Theirs.
             age: Steps since the sparse phase began.
             clock: Steps since the run began; with the name, it makes the random numbers.
             scale: By which gradients are multiplied, if they are.
         """
-        if not self.value or not layers:
+        if not self.value:
             return
-        device = weight_in(next(iter(layers.values()))).device
+        device = group.weights[0].device
         # a number is written on the device, never read from it
         decay = torch.full((), self.at(age), dtype=torch.float64, device=device)
         if self.is_on_gradients(optimizer):
             decay = decay if scale is None else decay * scale.to(device)
-            _add_(layers, [weight_in(layer).grad for layer in layers.values()], decay, clock)
+            group.decay_(gradients, decay, clock)
             return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             decay = decay * (found_inf.to(device) == 0)  # a step that will be skipped
-        rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-        by_rate: dict[int, dict[str, MaskedLayer]] = {}
-        for name, layer in layers.items():
-            by_rate.setdefault(id(rates[id(layer.weight)]), {})[name] = layer
-        for own in by_rate.values():
-            weights = [layer.weight for layer in own.values()]
-            _add_(own, weights, -decay * rates[id(weights[0])], clock)
+        rates = {id(parameter): entry["lr"] for entry in optimizer.param_groups for parameter in entry["params"]}
+        for own in group.split([id(rates[id(weight)]) for weight in group.weights]):
+            own.decay_(own.weights, -decay * rates[id(own.weights[0])], clock)
 
     def state_dict(self) -> dict[str, Any]:
         """Return λ."""
@@ -109,18 +104,3 @@ class MaskedDecay:
         """Take back what :meth:`state_dict` returned; a constant λ stays that of the method."""
         if self.automatic:
             self.value = float(state["value"])
-
-
-def _add_(layers: Mapping[str, MaskedLayer], tensors: Sequence[Tensor | None], decay: Tensor, clock: int) -> None:
-    """Add what is pruned of the layers' weights, times a factor, to gradients or to the weights themselves."""
-    masked, changed = list(layers.values()), [tensor for tensor in tensors if tensor is not None]
-    with torch.no_grad(), written_as_matrices(masked, changed) as matrices:
-        add_masked_decays_now_(
-            matrices, [layer.matrix for layer in masked], [layer.mask_codes for layer in masked], decay,
-            [_number(name) for name in layers], clock,
-        )  # fmt: skip
-
-
-@functools.cache
-def _number(name: str) -> int:
-    return zlib.crc32(name.encode())

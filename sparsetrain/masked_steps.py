@@ -7,10 +7,9 @@ from torch.optim import Optimizer
 
 from .gradient_rules import resolve_gradient_rule
 from .kernels.adamw.reference import Rule
-from .kernels.masked_update.operator import apply_masks_now_
+from .layer_group import LayerGroups
 from .masked_decay import MaskedDecay
-from .masked_layer import MaskedLayer, PhaseKind, weight_in, written_as_matrices
-from .matrices import by_device
+from .masked_layer import MaskedLayer, PhaseKind
 from .methods.method import Method
 from .optim import MaskedStep, SparseAdamW
 
@@ -21,6 +20,7 @@ class MaskedSteps:
     Args:
         method: Of the run.
         decay: λ of the run.
+        groups: Of the run's layers.
 
     Example:
         >>> import torch
@@ -35,8 +35,9 @@ class MaskedSteps:
         'decay_gradient'
     """
 
-    def __init__(self, method: Method, decay: MaskedDecay) -> None:
+    def __init__(self, method: Method, decay: MaskedDecay, groups: LayerGroups | None = None) -> None:
         self._decay = decay
+        self._groups = groups or LayerGroups()
         self._masks_gradient = resolve_gradient_rule(method.frozen_gradient).pruned == 0
         self._in_place = method.frozen_in_place
         self.zeroed: set[str] = set()
@@ -64,15 +65,13 @@ class MaskedSteps:
             zeros = phase == "frozen" and self._in_place
             rule = self._rule(optimizer, phase, decay)
             optimizer.masked_step = MaskedStep(inside, rule, decay, clock, zeros, settled) if inside else None
-        weights = {name: weight_in(layer) for name, layer in layers.items() if name not in inside}
-        for names in by_device(weights):
-            rest = layers if len(names) == len(layers) else {name: layers[name] for name in names}
+        outside = {name: layer for name, layer in layers.items() if name not in inside} if inside else layers
+        for group in self._groups.of(outside):
+            gradients = [gradient for weight in group.weights if (gradient := weight.grad) is not None]
             if phase == "sparse":
-                self._decay.apply_(optimizer, rest, age, clock, scale)
+                self._decay.apply_(optimizer, group, gradients, age, clock, scale)
             elif self._masks_gradient:
-                gradients = [found for weight in names.values() if (found := weight.grad) is not None]
-                with written_as_matrices(list(rest.values()), gradients) as matrices:
-                    apply_masks_now_(matrices, [layer.mask_codes for layer in rest.values()])
+                group.apply_masks_(gradients)
 
     def after(self, optimizer: Optimizer) -> set[str]:
         """Return the layers whose packed weights the optimizer's step has renewed."""

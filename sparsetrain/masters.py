@@ -1,6 +1,7 @@
 """``Masters``: which tensor every layer's weight is and which optimizer owns it, although both may be replaced."""
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,6 +9,8 @@ from torch.optim import Optimizer
 
 from .masked_layer import MaskedLayer
 from .optimizer_hooks import owned_parameters
+
+_GRADIENT = attrgetter("grad")
 
 
 class Masters:
@@ -38,6 +41,10 @@ class Masters:
         self.owned = {id(optimizer): owned_parameters(optimizer) for optimizer in optimizers}
         self._model, self._layers, self._optimizers = model, dict(layers), list(optimizers)
         self._paths = {name: name.split(".") if name else [] for name in layers}
+        self._listed: tuple[list[dict[str, Any]], list[Tensor]] = ([], [])  # where weights are looked for, and they
+        self._edges: list[tuple[dict[str, Any], str, Any]] = []  # of the module tree: on the paths to all layers
+        self._own: dict[int, tuple[tuple[str, ...], list[Tensor]]] = {}  # of every optimizer
+        self._list()
 
     def follow(self, optimizer: Optimizer) -> dict[str, tuple[Tensor, Tensor]]:
         """Take over what was replaced since the last step.
@@ -52,18 +59,22 @@ class Masters:
             RuntimeError: If a new weight does not fit or no optimizer owns it, or a layer is no longer in the model;
                 nothing is changed then.
         """
-        for name in [name for name, path in self._paths.items() if self._found_at(path) is not self._layers[name]]:
-            self._require_elsewhere(name, self._layers[name])
-            del self._paths[name]
+        if any(children.get(name) is not child for children, name, child in self._edges):
+            for name in [name for name, path in self._paths.items() if self._found_at(path) is not self._layers[name]]:
+                self._require_elsewhere(name, self._layers[name])
+                del self._paths[name]
+            self._list()
+        owned = owned_parameters(optimizer)
+        parameters, weights = self._listed
         # nn.Module would find each weight in half a microsecond or more
+        same = all(map(is_, [own.get("weight") for own in parameters], weights))
+        if same and owned == self.owned[id(optimizer)]:
+            return {}
         replaced = {
             name: (self.weights[name], layer.weight)
             for name, layer in self._layers.items()
             if layer._parameters.get("weight") is not self.weights[name]
         }
-        owned = owned_parameters(optimizer)
-        if not replaced and owned == self.owned[id(optimizer)]:
-            return {}
         now = {id(entry): owned_parameters(entry) for entry in self._optimizers}
         before, after = set().union(*self.owned.values()), set().union(*now.values())
         for name, layer in self._layers.items():
@@ -78,15 +89,38 @@ class Masters:
                 )
         self.owned.update(now)
         self.weights.update({name: new for name, (_, new) in replaced.items()})
+        self._list()
         return replaced
 
     def gradients(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Return the gradients that there are of an optimizer's layers, by layer name."""
-        owned, found = self.owned[id(optimizer)], {}
-        for name, weight in self.weights.items():
-            if id(weight) in owned and (gradient := weight.grad) is not None:
-                found[name] = gradient.detach() if gradient.requires_grad else gradient
-        return found
+        names, weights = self.of(optimizer)
+        return {
+            name: gradient.detach() if gradient.requires_grad else gradient
+            for name, gradient in zip(names, map(_GRADIENT, weights), strict=True)
+            if gradient is not None
+        }
+
+    def of(self, optimizer: Optimizer) -> tuple[tuple[str, ...], list[Tensor]]:
+        """Return the names of an optimizer's layers, and their weights."""
+        return self._own[id(optimizer)]
+
+    def _list(self) -> None:
+        """List what every step looks at."""
+        self._listed = [layer._parameters for layer in self._layers.values()], [*self.weights.values()]
+        for optimizer, owned in self.owned.items():
+            own = {name: weight for name, weight in self.weights.items() if id(weight) in owned}
+            self._own[optimizer] = tuple(own), [*own.values()]
+        edges: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        for name, path in self._paths.items():
+            module: Any = self._model
+            for part in path:
+                children = {} if module is None else module._modules
+                module = children.get(part)
+                edges[id(children), part] = children, part, module
+            if module is not self._layers[name]:
+                edges[0, name] = {}, name, self._layers[name]  # is looked for at the next step
+        self._edges = [*edges.values()]
 
     def _found_at(self, path: Sequence[str]) -> Any:
         module: Any = self._model

@@ -5,7 +5,8 @@ import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from operator import attrgetter
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -61,6 +62,8 @@ Key = tuple[str, bool, torch.dtype]
 
 Stamp = tuple[int, ...]
 
+_VERSION = attrgetter("_version")
+
 
 class Layer(Protocol):
     """What owns operands."""
@@ -102,7 +105,8 @@ class Operands:
         self.owner: weakref.ref[Layer] | None = None
         self._made: dict[Key, Operand] = {}
         self._fillings: list[Filling] | None = None  # of all that is made, for the tensors that they name
-        self._idle: dict[Key, int] = {}  # renewals since the last use
+        self._renewals = 0
+        self._used: dict[Key, int] = {}  # of what is made, the renewal after which it was used last
         self._captured: set[Key] = set()
         self._shared: dict[tuple[object, ...], Operand] = {}
         self._stamp: Stamp | None = None
@@ -138,7 +142,7 @@ class Operands:
         operand = self._made.get(key) if stamp is not None and stamp is self._stamp else None
         if operand is None or (operand.tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
-        self._idle[key] = 0
+        self._used[key] = self._renewals
         return operand
 
     @property
@@ -167,7 +171,7 @@ class Operands:
             operand = self.get(weight, codes, backend, False, dtype)
             return Operand(operand.shape[::-1], (operand.tensors[0].t(),))
         key = (backend.name, transposed, dtype)
-        self._idle[key] = 0
+        self._used[key] = self._renewals
         if capturing:
             self._captured.add(key)
         if key not in self._made:
@@ -235,6 +239,7 @@ class Operands:
         """Free memory; what CUDA graphs read stays unless ``captured``."""
         kept = set() if captured else self._captured
         self._made, self._fillings = {key: made for key, made in self._made.items() if key in kept}, None
+        self._used = dict.fromkeys(self._made, self._renewals)
         self._captured = set(kept)
         self.kept.release()
         if not kept:
@@ -258,7 +263,7 @@ class Operands:
 
     def written(self, weight: Tensor, codes: Tensor) -> None:
         """Take note that all operands were written from these, so that the next :func:`renew_` leaves them."""
-        self._renewed(weight, codes, None)
+        self._renewed(_stamp(weight, codes, None), weight, codes)
         self._fresh = self._stamp
 
     def _take_fresh(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> bool:
@@ -267,12 +272,12 @@ class Operands:
 
     def _stale(self) -> dict[Key, Operand]:
         """Forget what nobody used for long, and return the rest; captured graphs use theirs unseen."""
-        idle = self._idle
-        for key in list(self._made):
-            idle[key] = renewals = idle.get(key, 0) + 1
-            if renewals > MAX_IDLE and key not in self._captured:
-                del self._made[key]
-                self._fillings = None
+        self._renewals += 1
+        if self._made and self._renewals - min(self._used.values()) > MAX_IDLE:
+            last = {key: self._renewals if key in self._captured else self._used[key] for key in self._made}
+            self._used = {key: used for key, used in last.items() if self._renewals - used <= MAX_IDLE}
+            if len(self._used) < len(self._made):
+                self._made, self._fillings = {key: self._made[key] for key in self._used}, None
         return self._made
 
     def _to_fill(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> list[Filling]:
@@ -287,12 +292,17 @@ class Operands:
         self._fillings = fillings if backward is None else None
         return fillings
 
-    def _renewed(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> None:
-        self._stamp = stamp = _stamp(weight, codes, backward)
+    def _renewed(self, stamp: Stamp | None, *tensors: Tensor) -> None:
+        """Take note that everything was filled from tensors whose stamp this is."""
+        self._stamp = stamp
         storages = None if stamp is None else stamp[::3]
         if storages is None or storages != self._held_storages:
-            self._held = tuple(_hold(tensor) for tensor in (weight, codes, backward) if tensor is not None)
+            self._held = tuple(map(_hold, tensors))
             self._held_storages = storages
+
+
+Source: TypeAlias = tuple[Operands, Tensor, Tensor, Tensor | None]
+"""Operands, and the matrix, the codes and the backward codes that they are filled from."""
 
 
 class _Bias:
@@ -372,19 +382,30 @@ def stamp_of(*tensors: Tensor) -> Stamp | None:
     return tuple(numbers)  # three of each
 
 
-def renew_(layers: Sequence[Layer]) -> None:
-    """Fill the operands of several layers again, in place, but for those just written; equal layouts share a launch."""
-    with torch.no_grad():
-        sources = [(layer.operands, layer.matrix, layer.mask_codes, layer.backward_codes) for layer in layers]
-    stale = [source for source in sources if source[0]._fresh is None or not source[0]._take_fresh(*source[1:])]
+def renew_(layers: Sequence[Layer], matrices: Sequence[Tensor] | None = None) -> None:
+    """Fill the operands of several layers again, in place, but for those just written; equal layouts share a launch.
+
+    Args:
+        layers: Whose operands are filled.
+        matrices: Of the layers, where they are at hand.
+    """
+    if matrices is None:
+        with torch.no_grad():
+            matrices = [layer.matrix for layer in layers]
+    sources: list[Source] = [
+        (operands, matrix, layer.mask_codes, layer.backward_codes)
+        for layer, matrix in zip(layers, matrices, strict=True)
+        if (operands := layer.operands)._fresh is None
+        or not operands._take_fresh(matrix, layer.mask_codes, layer.backward_codes)
+    ]
     try:
-        _renew(stale)
+        _renew(sources)
     except RuntimeError as error:
-        lenient = all(operands.execution.backend == "auto" and not operands._captured for operands, *_ in stale)
+        lenient = all(operands.execution.backend == "auto" and not operands._captured for operands, *_ in sources)
         if not lenient or isinstance(error, torch.OutOfMemoryError):
             raise
         LOG.warning("weights cannot be packed now, so the next products pack theirs or are dense: %s", error)
-        for operands, *_ in stale:
+        for operands, *_ in sources:
             operands.release()
     for layer in layers:
         if (copies := layer.operands._bias) and layer.bias is not None:
@@ -392,13 +413,26 @@ def renew_(layers: Sequence[Layer]) -> None:
                 held.renew_(layer.bias)
 
 
-def _renew(sources: Sequence[tuple[Operands, Tensor, Tensor, Tensor | None]]) -> None:
+def _renew(sources: Sequence[Source]) -> None:
     fillings: list[Filling] = []
     for operands, weight, codes, backward in sources:
         fillings += operands._to_fill(weight, codes, backward)
     fill_(fillings)
-    for operands, weight, codes, backward in sources:
-        operands._renewed(weight, codes, backward)
+    for (operands, *tensors), stamp in zip(sources, _stamps(sources), strict=True):
+        operands._renewed(stamp, *[tensor for tensor in tensors if tensor is not None])
+
+
+def _stamps(sources: Sequence[Source]) -> Sequence[Stamp | None]:
+    """Return the stamps of several weights, as :func:`_stamp` does."""
+    _, weights, codes, backward = zip(*sources, strict=True) if sources else ((),) * 4
+    if any(map(Tensor.is_inference, weights + codes)) or any(one is not None for one in backward):
+        return [_stamp(weight, code, again) for _, weight, code, again in sources]
+    parts = [
+        part
+        for column in (weights, codes)
+        for part in (map(_address, column), map(Tensor.storage_offset, column), map(_VERSION, column))
+    ]
+    return list(zip(*parts, strict=True))
 
 
 def _stamp(weight: Tensor, codes: Tensor, backward: Tensor | None) -> Stamp | None:

@@ -17,7 +17,7 @@ from .distillation import Distillation
 from .ending import Ending, Progress, ending
 from .frozen_moments import FrozenMoments
 from .gradient_rules import resolve_gradient_rule
-from .layer_group import number_draws_, repack_, write_masks_
+from .layer_group import LayerGroups, number_draws_, repack_
 from .lr_restart import LRRestart
 from .mask_metrics import mask_metrics
 from .mask_state import MaskState
@@ -181,11 +181,12 @@ class SparseTraining:
         own = {id(layer.weight) for layer in layers.values()}
         self._optimizers = [entry for entry in optimizers if owned_parameters(entry) & own] or list(optimizers)
         self._masters = Masters(self.model, layers, self._optimizers)
-        self._weights, self._owned = self._masters.weights, self._masters.owned
+        self._weights = self._masters.weights
         self._lr_restart = LRRestart(optimizers, lr_schedulers) if method.restart_lr else None
         self._moments = SecondMoments() if self.timeline.earliest else None
         self._decay = MaskedDecay(method.decay, method.decay_on, self._steps(method.decay_ramp))
-        self._masked_steps = MaskedSteps(method, self._decay)
+        self._groups = LayerGroups()
+        self._masked_steps = MaskedSteps(method, self._decay, self._groups)
         self._frozen_moments = FrozenMoments(optimizers if method.freeze_second_moments else [])
         self._removals.callback(self._frozen_moments.remove)
         self._observer = Observer(criterion, self.masks.layers)
@@ -478,10 +479,10 @@ class SparseTraining:
 
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: packed weights of its layers that it did not pack are out of date."""
-        packed, owned = self._masked_steps.after(optimizer), self._owned[id(optimizer)]
-        for name, layer in self.masks.layers.items():
-            if id(self._weights[name]) in owned and name not in packed:
-                layer.operands.expire()
+        packed = self._masked_steps.after(optimizer)
+        for name in self._masters.of(optimizer)[0]:
+            if name not in packed:
+                self.masks.layers[name].operands.expire()
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
@@ -586,8 +587,10 @@ class SparseTraining:
 
     def _apply_masks(self, done: Collection[str] = ()) -> None:
         if self.method.frozen_in_place:
-            write_masks_(self.masks.layers, self._active.difference(done))
+            wanted = self._active.difference(done)
+            for group in self._groups.of({name: layer for name, layer in self.masks.layers.items() if name in wanted}):
+                group.apply_masks_(group.weights)
         self._masked_steps.zeroed.clear()
 
     def _repack(self) -> None:
-        self._repack_ms = repack_(self.masks.layers)
+        self._repack_ms = repack_(self._groups.packed(self.masks.layers))

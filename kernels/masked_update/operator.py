@@ -1,6 +1,6 @@
 """Masked updates of several tensors as torch operators: Triton on CUDA, the reference elsewhere."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -87,13 +87,12 @@ def _(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
 @add_masked_decays_.register_kernel("cuda")
 def _decay_on_cuda(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
-    numbers: Sequence[int] | None = None, clock: int = 0,
+    numbers: Sequence[int] | None = None, clock: int = 0, known: Hashable = None,
 ) -> None:  # fmt: skip
     from .triton_kernel import decay_in_place
 
-    taken, plan = DECAYS.of(
-        layout_of(gradients, weights, codes), lambda: _planned(codes, gradients=gradients, weights=weights)
-    )
+    layouts = layout_of(gradients, weights), known or layout_of(codes)
+    taken, plan = DECAYS.of(layouts, lambda: _planned(codes, gradients=gradients, weights=weights))
     numbers = _numbers(numbers, codes)
     if len(taken) < len(codes):
         for position in sorted({*range(len(codes))}.difference(taken)):
@@ -101,22 +100,23 @@ def _decay_on_cuda(
                 gradients[position], weights[position], codes[position], decay, numbers[position], clock
             )  # fmt: skip
         gradients, weights, codes = ([column[i] for i in taken] for column in (gradients, weights, codes))
-        numbers = [numbers[i] for i in taken]
+        numbers, known = [numbers[i] for i in taken], None
     if taken:
-        decay_in_place(gradients, weights, codes, decay.to(torch.float32), numbers, clock, plan)
+        decay_in_place(gradients, weights, codes, decay.to(torch.float32), numbers, clock, plan, known)
 
 
 @apply_masks_.register_kernel("cuda")
-def _mask_on_cuda(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
+def _mask_on_cuda(tensors: Sequence[Tensor], codes: Sequence[Tensor], known: Hashable = None) -> None:
     from .triton_kernel import mask_in_place
 
-    taken, plan = MASKINGS.of(layout_of(tensors, codes), lambda: _planned(codes, tensors=tensors))
+    layouts = layout_of(tensors), known or layout_of(codes)
+    taken, plan = MASKINGS.of(layouts, lambda: _planned(codes, tensors=tensors))
     if len(taken) < len(codes):
         for position in {*range(len(codes))}.difference(taken):
             apply_mask_(tensors[position], codes[position])
-        tensors, codes = [tensors[i] for i in taken], [codes[i] for i in taken]
+        tensors, codes, known = [tensors[i] for i in taken], [codes[i] for i in taken], None
     if taken:
-        mask_in_place(tensors, codes, plan)
+        mask_in_place(tensors, codes, plan, known)
 
 
 DECAYS: Plans[tuple[list[int], Any]] = Plans()
@@ -139,9 +139,19 @@ NOW: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {"cuda": (_dec
 
 def add_masked_decays_now_(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
-    numbers: Sequence[int] | None = None, clock: int = 0,
+    numbers: Sequence[int] | None = None, clock: int = 0, known: Hashable = None,
 ) -> None:  # fmt: skip
     """Do what :func:`add_masked_decays_` does; eager execution spares the dispatcher, which looks at every tensor.
+
+    Args:
+        gradients: As there, and so are the others.
+        weights: See there.
+        codes: See there.
+        decay: See there.
+        numbers: See there.
+        clock: See there.
+        known: What tells these very codes, and that they fit weights of these layouts: where it was seen before, they
+            are not looked at again. None to look.
 
     Example:
         >>> add_masked_decays_now_([], [], [], torch.tensor(0.5))
@@ -150,12 +160,17 @@ def add_masked_decays_now_(
     if kernels is None:
         add_masked_decays_(gradients, weights, codes, decay, numbers, clock)
     else:
-        kernels[0](gradients, weights, codes, decay, numbers, clock)
+        kernels[0](gradients, weights, codes, decay, numbers, clock, known)
         torch.autograd.graph.increment_version(gradients)
 
 
-def apply_masks_now_(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
+def apply_masks_now_(tensors: Sequence[Tensor], codes: Sequence[Tensor], known: Hashable = None) -> None:
     """Do what :func:`apply_masks_` does; eager execution spares the dispatcher, which looks at every tensor.
+
+    Args:
+        tensors: As there.
+        codes: See there.
+        known: As in :func:`add_masked_decays_now_`.
 
     Example:
         >>> apply_masks_now_([], [])
@@ -164,7 +179,7 @@ def apply_masks_now_(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None
     if kernels is None:
         apply_masks_(tensors, codes)
     else:
-        kernels[1](tensors, codes)
+        kernels[1](tensors, codes, known)
         torch.autograd.graph.increment_version(tensors)
 
 

@@ -1,6 +1,6 @@
 """Masked decay and re-masking as Triton kernels: several tensors at a time, no mask in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import triton
@@ -43,7 +43,7 @@ def plan_of(targets: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequenc
 
 def decay_in_place(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
-    numbers: Sequence[int], clock: int, plan: Plan[Settings] | None = None,
+    numbers: Sequence[int], clock: int, plan: Plan[Settings] | None = None, known: Hashable = None,
 ) -> None:  # fmt: skip
     """Add ``decay * (1 - mask) * weight`` to gradients; tensors of equal layout share one launch.
 
@@ -55,27 +55,31 @@ def decay_in_place(
         numbers: Of the layers, one each: the counter of the random numbers that round 16-bit gradients.
         clock: Its other word.
         plan: Of these layouts; None to make one.
+        known: What tells these very codes to the plan; None to look.
     """
-    _launch(plan or plan_of(gradients, weights, codes), (gradients, weights, codes), decay, numbers, clock)
+    _launch(plan or plan_of(gradients, weights, codes), (gradients, weights, codes), decay, numbers, clock, known)
 
 
-def mask_in_place(tensors: Sequence[Tensor], codes: Sequence[Tensor], plan: Plan[Settings] | None = None) -> None:
+def mask_in_place(
+    tensors: Sequence[Tensor], codes: Sequence[Tensor], plan: Plan[Settings] | None = None, known: Hashable = None
+) -> None:
     """Write zeros into pruned entries; tensors of equal layout share one launch.
 
     Args:
         tensors: ``[O, I]`` each, columns contiguous, rows at any stride; changed.
         codes: int16 ``[O/4, I/4]`` each, contiguous.
         plan: Of these layouts, the tensors being the weights too; None to make one.
+        known: What tells these very codes to the plan; None to look.
     """
-    _launch(plan or plan_of(tensors, tensors, codes), (tensors, tensors, codes), None, [0] * len(tensors), 0)
+    _launch(plan or plan_of(tensors, tensors, codes), (tensors, tensors, codes), None, [0] * len(tensors), 0, known)
 
 
 def _launch(
     plan: Plan[Settings], columns: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], decay: Tensor | None,
-    numbers: Sequence[int], clock: int,
+    numbers: Sequence[int], clock: int, known: Hashable,
 ) -> None:  # fmt: skip
-    counters = plan.tables([group.pick(numbers) for group in plan.groups], columns[0])
-    for own, (group, offsets, aligned) in zip(counters, plan.placed(columns), strict=True):
+    counters = plan.numbered(numbers, columns[0])
+    for own, (group, offsets, aligned) in zip(counters, plan.placed(columns, known, moving=2), strict=True):
         target, weight, code = [column[group.first] for column in columns]
         settings = group.settings
         with on_device_of(target):

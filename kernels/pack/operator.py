@@ -254,8 +254,8 @@ def _pack_now_on_cuda(
     from .triton_kernel import pack_into, plan_of
 
     every = (values, meta, values_t, meta_t, tables)
-    plain = tuple(orders) if orders is not None else None
-    key = (layout_of(weights, codes), plain, known or layout_of(*every), *map(len, every))
+    plain = None if known or orders is None else tuple(orders)
+    key = layout_of(weights), known or (layout_of(codes, *every), *map(len, every), plain)
 
     def made() -> Any:
         sides = sides_of(weights, codes, *every, orders)
@@ -269,7 +269,7 @@ def _pack_now_on_cuda(
     numbers = [0] * (len(meta) + len(meta_t)) if orders is None else orders
     side = Side(values, meta, numbers[: len(meta)], meta) if values else None
     side_t = Side(values_t, meta_t, numbers[len(meta) :], meta_t) if values_t else None
-    pack_into(weights, codes, side, side_t, search=False, plan=plan)
+    pack_into(weights, codes, side, side_t, search=False, plan=plan, known=known)
 
 
 PACKINGS: Plans[tuple[Any]] = Plans()
@@ -293,13 +293,14 @@ def pack_tiles_now_(
         meta_t: See there.
         tables: See there.
         orders: See there.
-        known: What tells the layouts of all targets: where it was seen before, they are not looked at again. None to
-            look.
+        known: What tells all these very tensors but the weights, which are of no class of their own, and the orders:
+            where it was seen before, with weights of these layouts, they are not looked at again. None to look.
 
     Example:
         >>> pack_tiles_now_([], [], [], [], [], [], [])
     """
-    kernel = kernels_now(NOW, values, meta, values_t, meta_t, tables, weights, codes)
+    rest = () if known else (values, meta, values_t, meta_t, tables)
+    kernel = kernels_now(NOW, *rest, weights, codes)
     if kernel is None:
         pack_tiles_(weights, codes, values, meta, values_t, meta_t, tables, orders)
     else:

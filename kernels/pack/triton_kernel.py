@@ -1,6 +1,6 @@
 """Packing a weight and its transpose in one pass, with or without search and statistics, as a Triton kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ class Settings:
 
 def pack_into(
     weights: Sequence[Tensor], codes: Sequence[Tensor], side: Side | None, side_t: Side | None, search: bool,
-    statistics: Tensor | None = None, plan: Plan[Settings] | None = None,
+    statistics: Tensor | None = None, plan: Plan[Settings] | None = None, known: Hashable = None,
 ) -> None:  # fmt: skip
     """Pack several weights; weights of equal layout share one launch.
 
@@ -62,6 +62,7 @@ def pack_into(
         statistics: With ``search``: float64 ``[weights, 6]``, overwritten, see ``FIELDS`` of the statistics; flips are
             counted from the codes that were there.
         plan: Of these layouts and orders; None to make one.
+        known: What tells the plan all these very tensors but the weights; None to look.
     """
     plan = plan or plan_of(weights, codes, side, side_t)
     order = [i for group in plan.groups for i in group.positions]
@@ -72,7 +73,7 @@ def pack_into(
         sums = weights[0].new_zeros((len(order), SUMS, blocks), dtype=torch.float32)
     columns = [weights, codes, *(column for each in (side, side_t) if each is not None for column in each.columns)]
     start = 0
-    for group, offsets, aligned in plan.placed(columns):
+    for group, offsets, aligned in plan.placed(columns, known, moving=1):
         end = start + len(group.positions)
         firsts, piece = [column[group.first] for column in columns], None if sums is None else sums[start:end]
         widest = all(aligned[:4] + aligned[5:7])  # tables are read a number at a time

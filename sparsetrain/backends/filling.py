@@ -1,7 +1,7 @@
 """Filling operands: masked weights packed, or masked and copied, into the forms of backends."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -35,7 +35,7 @@ class Filling:
     operand: Operand | None = None
     transpose: Operand | None = None
     within: Tensor | None = None
-    batch: "Batch | None" = field(default=None, repr=False)  # whose first this was when it was last packed
+    batches: "Batches | None" = field(default=None, repr=False)  # whose first this was when it was last filled
 
     @property
     def source(self) -> Tensor:
@@ -56,18 +56,16 @@ class Filling:
         return self.dtype, self.operand is None, self.transpose is None, alone
 
 
-def fill_(fillings: Iterable[Filling]) -> None:
+def fill_(fillings: Sequence[Filling]) -> None:
     """Mask and pack weights into operands; equal layouts share a launch."""
-    groups: dict[tuple[object, ...], list[Filling]] = {}
+    if not fillings:
+        return
     with torch.inference_mode(False), torch.no_grad():
-        for filling in fillings:
-            kind = filling.kind
-            if kind is None:
-                _fill_from_matrix(filling)
-            else:
-                groups.setdefault((filling.weight.device, kind), []).append(filling)
-        for group in groups.values():
-            _pack(group)
+        batches = Batches.of(fillings)
+        for filling in batches.alone:
+            _fill_from_matrix(filling)
+        for batch in batches.packed:
+            batch.pack_()
 
 
 def operand_of_packed(backend: Backend, values: Tensor, meta: Tensor) -> Operand:
@@ -90,37 +88,50 @@ def operand_of_packed(backend: Backend, values: Tensor, meta: Tensor) -> Operand
 class Batch:
     """Fillings that are packed in one call, and the packer's arguments, which stay those of these very objects."""
 
-    def __init__(self, fillings: list[Filling]) -> None:
-        self._others = fillings[1:]  # not the first, whose it is
-        self.codes = [filling.codes for filling in fillings]
-        self.targets = Targets([(filling.operand, filling.transpose) for filling in fillings])
-        self.number = next(_NUMBERS)  # an operand's tensors stay as they are, so this tells all that they are
+    def __init__(self, fillings: Sequence[Filling]) -> None:
+        self.fillings = list(fillings)
+        self._codes = [filling.codes for filling in fillings]
+        self._targets = Targets([(filling.operand, filling.transpose) for filling in fillings])
+        self._number = next(_NUMBERS)  # an operand's tensors stay as they are, so this tells all that they are
+        self._are_whole = all(filling.within is None for filling in fillings)
+        self.stays = self._are_whole and not self._targets.unordered  # else it would hold scratch memory
+
+    def pack_(self) -> None:
+        """Pack the weights as they are now."""
+        targets, fillings = self._targets, self.fillings
+        values, meta, values_t, meta_t = targets.columns
+        pack_tiles_now_(
+            [filling.weight if self._are_whole else filling.source for filling in fillings], self._codes, values, meta,
+            values_t, meta_t, targets.tables, targets.orders, self._number,
+        )  # fmt: skip
+        for position, operand, natural in targets.unordered:
+            fillings[position].backend.finish_(operand, natural)
+
+
+class Batches:
+    """Fillings in batches of a kind, and those that the packer does not fill."""
+
+    def __init__(self, fillings: Sequence[Filling]) -> None:
+        self._others = list(fillings[1:])  # not the first, whose this is
+        self.alone = [filling for filling in fillings if filling.kind is None]
+        kinds: dict[tuple[object, ...], list[Filling]] = {}
+        for filling in fillings:
+            if filling.kind is not None:
+                kinds.setdefault((filling.weight.device, filling.kind), []).append(filling)
+        self.packed = [Batch(alike) for alike in kinds.values()]
 
     @classmethod
-    def of(cls, fillings: list[Filling]) -> "Batch":
-        """Return the batch of these fillings: the last one of the first, if it was of the same."""
-        kept = fillings[0].batch
+    def of(cls, fillings: Sequence[Filling]) -> "Batches":
+        """Return the batches of these fillings: the last ones of the first, if they were of the same."""
+        kept = fillings[0].batches
         if kept is not None and kept._others == fillings[1:]:
             return kept
         made = cls(fillings)
-        keeps = not made.targets.unordered and fillings[0].within is None  # else it would hold scratch memory
-        fillings[0].batch = made if keeps else None
+        fillings[0].batches = made if all(batch.stays for batch in made.packed) else None
         return made
 
 
-_NUMBERS = itertools.count()
-
-
-def _pack(fillings: list[Filling]) -> None:
-    batch = Batch.of(fillings)
-    targets = batch.targets
-    values, meta, values_t, meta_t = targets.columns
-    pack_tiles_now_(
-        [filling.source for filling in fillings], batch.codes, values, meta, values_t, meta_t, targets.tables,
-        targets.orders, batch.number,
-    )  # fmt: skip
-    for position, operand, natural in targets.unordered:
-        fillings[position].backend.finish_(operand, natural)
+_NUMBERS = itertools.count(1)
 
 
 class Targets:
