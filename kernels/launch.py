@@ -4,9 +4,9 @@ import ctypes
 from array import array
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, itemgetter, or_
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -113,17 +113,20 @@ class Group(Generic[Settings]):
     def __init__(self, positions: Sequence[int], sizes: Sequence[int], settings: Settings) -> None:
         self.positions, self.sizes, self.settings = tuple(positions), tuple(sizes), settings
         self.first = self.positions[0]
+        self._pick: Callable[[Sequence[Any]], Any] = itemgetter(*self.positions)
 
     def pick(self, entries: Sequence[Made]) -> tuple[Made, ...]:
         """Return the group's entries of a column."""
-        return tuple([entries[position] for position in self.positions])
+        found = self._pick(entries)
+        return found if len(self.positions) > 1 else (found,)
 
     def offsets(self, column: int, addresses: Sequence[int]) -> tuple[tuple[int, ...], bool]:
         """Return where the group's tensors begin, in elements from the first, and whether that is aligned."""
         own, size = self.pick(addresses), self.sizes[column]
-        first, step = own[0], ALIGNMENT * size
-        aligned = not first % 16 and not any((address - first) % step for address in own)
-        return tuple([(address - first) // size for address in own]), aligned
+        first = own[0]
+        distances = [address - first for address in own]
+        aligned = not first % 16 and not reduce(or_, distances) % (ALIGNMENT * size)  # sizes are powers of two
+        return tuple([distance // size for distance in distances]), aligned
 
 
 class Plan(Generic[Settings]):
@@ -298,19 +301,25 @@ def _kept_tables(numbers: tuple[tuple[int, ...], ...], device: torch.device, str
 
 
 def _written(numbers: tuple[tuple[int, ...], ...], device: torch.device, captured: bool) -> tuple[Tensor, ...]:
-    padded = [own + (0,) * (len(own) % 2) for own in numbers]  # tables begin at multiples of 16 bytes
-    flat = array("q", chain.from_iterable(padded))
-    with torch.inference_mode(False), torch.no_grad():
-        made = torch.zeros(len(flat), dtype=torch.int64, device=device)
-        if flat and captured:
+    padded = [own + (0,) if len(own) % 2 else own for own in numbers]  # tables begin at multiples of 16 bytes
+    flat = array("q", [*chain.from_iterable(padded)])
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        if not flat:
+            made = torch.empty(0, dtype=torch.int64, device=device)
+        elif captured:
+            made = torch.zeros(len(flat), dtype=torch.int64, device=device)
             torch._foreach_add_(made.unbind(), flat.tolist())
-        elif flat:
-            host = torch.empty(len(flat), dtype=torch.int64, pin_memory=True) if device.type == "cuda" else made
+        elif device.type == "cuda":
+            host = torch.empty(len(flat), dtype=torch.int64, pin_memory=True)
             ctypes.memmove(host.data_ptr(), flat.buffer_info()[0], 8 * len(flat))
-            if host is not made:
-                made.copy_(host, non_blocking=True)  # its memory is used again when the stream has read it
-        parts = torch.split(made, [*map(len, padded)])
-        return tuple([part[: len(own)] for part, own in zip(parts, numbers, strict=True)])
+            # the host's memory is used again when the stream has read it
+            made = torch.empty(len(flat), dtype=torch.int64, device=device).copy_(host, non_blocking=True)
+        else:
+            made = torch.frombuffer(flat, dtype=torch.int64)
+        parts = made.split_with_sizes([*map(len, padded)])
+        return tuple(
+            [part if part.numel() == len(own) else part[: len(own)] for part, own in zip(parts, numbers, strict=True)]
+        )
 
 
 def are_aligned(*columns: Sequence[Tensor]) -> bool:

@@ -14,12 +14,13 @@ from .estimated_gradient import renumber_
 from .kernels.masked_update.operator import add_masked_decays_now_, apply_masks_now_
 from .masked_layer import MaskedLayer, weight_in, written_as_matrices
 from .matrices import by_device
-from .operands import renew_
+from .operands import Operands
+from .renewal import Renewal
 
 KEPT = 8
 """Choices of layers whose groups are kept."""
 
-_CODES = attrgetter("mask_codes")
+_CODES, _SCALE = attrgetter("mask_codes"), attrgetter("soft_scale")
 
 
 class LayerGroup:
@@ -38,6 +39,7 @@ class LayerGroup:
     def __init__(self, layers: Mapping[str, MaskedLayer]) -> None:
         self.layers = dict(layers)
         self.each = [*self.layers.values()]
+        self._parameters = [layer._parameters for layer in self.each]
         self.weights = list(map(weight_in, self.each))
         self.codes = list(map(_CODES, self.each))
         self.numbers = tuple(zlib.crc32(name.encode()) for name in layers)
@@ -50,9 +52,9 @@ class LayerGroup:
 
     def is_current(self) -> bool:
         """Say whether the layers still have these weights and codes."""
-        return all(map(is_, self.weights, map(weight_in, self.each))) and all(
-            map(is_, self.codes, map(_CODES, self.each))
-        )
+        # nn.Module would find a weight in half a microsecond or more
+        weights = [parameters.get("weight") for parameters in self._parameters]
+        return all(map(is_, self.weights, weights)) and all(map(is_, self.codes, map(_CODES, self.each)))
 
     @property
     def matrices(self) -> list[Tensor]:
@@ -98,9 +100,9 @@ class LayerGroup:
             parts.setdefault(key, {})[name] = layer
         return list(map(LayerGroup, parts.values()))
 
-    def repack_(self) -> None:
-        """Renew the packed weights."""
-        renew_(self.each, self.matrices)
+    def repack_(self, renewal: Renewal) -> None:
+        """Renew the packed weights by the renewal of these layers."""
+        renewal.renew_(self.weights if self._are_matrices else None)
 
 
 class LayerGroups:
@@ -115,6 +117,8 @@ class LayerGroups:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, ...], tuple[list[MaskedLayer], list[LayerGroup]]] = {}
+        self._packed: list[tuple[LayerGroup, Renewal]] = []
+        self._seen = -1  # the generation of operands in which those were found
 
     def of(self, layers: Mapping[str, MaskedLayer]) -> list[LayerGroup]:
         """Return the groups of some layers, given by name."""
@@ -128,31 +132,36 @@ class LayerGroups:
             self._kept[names] = each, groups
         return groups
 
-    def packed(self, layers: Mapping[str, MaskedLayer]) -> list[LayerGroup]:
-        """Return the groups of those layers that have packed weights which a step renews."""
-        own = {
-            name: layer for name, layer in layers.items() if layer.operands.is_packed and layer.soft_scale is None
-        }
-        return self.of(own)
+    def forget(self) -> None:
+        """Hold nothing any more: what is packed has to be freed by who releases it."""
+        self._kept, self._packed, self._seen = {}, [], -1
+
+    def repack_(self, layers: Mapping[str, MaskedLayer]) -> float:
+        """Renew packed weights now, so that captured graphs and compiled steps find them.
+
+        Args:
+            layers: All of the run; those that have none, and those with a soft threshold, are passed over.
+
+        Returns:
+            Milliseconds of host time.
+        """
+        start = time.perf_counter()
+        scales = [*map(_SCALE, layers.values())]
+        hard = not any(scale is not None for scale in scales)
+        if not hard or self._seen != Operands.generation or not all(group.is_current() for group, _ in self._packed):
+            own = {
+                name: layer
+                for (name, layer), scale in zip(layers.items(), scales, strict=True)
+                if scale is None and layer.operands.is_packed
+            }
+            self._packed = [(group, Renewal(group.each)) for group in self.of(own)]
+        for group, renewal in self._packed:
+            group.repack_(renewal)
+        self._seen = Operands.generation if hard else -1
+        return 1e3 * (time.perf_counter() - start)
 
 
 _NUMBERS = itertools.count(1)
-
-
-def repack_(groups: Sequence[LayerGroup]) -> float:
-    """Renew packed weights now, so that captured graphs and compiled steps find them.
-
-    Returns:
-        Milliseconds of host time.
-
-    Example:
-        >>> repack_([]) >= 0
-        True
-    """
-    start = time.perf_counter()
-    for group in groups:
-        group.repack_()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def number_draws_(layers: Mapping[str, MaskedLayer], clock: int) -> None:

@@ -64,11 +64,10 @@ class Masters:
                 self._require_elsewhere(name, self._layers[name])
                 del self._paths[name]
             self._list()
-        owned = owned_parameters(optimizer)
         parameters, weights = self._listed
         # nn.Module would find each weight in half a microsecond or more
         same = all(map(is_, [own.get("weight") for own in parameters], weights))
-        if same and owned == self.owned[id(optimizer)]:
+        if same and owned_parameters(optimizer) == self.owned[id(optimizer)]:
             return {}
         replaced = {
             name: (self.weights[name], layer.weight)

@@ -3,10 +3,9 @@
 import functools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Protocol, TypeAlias
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -62,8 +61,6 @@ Key = tuple[str, bool, torch.dtype]
 
 Stamp = tuple[int, ...]
 
-_VERSION = attrgetter("_version")
-
 
 class Layer(Protocol):
     """What owns operands."""
@@ -94,9 +91,12 @@ class Operands:
 
     With backward codes, Wᵀ is packed at the places that they keep, with zeros where the mask prunes.
 
-    Who sets ``managed`` calls :func:`renew_` after each step; a CUDA graph then reads what it finds. In other graphs
-    every product is captured with the packing before it.
+    Who sets ``managed`` has a :class:`sparsetrain.renewal.Renewal` fill them after each step; a CUDA graph then reads
+    what it finds. In other graphs every product is captured with the packing before it.
     """
+
+    generation: ClassVar[int] = 0
+    """Of all layers: goes up when an operand is made, given up, or written by something else than a renewal."""
 
     def __init__(self, execution: Execution | None = None) -> None:
         self.execution = execution or Execution()
@@ -130,7 +130,7 @@ class Operands:
 
     @property
     def is_packed(self) -> bool:
-        """Whether there is something that :func:`renew_` fills."""
+        """Whether there is something that a renewal fills."""
         return bool(self._made)
 
     def at(self, stamp: Stamp | None, backend: Backend, transposed: bool, dtype: torch.dtype) -> Operand | None:
@@ -160,12 +160,13 @@ class Operands:
             RuntimeError: If a CUDA graph is being captured and there is no operand yet.
         """
         capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        stamp = _stamp(weight, codes, backward)
+        stamp = stamp_of_sources(weight, codes, backward)
         if stamp is None or stamp != self._stamp or (capturing and not self.managed):
             if self._device not in (None, weight.device):
                 self.release(captured=True)
             self._device = weight.device
-            _renew([(self, weight, codes, backward)])
+            fill_(self.to_fill(weight, codes, backward))
+            self.renewed(stamp_of_sources(weight, codes, backward), weight, codes, backward)
             self._stamp = None if capturing else self._stamp  # what is captured has not happened yet
         if transposed and backend.symmetric and backward is None:
             operand = self.get(weight, codes, backend, False, dtype)
@@ -201,7 +202,8 @@ class Operands:
         parts = (first, operand) if transposed else (operand, None)
         fill_(_fillings(weight, codes, backward, backend, dtype, *parts))
         if keep:
-            self._made[key], self._fillings = operand, None
+            self._made[key] = operand
+            self._changed()
         return operand
 
     def bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -232,13 +234,15 @@ class Operands:
         self._stamp = self._fresh = None
         if self.kept.is_made:
             self.kept.expire()
-        for held in self._bias.values():
-            held.stamp = None
+        if self._bias:
+            for held in self._bias.values():
+                held.stamp = None
 
     def release(self, captured: bool = False) -> None:
         """Free memory; what CUDA graphs read stays unless ``captured``."""
         kept = set() if captured else self._captured
-        self._made, self._fillings = {key: made for key, made in self._made.items() if key in kept}, None
+        self._made = {key: made for key, made in self._made.items() if key in kept}
+        self._changed()
         self._used = dict.fromkeys(self._made, self._renewals)
         self._captured = set(kept)
         self.kept.release()
@@ -262,25 +266,37 @@ class Operands:
         return (by_side.get(False), by_side.get(True)) if by_side else None
 
     def written(self, weight: Tensor, codes: Tensor) -> None:
-        """Take note that all operands were written from these, so that the next :func:`renew_` leaves them."""
-        self._renewed(_stamp(weight, codes, None), weight, codes)
+        """Take note that all operands were written from these, so that the next renewal leaves them."""
+        self.renewed(stamp_of_sources(weight, codes, None), weight, codes)
         self._fresh = self._stamp
+        Operands.generation += 1
 
-    def _take_fresh(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> bool:
+    def take_fresh(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> bool:
+        """Return whether all operands were written from these, and nothing since; only once."""
         fresh, self._fresh = self._fresh, None
-        return fresh is not None and fresh == _stamp(weight, codes, backward)
+        return fresh is not None and fresh == stamp_of_sources(weight, codes, backward)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether something was not used for so long that the next renewal forgets it."""
+        return bool(self._made) and self._renewals - min(self._used.values()) > MAX_IDLE
 
     def _stale(self) -> dict[Key, Operand]:
         """Forget what nobody used for long, and return the rest; captured graphs use theirs unseen."""
         self._renewals += 1
-        if self._made and self._renewals - min(self._used.values()) > MAX_IDLE:
+        if self.is_idle:
             last = {key: self._renewals if key in self._captured else self._used[key] for key in self._made}
             self._used = {key: used for key, used in last.items() if self._renewals - used <= MAX_IDLE}
             if len(self._used) < len(self._made):
-                self._made, self._fillings = {key: self._made[key] for key in self._used}, None
+                self._made = {key: self._made[key] for key in self._used}
+                self._changed()
         return self._made
 
-    def _to_fill(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> list[Filling]:
+    def _changed(self) -> None:
+        self._fillings = None
+        Operands.generation += 1
+
+    def to_fill(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> list[Filling]:
         """Count a renewal and return how what is left is filled; the same objects for the same tensors."""
         made, kept = self._stale(), self._fillings
         if kept and kept[0].weight is weight and backward is None and kept[0].codes is codes:
@@ -292,17 +308,33 @@ class Operands:
         self._fillings = fillings if backward is None else None
         return fillings
 
-    def _renewed(self, stamp: Stamp | None, *tensors: Tensor) -> None:
+    def renewed(self, stamp: Stamp | None, *tensors: Tensor | None) -> None:
         """Take note that everything was filled from tensors whose stamp this is."""
         self._stamp = stamp
         storages = None if stamp is None else stamp[::3]
         if storages is None or storages != self._held_storages:
-            self._held = tuple(map(_hold, tensors))
+            self._held = tuple(_hold(tensor) for tensor in tensors if tensor is not None)
             self._held_storages = storages
 
+    def renewed_again(self, stamp: Stamp | None) -> None:
+        """Take note of another renewal, in which all was filled again from the same memory."""
+        self._stamp = stamp
+        self._renewals += 1
 
-Source: TypeAlias = tuple[Operands, Tensor, Tensor, Tensor | None]
-"""Operands, and the matrix, the codes and the backward codes that they are filled from."""
+    @property
+    def may_fall_back(self) -> bool:
+        """Whether products may be dense if packing fails."""
+        return self.execution.backend == "auto" and not self._captured
+
+    @property
+    def has_bias_copies(self) -> bool:
+        """Whether the bias is held in another dtype."""
+        return bool(self._bias)
+
+    def renew_bias_(self, bias: Tensor) -> None:
+        """Copy the bias again into its other dtypes."""
+        for held in self._bias.values():
+            held.renew_(bias)
 
 
 class _Bias:
@@ -331,20 +363,19 @@ def register(layer: Layer) -> None:
     """Let products find a layer's operands; again after its codes have moved."""
     _watch_optimizers()
     layer.operands.owner = weakref.ref(layer)
-    _OPERANDS[_address(layer.mask_codes)] = layer.operands
+    _OPERANDS[storage_address(layer.mask_codes)] = layer.operands
 
 
 def operands_of(codes: Tensor) -> Operands | None:
     """Return the operands of the layer that has these codes."""
-    found = _OPERANDS.get(_address(codes))
+    found = _OPERANDS.get(storage_address(codes))
     owner = None if found is None or found.owner is None else found.owner()
     # the address of codes that are gone may be that of others now
-    return found if owner is not None and _address(owner.mask_codes) == _address(codes) else None
+    return found if owner is not None and storage_address(owner.mask_codes) == storage_address(codes) else None
 
 
-def _address(tensor: Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
-    return address
+storage_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
+"""Returns what tells a tensor's storage, as long as that is held."""
 
 
 def _hold(tensor: Tensor) -> StorageWeakRef:
@@ -378,71 +409,19 @@ def stamp_of(*tensors: Tensor) -> Stamp | None:
     for tensor in tensors:
         if tensor.is_inference():
             return None
-        numbers += (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor._version)
+        numbers += (storage_address(tensor), int(tensor.storage_offset()), tensor._version)
     return tuple(numbers)  # three of each
 
 
-def renew_(layers: Sequence[Layer], matrices: Sequence[Tensor] | None = None) -> None:
-    """Fill the operands of several layers again, in place, but for those just written; equal layouts share a launch.
-
-    Args:
-        layers: Whose operands are filled.
-        matrices: Of the layers, where they are at hand.
-    """
-    if matrices is None:
-        with torch.no_grad():
-            matrices = [layer.matrix for layer in layers]
-    sources: list[Source] = [
-        (operands, matrix, layer.mask_codes, layer.backward_codes)
-        for layer, matrix in zip(layers, matrices, strict=True)
-        if (operands := layer.operands)._fresh is None
-        or not operands._take_fresh(matrix, layer.mask_codes, layer.backward_codes)
-    ]
-    try:
-        _renew(sources)
-    except RuntimeError as error:
-        lenient = all(operands.execution.backend == "auto" and not operands._captured for operands, *_ in sources)
-        if not lenient or isinstance(error, torch.OutOfMemoryError):
-            raise
-        LOG.warning("weights cannot be packed now, so the next products pack theirs or are dense: %s", error)
-        for operands, *_ in sources:
-            operands.release()
-    for layer in layers:
-        if (copies := layer.operands._bias) and layer.bias is not None:
-            for held in copies.values():
-                held.renew_(layer.bias)
-
-
-def _renew(sources: Sequence[Source]) -> None:
-    fillings: list[Filling] = []
-    for operands, weight, codes, backward in sources:
-        fillings += operands._to_fill(weight, codes, backward)
-    fill_(fillings)
-    for (operands, *tensors), stamp in zip(sources, _stamps(sources), strict=True):
-        operands._renewed(stamp, *[tensor for tensor in tensors if tensor is not None])
-
-
-def _stamps(sources: Sequence[Source]) -> Sequence[Stamp | None]:
-    """Return the stamps of several weights, as :func:`_stamp` does."""
-    _, weights, codes, backward = zip(*sources, strict=True) if sources else ((),) * 4
-    if any(map(Tensor.is_inference, weights + codes)) or any(one is not None for one in backward):
-        return [_stamp(weight, code, again) for _, weight, code, again in sources]
-    parts = [
-        part
-        for column in (weights, codes)
-        for part in (map(_address, column), map(Tensor.storage_offset, column), map(_VERSION, column))
-    ]
-    return list(zip(*parts, strict=True))
-
-
-def _stamp(weight: Tensor, codes: Tensor, backward: Tensor | None) -> Stamp | None:
+def stamp_of_sources(weight: Tensor, codes: Tensor, backward: Tensor | None) -> Stamp | None:
+    """Return the stamp of what operands are filled from."""
     if backward is not None:
         return stamp_of(weight, codes, backward)
     if weight.is_inference() or codes.is_inference():
         return None
     return (  # what stamp_of returns, without a loop: every layer asks in every step
-        weight.untyped_storage()._cdata, int(weight.storage_offset()), weight._version,
-        codes.untyped_storage()._cdata, int(codes.storage_offset()), codes._version,
+        storage_address(weight), int(weight.storage_offset()), weight._version,
+        storage_address(codes), int(codes.storage_offset()), codes._version,
     )  # fmt: skip
 
 

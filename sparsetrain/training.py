@@ -17,7 +17,7 @@ from .distillation import Distillation
 from .ending import Ending, Progress, ending
 from .frozen_moments import FrozenMoments
 from .gradient_rules import resolve_gradient_rule
-from .layer_group import LayerGroups, number_draws_, repack_
+from .layer_group import LayerGroups, number_draws_
 from .lr_restart import LRRestart
 from .mask_metrics import mask_metrics
 from .mask_state import MaskState
@@ -567,6 +567,7 @@ class SparseTraining:
         if self._adapters is not None and merge:
             self._adapters.merge_()
         self._removals.close()
+        self._groups.forget()
         give_back_(self.model, self.masks.layers.values(), zeros and not merge)
         return merge
 
@@ -593,4 +594,4 @@ class SparseTraining:
         self._masked_steps.zeroed.clear()
 
     def _repack(self) -> None:
-        self._repack_ms = repack_(self._groups.packed(self.masks.layers))
+        self._repack_ms = self._groups.repack_(self.masks.layers)

@@ -294,7 +294,8 @@ def pack_tiles_now_(
         tables: See there.
         orders: See there.
         known: What tells all these very tensors but the weights, which are of no class of their own, and the orders:
-            where it was seen before, with weights of these layouts, they are not looked at again. None to look.
+            where it was seen before, with weights of these layouts, they are not looked at again, and the versions of
+            targets, which are in no graph then, are not counted up. None to look.
 
     Example:
         >>> pack_tiles_now_([], [], [], [], [], [], [])
@@ -305,7 +306,8 @@ def pack_tiles_now_(
         pack_tiles_(weights, codes, values, meta, values_t, meta_t, tables, orders)
     else:
         kernel(weights, codes, values, meta, values_t, meta_t, tables, orders, known)
-        torch.autograd.graph.increment_version([*values, *meta, *values_t, *meta_t])
+        if not known:
+            torch.autograd.graph.increment_version([*values, *meta, *values_t, *meta_t])
 
 
 def _pack_on_cuda(

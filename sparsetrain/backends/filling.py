@@ -62,10 +62,10 @@ def fill_(fillings: Sequence[Filling]) -> None:
         return
     with torch.inference_mode(False), torch.no_grad():
         batches = Batches.of(fillings)
-        for filling in batches.alone:
-            _fill_from_matrix(filling)
+        for position in batches.alone:
+            _fill_from_matrix(fillings[position])
         for batch in batches.packed:
-            batch.pack_()
+            batch.pack_(fillings)
 
 
 def operand_of_packed(backend: Backend, values: Tensor, meta: Tensor) -> Operand:
@@ -86,26 +86,34 @@ def operand_of_packed(backend: Backend, values: Tensor, meta: Tensor) -> Operand
 
 
 class Batch:
-    """Fillings that are packed in one call, and the packer's arguments, which stay those of these very objects."""
+    """Fillings that are packed in one call, and the packer's arguments, which stay those of these very objects.
 
-    def __init__(self, fillings: Sequence[Filling]) -> None:
-        self.fillings = list(fillings)
-        self._codes = [filling.codes for filling in fillings]
-        self._targets = Targets([(filling.operand, filling.transpose) for filling in fillings])
+    It holds none of them: the first of all holds it.
+
+    Args:
+        fillings: All that there are.
+        positions: Of those that are packed in this call.
+    """
+
+    def __init__(self, fillings: Sequence[Filling], positions: Sequence[int]) -> None:
+        own = [fillings[position] for position in positions]
+        self._positions = positions
+        self._codes = [filling.codes for filling in own]
+        self._targets = Targets([(filling.operand, filling.transpose) for filling in own])
         self._number = next(_NUMBERS)  # an operand's tensors stay as they are, so this tells all that they are
-        self._are_whole = all(filling.within is None for filling in fillings)
-        self.stays = self._are_whole and not self._targets.unordered  # else it would hold scratch memory
+        self.stays = not self._targets.unordered and all(filling.within is None for filling in own)
+        """Whether it holds no scratch memory."""
 
-    def pack_(self) -> None:
+    def pack_(self, fillings: Sequence[Filling]) -> None:
         """Pack the weights as they are now."""
-        targets, fillings = self._targets, self.fillings
+        targets, own = self._targets, [fillings[position] for position in self._positions]
         values, meta, values_t, meta_t = targets.columns
         pack_tiles_now_(
-            [filling.weight if self._are_whole else filling.source for filling in fillings], self._codes, values, meta,
-            values_t, meta_t, targets.tables, targets.orders, self._number,
+            [filling.weight if filling.within is None else filling.source for filling in own], self._codes, values,
+            meta, values_t, meta_t, targets.tables, targets.orders, self._number,
         )  # fmt: skip
         for position, operand, natural in targets.unordered:
-            fillings[position].backend.finish_(operand, natural)
+            own[position].backend.finish_(operand, natural)
 
 
 class Batches:
@@ -113,12 +121,12 @@ class Batches:
 
     def __init__(self, fillings: Sequence[Filling]) -> None:
         self._others = list(fillings[1:])  # not the first, whose this is
-        self.alone = [filling for filling in fillings if filling.kind is None]
-        kinds: dict[tuple[object, ...], list[Filling]] = {}
-        for filling in fillings:
+        self.alone = [position for position, filling in enumerate(fillings) if filling.kind is None]
+        kinds: dict[tuple[object, ...], list[int]] = {}
+        for position, filling in enumerate(fillings):
             if filling.kind is not None:
-                kinds.setdefault((filling.weight.device, filling.kind), []).append(filling)
-        self.packed = [Batch(alike) for alike in kinds.values()]
+                kinds.setdefault((filling.weight.device, filling.kind), []).append(position)
+        self.packed = [Batch(fillings, alike) for alike in kinds.values()]
 
     @classmethod
     def of(cls, fillings: Sequence[Filling]) -> "Batches":

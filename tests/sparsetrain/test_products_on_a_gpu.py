@@ -26,7 +26,7 @@ from sparsetrain.backends.filling import Filling, fill_
 from sparsetrain.dispatch import Choice, DispatchTable, Problem, Product, Tuner, what_is_wrong
 from sparsetrain.dispatch.stopwatch import median_milliseconds
 from sparsetrain.masked_layer import MaskedLayer
-from sparsetrain.operands import renew_
+from sparsetrain.renewal import Renewal
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
@@ -230,7 +230,7 @@ def test_a_captured_step_follows_refreshes_and_repacks(backend: Backend, first_a
             sparse.set_codes_(st.transposable_codes(sparse.weight.abs().float()))
             x.copy_(torch.randn(512, I))
             gradient(x).zero_()
-        renew_([sparse])
+        Renewal([sparse]).renew_()
         replay()
         dense = (sparse.weight.detach() * sparse.mask).double()
         expected = F.linear(x.detach().double(), dense, bias.detach().double())

@@ -11,10 +11,35 @@ from sparsetrain.backends import BACKENDS
 from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
+from sparsetrain.layer_group import LayerGroups
 from sparsetrain.masked_layer import MaskedLayer
-from sparsetrain.operands import Execution, register, renew_
+from sparsetrain.operands import MAX_IDLE, Execution, register
+from sparsetrain.renewal import Renewal
 
 Layers = list[MaskedLayer]
+Renew = Callable[[Layers], None]
+
+
+def renewed_alone() -> Renew:
+    """Renewals that keep nothing from one to the next."""
+
+    def renew_(layers: Layers) -> None:
+        Renewal(layers).renew_()
+
+    return renew_
+
+
+def renewed_in_groups() -> Renew:
+    """Renewals as a run has them, which look again only when something has changed."""
+    groups = LayerGroups()
+
+    def renew_(layers: Layers) -> None:
+        groups.repack_({str(id(layer)): layer for layer in layers})
+
+    return renew_
+
+
+RENEWALS = [renewed_alone, renewed_in_groups]
 
 
 def use(layer: MaskedLayer, dtype: torch.dtype = torch.float32) -> None:
@@ -60,6 +85,18 @@ def backward_codes(layers: Layers) -> None:
     layers[1].set_backward_codes_(layers[1].mask_codes)
 
 
+def written_elsewhere(layers: Layers) -> None:
+    layers[1].operands.written(layers[1].matrix.detach(), layers[1].mask_codes)
+
+
+def codes_in_place(layers: Layers) -> None:
+    layers[0].set_codes_(search_tiles(torch.randn(16, 32), True))
+
+
+def not_used_for_long(layers: Layers) -> None:
+    layers[2].operands._renewals += MAX_IDLE + 1
+
+
 def a_layer_more(layers: Layers) -> None:
     layers.append(new_layer())
 
@@ -76,11 +113,15 @@ def nothing(layers: Layers) -> None:
     "change",
     [
         nothing, new_codes, new_weight, new_memory, released, first_released, another_dtype, backward_codes,
-        a_layer_more, a_layer_less,
+        a_layer_more, a_layer_less, written_elsewhere, codes_in_place, not_used_for_long,
     ],
 )  # fmt: skip
-def test_every_operand_holds_its_weight(change: Callable[[Layers], None], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", RENEWALS)
+def test_every_operand_holds_its_weight(
+    kind: Callable[[], Renew], change: Callable[[Layers], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
+    renew_ = kind()
     monkeypatch.setitem(BACKENDS, "stand_in", StandIn())
     layers = [new_layer() for _ in range(3)]
     for _ in range(2):
@@ -101,7 +142,9 @@ def test_every_operand_holds_its_weight(change: Callable[[Layers], None], monkey
     assert sum(len(layer.operands._made) for layer in layers) >= 4
 
 
-def test_an_operand_nobody_uses_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", RENEWALS)
+def test_an_operand_nobody_uses_is_forgotten(kind: Callable[[], Renew], monkeypatch: pytest.MonkeyPatch) -> None:
+    renew_ = kind()
     monkeypatch.setitem(BACKENDS, "stand_in", StandIn())
     layers = [new_layer() for _ in range(2)]
     for _ in range(12):
@@ -110,9 +153,11 @@ def test_an_operand_nobody_uses_is_forgotten(monkeypatch: pytest.MonkeyPatch) ->
     assert [len(layer.operands._made) for layer in layers] == [2, 0]
 
 
-def test_a_released_operand_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", RENEWALS)
+def test_a_released_operand_is_freed(kind: Callable[[], Renew], monkeypatch: pytest.MonkeyPatch) -> None:
     import weakref
 
+    renew_ = kind()
     monkeypatch.setitem(BACKENDS, "stand_in", StandIn())
     layers = [new_layer() for _ in range(3)]
     renew_(layers)

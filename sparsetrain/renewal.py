@@ -1,0 +1,131 @@
+"""``Renewal``: the packed weights of several layers, filled again together after every step of an optimizer."""
+
+import logging
+import weakref
+from collections.abc import Sequence
+from operator import attrgetter, is_
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .backends.filling import Filling, fill_
+from .operands import Layer, Operands, stamp_of_sources, storage_address
+
+LOG = logging.getLogger("sparsetrain")
+
+LOOK = 4
+"""Renewals after which it is looked whether an operand was used."""
+
+_OPERANDS, _CODES, _BACKWARD = attrgetter("operands"), attrgetter("mask_codes"), attrgetter("backward_codes")
+_VERSION, _IS_IDLE = attrgetter("_version"), attrgetter("is_idle")
+
+Source: TypeAlias = tuple[Operands, Tensor, Tensor, Tensor | None]
+"""Operands, and the matrix, the codes and the backward codes that they are filled from."""
+
+Places: TypeAlias = tuple[list[int], list[int]]
+
+
+class Renewal:
+    """Fills the operands of several layers, in place, but for those just written; equal layouts share a launch.
+
+    What it finds out of the layers it looks for only once, until :attr:`Operands.generation` tells of a change.
+
+    Args:
+        layers: Whose operands are filled.
+
+    Example:
+        >>> from sparsetrain import SparseLinear
+        >>> layer = SparseLinear(8, 4)
+        >>> Renewal([layer]).renew_()
+        >>> layer.operands.is_packed  # nothing asked for any yet
+        False
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = list(layers)
+        self._operands: list[Operands] = list(map(_OPERANDS, self._layers))
+        self._turn = 0
+        self._seen = -1  # the generation in which the rest was found out
+        self._matrices: Sequence[Tensor] = ()
+        self._codes: list[Tensor] = []
+        self._sources: list[Source] = []  # of the operands that are filled
+        self._fillings: list[weakref.ref[Filling]] = []  # who releases operands frees them at once
+        self._places: Places = [], []  # of the matrices
+        self._places_of_codes: Places = [], []
+
+    def renew_(self, matrices: Sequence[Tensor] | None = None) -> None:
+        """Fill what there is.
+
+        Args:
+            matrices: Of the layers, where they are at hand: the same list as long as they are the same tensors.
+        """
+        again = matrices is not None and self._is_current(matrices)
+        fillings = [found() for found in self._fillings] if again else self._look(matrices)
+        try:
+            fill_([filling for filling in fillings if filling is not None])
+        except RuntimeError as error:
+            lenient = all(operands.may_fall_back for operands, *_ in self._sources)
+            if not lenient or isinstance(error, torch.OutOfMemoryError):
+                raise
+            LOG.warning("weights cannot be packed now, so the next products pack theirs or are dense: %s", error)
+            for operands, *_ in self._sources:
+                operands.release()
+        else:
+            self._take_note(again)
+        for layer in [layer for layer in self._layers if layer.operands.has_bias_copies]:
+            if layer.bias is not None:
+                layer.operands.renew_bias_(layer.bias)
+
+    def _is_current(self, matrices: Sequence[Tensor]) -> bool:
+        """Say whether all are to be filled, as in the last renewal, and from the same tensors."""
+        self._turn += 1
+        return (
+            self._seen == Operands.generation
+            and self._matrices is matrices
+            and all(map(is_, self._codes, map(_CODES, self._layers)))
+            and not any(codes is not None for codes in map(_BACKWARD, self._layers))
+            and not (self._turn % LOOK == 0 and any(map(_IS_IDLE, self._operands)))
+        )
+
+    def _look(self, matrices: Sequence[Tensor] | None) -> Sequence[Filling | None]:
+        """Return what is to be filled now, and keep what the next renewals need."""
+        given = matrices is not None
+        if matrices is None:
+            with torch.no_grad():
+                matrices = [layer.matrix for layer in self._layers]
+        self._matrices, self._codes = matrices, list(map(_CODES, self._layers))
+        every: list[Source] = [*zip(self._operands, matrices, self._codes, map(_BACKWARD, self._layers), strict=True)]
+        self._sources = [source for source in every if not source[0].take_fresh(*source[1:])]
+        fillings: list[Filling] = []
+        for operands, matrix, codes, again in self._sources:
+            fillings += operands.to_fill(matrix, codes, again)
+        self._fillings = list(map(weakref.ref, fillings))
+        knowable = not any(tensor.is_inference() for tensor in (*matrices, *self._codes))
+        stays = given and knowable and len(self._sources) == len(every)
+        self._seen = Operands.generation if stays else -1
+        return fillings
+
+    def _take_note(self, again: bool) -> None:
+        """Tell the operands of which state of their sources they are."""
+        if self._seen < 0:
+            for operands, matrix, code, backward in self._sources:
+                operands.renewed(stamp_of_sources(matrix, code, backward), matrix, code, backward)
+            return
+        weights, codes = self._matrices, self._codes
+        places = _places(weights)
+        if not again:
+            self._places_of_codes = _places(codes)
+        stamps = list(zip(*places, map(_VERSION, weights), *self._places_of_codes, map(_VERSION, codes), strict=True))
+        if again and places == self._places:
+            for operands, stamp in zip(self._operands, stamps, strict=True):
+                operands.renewed_again(stamp)
+            return
+        self._places = places
+        for (operands, matrix, code, _), stamp in zip(self._sources, stamps, strict=True):
+            operands.renewed(stamp, matrix, code)
+
+
+def _places(tensors: Sequence[Tensor]) -> Places:
+    """Return the storages of tensors, and where in them they begin."""
+    return list(map(storage_address, tensors)), list(map(int, map(Tensor.storage_offset, tensors)))
