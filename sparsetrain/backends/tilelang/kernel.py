@@ -60,8 +60,8 @@ def compile_kernel(key: KernelKey) -> Kernel:
     return kernel
 
 
-def cuda_source(key: KernelKey) -> str:
-    """Return the CUDA source of a kernel; needs neither a GPU nor nvcc.
+def lowered(key: KernelKey) -> Any:
+    """Return a kernel as TileLang compiles it, up to its CUDA source; needs neither a GPU nor nvcc.
 
     Raises:
         ImportError: If TileLang is not installed.
@@ -69,7 +69,16 @@ def cuda_source(key: KernelKey) -> str:
     tilelang, lower = load(), load("tilelang.engine.lower").lower
     target = tilelang.tvm.target.Target(key.target)
     with tilelang.tvm.transform.PassContext(opt_level=3), target:
-        return str(lower(_program(tilelang, key), target=target).kernel_source)
+        return lower(_program(tilelang, key), target=target)
+
+
+def cuda_source(key: KernelKey) -> str:
+    """Return the CUDA source of a kernel; needs neither a GPU nor nvcc.
+
+    Raises:
+        ImportError: If TileLang is not installed.
+    """
+    return str(lowered(key).kernel_source)
 
 
 def _program(tilelang: Any, key: KernelKey) -> Any:
