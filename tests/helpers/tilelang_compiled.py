@@ -49,7 +49,7 @@ def name_of(key: KernelKey) -> Row:
     return {
         "capability": ".".join(map(str, key.capability)),
         "tile": str(key.tile),
-        "epilogue": f"{'bias, ' * key.bias}{key.epilogue or 'none'}",
+        "epilogue": f"{'bias+' * key.bias}{key.epilogue or 'none'}",
     }
 
 
@@ -88,7 +88,10 @@ def figures(key: KernelKey) -> Row:
     spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     registers = re.search(r"Used (\d+) registers", said)
     version = re.search(r"release [\d.]+, V([\d.]+)", _output(nvcc.get_nvcc_compiler(), "--version"))
-    assert dynamic and spilled and registers and version
+    assert dynamic is not None, artifact.device_mod
+    assert spilled is not None, said
+    assert registers is not None, said
+    assert version is not None, nvcc.get_nvcc_compiler()
     return name_of(key) | {
         "kernel": NOW,
         "stages": str(tile.stages(key.capability)),

@@ -1,8 +1,9 @@
 """The barriers of the TileLang program for compute capability 9.0, run without TileLang and without a GPU.
 
-The program is Python that TileLang parses. Here, stand-ins for TileLang's words run it once for every warp and note what
-the warp waits for, loads, multiplies, gives back and writes. Those notes are then played in many orders, with bulk copies
-and products that are as slow as they may be: what reads or overwrites too early raises :class:`PipelineError`.
+The program is Python that TileLang parses. Here, stand-ins for TileLang's words run it once for every warp and note
+what the warp waits for, loads, multiplies, gives back and writes; the same is read from the CUDA source that TileLang
+writes. Those notes are then played in many orders, with bulk copies and products that are as slow as they may be: what
+reads or overwrites too early raises :class:`PipelineError`.
 """
 
 import contextlib
@@ -18,6 +19,9 @@ from sparsetrain.backends.tilelang import KernelKey
 
 LOADING = 0
 """The warp that loads; those that multiply follow from 1."""
+
+ARRIVING = "arriving"
+"""What a slot holds while it is loaded."""
 
 Event = tuple[Any, ...]
 Slot = tuple[str, int]
@@ -269,13 +273,13 @@ class Block:
         if event is None:
             return False
         if event[0] == "wait":
-            return self.barriers[event[1]].is_over(event[2])
+            return self.barriers[event[1]].is_over(int(event[2]))
         if event[0] == "stored":  # the warp that stores waits; others have nothing to wait for
             return which != 1 or not self.stores
         if event[0] == "sync":
             met = self.meeting.setdefault(0, set())
             met.add(which)
-            return len(met) == event[1]
+            return len(met) == int(event[1])
         return True
 
     def _go_on(self, which: int) -> None:
@@ -315,13 +319,13 @@ class Block:
     def _load(self, slot: Slot, corner: Any, barrier: Any, size: int) -> None:
         if any(slot == read for warp in self.warps for group in warp.reads for read, _ in group):
             raise PipelineError(f"{slot[0]} of slot {slot[1]} are overwritten while products may read them.")
-        self.memory[slot] = "arriving"
+        self.memory[slot] = ARRIVING
         self.barriers[barrier].change(missing=size)
         self.loads.append((slot, corner, barrier, size))
 
     def _multiply(self, warp: _Warp, slots: list[Slot], words: int) -> None:
-        found = [self.memory.get(slot) for slot in slots]
-        if None in found or "arriving" in found:
+        found: list[Any] = [self.memory.get(slot, ARRIVING) for slot in slots]
+        if ARRIVING in found:
             raise PipelineError(f"{slots} are multiplied before they have arrived.")
         (row, column), (metadata_row, metadata_column), (token, x_column) = found
         place = (row, token, x_column)

@@ -52,7 +52,8 @@ _WARPGROUPS = {  # of compute capability 9.0
     "y": (r"tma_store\(y_desc, .*?y_tile\)\[(.*)\]\)\), (.*), (.*)\);", ("from", "column", "row")),
 }  # fmt: skip
 _STATEMENTS = {
-    "otherwise": r"\} else \{", "block": r"^\s*\{$", "end": r"^\s*\}$", "alone": r"if \(tl::tl_shuffle_elect<(\d+)>\(\)\)",
+    "otherwise": r"\} else \{", "block": r"^\s*\{$", "end": r"^\s*\}$",
+    "alone": r"if \(tl::tl_shuffle_elect<(\d+)>\(\)\)",
     "for": r"for \(int \w+ = 0; (\w+) < (.*); \+\+", "if": r"if \((.*)\) \{",
     "init": r"(\w+)\[(\d+)\]\.init\((\d+)\);", "wait": r"(\w+)\[(.*)\]\.wait\((.*)\);",
     "expect": r"(\w+)\[(.*)\]\.expect_transaction\((\d+)\);", "arrive": r"(\w+)\[(.*)\]\.arrive\(\);",
@@ -191,8 +192,8 @@ def run_warpgroups(
                     )
     turned = torch.full(sums.shape, float("nan")).to(values.dtype)
     for i in range(sums.shape[1] // 2):
-        read, written = int(index["turned_from"](i=i)), int(index["turned_to"](i=i))
-        turned[:, written : written + 2] = sums[:, read : read + 2].to(values.dtype)
+        first, place = int(index["turned_from"](i=i)), int(index["turned_to"](i=i))
+        turned[:, place : place + 2] = sums[:, first : first + 2].to(values.dtype)
     y_tile = torch.full((tokens * rows,), float("nan")).to(values.dtype)
     for i in range(sums.shape[1] // 8):
         to = index["y_tile_to"](i=i, thread=threads)
