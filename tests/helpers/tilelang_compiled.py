@@ -84,6 +84,10 @@ def figures(key: KernelKey) -> Row:
     )
     tile = key.tile
     products = tile.rows * tile.tokens * tile.columns
+    names = {match[0] for line in code if (match := re.match(r"HG?MMA\.SP\.[\dx]+", line))}
+    assert len(names) == 1, names
+    (name,) = names
+    m, n, k = (16, 8, 32) if name.endswith("16832") else map(int, name.rpartition(".")[2].split("x"))
     static = re.search(r"(\d+) bytes smem", said)
     spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     registers = re.search(r"Used (\d+) registers", said)
@@ -101,7 +105,9 @@ def figures(key: KernelKey) -> Row:
         "dynamic_shared_bytes": dynamic[1],
         "products_serialized": str(int("wgmma.mma_async instructions are serialized" in said)),
         "loaded_bytes_per_step": str(loaded_bytes(tile)),
-        "products_per_loaded_byte": f"{products / loaded_bytes(tile):.1f}",
+        "multiplications_per_loaded_byte": f"{products / loaded_bytes(tile):.1f}",
+        "product": name,
+        "products_per_loaded_kib": f"{products / (m * n * k) / (loaded_bytes(tile) / 1024):.2f}",
         "instructions": str(sum(not line.startswith("NOP") for line in code)),
         **{name: str(counts[name]) for name in INSTRUCTIONS},
         "tilelang": importlib.metadata.version("tilelang"),

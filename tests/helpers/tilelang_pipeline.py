@@ -161,7 +161,7 @@ def events_in_source(
                 events.append(("load", slot, (row, column), (rest[1], value(rest[2])), expected))
                 expected = 0
             elif kind == "commit":
-                events.append(multiplied(**variables))
+                events.append(multiplied(variables["wave"], variables.get("step", 0)))  # one step is no loop
             elif kind == "drain":
                 events.append(("drain", int(rest[0])))
             elif kind == "meet some":
