@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import importlib.util
+import re
 
 import pytest
-from tilelang_compiled import CAPABILITIES, NOW, Row, figures, keys, name_of, recorded
+from tilelang_compiled import CAPABILITIES, NOW, RECORDED, Row, figures, keys, name_of, recorded
 
 from sparsetrain.backends.tilelang import KernelKey, Tile, hopper, kernel, tiles_for
+from sparsetrain.environment import Machine
 from sparsetrain.requirements import why_not
 
 installed = pytest.mark.skipif(importlib.util.find_spec("tilelang") is None, reason="needs tilelang")
@@ -71,8 +73,6 @@ def test_one_compiler_made_them_all() -> None:
 
 
 def test_a_kernel_is_offered_where_requirements_allow_it() -> None:
-    from sparsetrain.environment import Machine
-
     for capability in CAPABILITIES:
         machine = Machine(gpu="a GPU", capability=capability, torch="2.13.0", tilelang="0.1.15")
         assert why_not("tilelang", machine, "torch.bfloat16", (128, 128)) is None
@@ -89,3 +89,17 @@ def test_compiled_again_it_is_the_same(capability: tuple[int, int], tile: Tile) 
         assert found == row
     assert found["spilled_bytes"] == found["products_serialized"] == "0"
     assert importlib.metadata.version("tilelang") == found["tilelang"]
+
+
+def test_the_table_in_the_documents_is_the_files() -> None:
+    text = (RECORDED.parents[1] / "backends.md").read_text()
+    lines = re.findall(r"^\| (\d\.\d) (earlier|now) \| (\S+) \| (.*) \|$", text, re.MULTILINE)
+    assert len(lines) >= 8
+    rows = {(row["capability"], row["kernel"], row["tile"]): row for row in recorded() if row["epilogue"] != "none"}
+    for capability, label, tile, cells in lines:
+        row = rows[capability, label, tile]
+        shared = (int(row["static_shared_bytes"]) + int(row["dynamic_shared_bytes"])) / 1024
+        assert cells.split(" | ") == [
+            row["stages"], row["registers"], row["spilled_bytes"], f"{shared:.0f}", row["multiplications_per_loaded_byte"],
+            row["sts_16"], row["stsm"],
+        ]  # fmt: skip
