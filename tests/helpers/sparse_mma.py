@@ -1,8 +1,8 @@
 """Sparse tensor core instructions in plain torch, from the PTX ISA: what every lane holds, and what comes out.
 
-``mma.sp.m16n8k32`` and ``wgmma.mma_async.sp.m64nNk32`` with float16 or bfloat16 operands and float32 sums. Sections are
-those of PTX ISA 9; the figures of the metadata are in words at :func:`metadata_words`. Sums are exact, then rounded to
-float32: a GPU may round in between.
+``mma.sp.m16n8k32`` and ``wgmma.mma_async.sp.m64nNk32`` with float16 or bfloat16 operands and float32 sums, and
+``stmatrix``. Sections are those of PTX ISA 9; the figures of the metadata are in words at :func:`metadata_words`. Sums
+are exact, then rounded to float32: a GPU may round in between.
 """
 
 import functools
@@ -156,6 +156,31 @@ def wgmma_sp(a: Tensor, b: Tensor, d: Tensor, metadata: Tensor, selector: int) -
     words = torch.cat([metadata_words(of_warp, selector) for of_warp in metadata.view(4, LANES)])
     product = expanded(a, words) @ b.double()
     return (d.double() + product[fragment_d_of_wgmma(columns)]).float()
+
+
+def stmatrix_x4_trans(memory: Tensor, addresses: Tensor, registers: Tensor) -> None:
+    """``stmatrix.sync.aligned.m8n8.x4.trans.shared.b16``: a warp stores four matrices of 8 by 8, transposed.
+
+    Lanes ``8i`` to ``8i + 7`` name the rows of matrix i. Without ``.trans``, a lane's register i holds two entries that
+    follow each other in row ``lane / 4`` of it; with it, in that column.
+
+    Args:
+        memory: 16-bit ``[n]``, written.
+        addresses: int ``[32]``, of every lane, in entries; rows are aligned to 16 bytes.
+        registers: ``[32, 8]`` of the memory's dtype: four registers of every lane, two entries in each.
+
+    Raises:
+        ValueError: If an address is not aligned.
+    """
+    _check("registers", registers, (LANES, 8), (memory.dtype,))
+    if bool((addresses % 8 != 0).any()):
+        raise ValueError(f"addresses are {addresses.tolist()}: they must be multiples of 8 entries.")
+    group, thread = group_and_thread()
+    for i in range(4):
+        matrix = torch.empty(8, 8, dtype=memory.dtype)
+        for half in range(2):
+            matrix[2 * thread + half, group] = registers[:, 2 * i + half]
+        memory[addresses[8 * i : 8 * i + 8, None] + torch.arange(8)] = matrix
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:

@@ -12,6 +12,7 @@ from sparse_mma import (
     group_and_thread,
     metadata_words,
     mma_sp,
+    stmatrix_x4_trans,
     wgmma_sp,
 )
 from torch import Tensor
@@ -205,3 +206,15 @@ def test_expansion_puts_pairs_where_their_nibbles_say() -> None:
     words = torch.tensor([[0xE9DC, 0x8484]])  # nibbles C D 9 E, 4 8 4 8
     expected = [1, 0, 0, 2, 0, 3, 0, 4, 0, 5, 6, 0, 0, 0, 7, 8, 9, 10, 0, 0, 11, 0, 12, 0, 13, 14, 0, 0, 15, 0, 16, 0]
     assert expanded(nonzeros, words).flatten().tolist() == expected
+
+
+def test_stmatrix_turns_what_mma_sums() -> None:
+    sums = torch.arange(256).view(16, 16)  # of two mma beside each other
+    rows, columns = fragment_c()
+    registers = torch.cat([sums[rows, columns], sums[rows, columns + 8]], dim=1).to(torch.int16)
+    lane = torch.arange(32)
+    turned = torch.full((256,), -1, dtype=torch.int16)
+    stmatrix_x4_trans(turned, (lane // 16 * 8 + lane % 8) * 16 + lane % 16 // 8 * 8, registers)
+    assert torch.equal(turned.view(16, 16), sums.t().to(torch.int16))
+    with pytest.raises(ValueError, match="must be multiples of 8 entries"):
+        stmatrix_x4_trans(turned, lane, registers)

@@ -9,7 +9,8 @@ from torch import Tensor
 from ...environment import machine_from_torch
 from ...requirements import why_not
 from ..interface import Operand
-from .kernel import EPILOGUES, TILES, Epilogue, Kernel, KernelKey, Tile, compile_kernel, tiles_for, why_not_usable
+from .kernel import Kernel, compile_kernel, why_not_usable
+from .tiles import EPILOGUES, SHAPES, Epilogue, KernelKey, Tile, tiles_for
 
 ALIGNMENT = 16
 """Bytes that are loaded at once."""
@@ -26,6 +27,7 @@ class TilelangBackend:
     Args:
         build: Makes a kernel.
         capability: Tells the compute capability of a device.
+        multiprocessors: Tells how many a device has.
     """
 
     name = "tilelang"
@@ -35,9 +37,11 @@ class TilelangBackend:
         self,
         build: Callable[[KernelKey], Kernel] = compile_kernel,
         capability: Callable[[torch.device], tuple[int, int] | None] | None = None,
+        multiprocessors: Callable[[torch.device], int] | None = None,
     ) -> None:
         self._build = functools.cache(build)
         self._capability = functools.cache(capability or (lambda device: machine_from_torch(device).capability))
+        self._multiprocessors = functools.cache(multiprocessors or _multiprocessors)
         self._why_not_usable = functools.cache(why_not_usable)
 
     def why_not(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
@@ -85,7 +89,8 @@ class TilelangBackend:
         capability = self._compute_capability(device)
         tile = _tile(operand.shape, tokens, capability, algorithm)
         dtype = str(rows.dtype).removeprefix("torch.")
-        key = KernelKey(*operand.shape, dtype, tile, capability, bias is not None, epilogue)
+        multiprocessors = self._multiprocessors(device)
+        key = KernelKey(*operand.shape, dtype, tile, capability, bias is not None, epilogue, multiprocessors)
         result = torch.empty(tokens, operand.shape[0], dtype=rows.dtype, device=device)
         if tokens:
             given = [_readable(rows.detach())] if bias is None else [_readable(rows.detach()), _readable(bias.detach())]
@@ -102,11 +107,15 @@ class TilelangBackend:
 def _tile(shape: tuple[int, int], tokens: int, capability: tuple[int, int], algorithm: str) -> Tile:
     if not algorithm:
         return tiles_for(shape[0], tokens, capability)[0]
-    every = {str(tile): tile for tile in tiles_for(shape[0], MANY, capability, len(TILES))}
+    every = {str(tile): tile for tile in tiles_for(shape[0], MANY, capability, len(SHAPES))}
     if algorithm not in every:
         names = ", ".join(every)
         raise ValueError(f"algorithm is {algorithm!r}: for {shape[0]}x{shape[1]} it must be one of {names}.")
     return every[algorithm]
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _readable(tensor: Tensor) -> Tensor:
