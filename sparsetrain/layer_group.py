@@ -102,7 +102,10 @@ class LayerGroup:
 
     def repack_(self, renewal: Renewal) -> None:
         """Renew the packed weights by the renewal of these layers."""
-        renewal.renew_(self.weights if self._are_matrices else None)
+        if self._are_matrices:
+            renewal.renew_(self.weights, self.codes)
+        else:
+            renewal.renew_()
 
 
 class LayerGroups:

@@ -1,6 +1,7 @@
 """``Masters``: which tensor every layer's weight is and which optimizer owns it, although both may be replaced."""
 
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 from .masked_layer import MaskedLayer
 from .optimizer_hooks import owned_parameters
 
-_GRADIENT = attrgetter("grad")
+_GRADIENT, _REQUIRES_GRAD = attrgetter("grad"), attrgetter("requires_grad")
 
 
 class Masters:
@@ -94,9 +95,12 @@ class Masters:
     def gradients(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Return the gradients that there are of an optimizer's layers, by layer name."""
         names, weights = self.of(optimizer)
+        gradients = [*map(_GRADIENT, weights)]
+        if not any(map(is_, gradients, repeat(None))) and not any(map(_REQUIRES_GRAD, gradients)):
+            return dict(zip(names, gradients, strict=True))
         return {
             name: gradient.detach() if gradient.requires_grad else gradient
-            for name, gradient in zip(names, map(_GRADIENT, weights), strict=True)
+            for name, gradient in zip(names, gradients, strict=True)
             if gradient is not None
         }
 

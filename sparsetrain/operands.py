@@ -3,7 +3,7 @@
 import functools
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -100,7 +100,7 @@ class Operands:
 
     def __init__(self, execution: Execution | None = None) -> None:
         self.execution = execution or Execution()
-        self.managed = False
+        self._managed = False
         self.choices: dict[tuple[bool | None, int, torch.dtype, bool, str], Choice] = {}
         self.owner: weakref.ref[Layer] | None = None
         self._made: dict[Key, Operand] = {}
@@ -113,9 +113,9 @@ class Operands:
         self._fresh: Stamp | None = None  # of what a refresh or a step packed, which the renewal after it need not
         self._held: tuple[StorageWeakRef, ...] = ()  # so that no other storage gets the stamp's address
         self._held_storages: Stamp | None = None  # the addresses of those
-        self._bias: dict[torch.dtype, _Bias] = {}
+        self.biases: dict[torch.dtype, _Bias] = {}  # copies in other dtypes
         self._device: torch.device | None = None
-        self.kept = KeptWeight()
+        self._kept: KeptWeight | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Operands":
         return Operands(self.execution)  # the copy has another weight
@@ -124,9 +124,26 @@ class Operands:
         return Operands, (self.execution,)
 
     @property
+    def kept(self) -> KeptWeight:
+        """The masked weight in the forms that dense products multiply by."""
+        if self._kept is None:
+            self._kept = KeptWeight()
+        return self._kept
+
+    @property
+    def managed(self) -> bool:
+        """Whether somebody else renews the operands after each step."""
+        return self._managed
+
+    @managed.setter
+    def managed(self, managed: bool) -> None:
+        self._managed = managed
+        (_UNMANAGED.discard if managed else _UNMANAGED.add)(self)
+
+    @property
     def bytes(self) -> int:
         """Bytes that the operands take on the device."""
-        return sum(operand.bytes for operand in self._made.values()) + self.kept.bytes
+        return sum(operand.bytes for operand in self._made.values()) + (self._kept.bytes if self._kept else 0)
 
     @property
     def is_packed(self) -> bool:
@@ -210,10 +227,10 @@ class Operands:
         """Return the bias in ``dtype``, at an address that stays."""
         if bias is None or bias.dtype == dtype:
             return bias
-        held = self._bias.get(dtype)
+        held = self.biases.get(dtype)
         if held is None or held.copy.device != bias.device:
             with torch.inference_mode(False):
-                held = self._bias[dtype] = _Bias(torch.empty_like(bias, dtype=dtype))
+                held = self.biases[dtype] = _Bias(torch.empty_like(bias, dtype=dtype))
         stamp = stamp_of(bias)
         capturing = bias.is_cuda and torch.cuda.is_current_stream_capturing()
         if stamp is None or held.stamp != stamp or (capturing and not self.managed):
@@ -232,11 +249,19 @@ class Operands:
     def expire(self) -> None:
         """Have everything renewed before its next use."""
         self._stamp = self._fresh = None
-        if self.kept.is_made:
-            self.kept.expire()
-        if self._bias:
-            for held in self._bias.values():
+        if self._kept is not None and self._kept.is_made:
+            self._kept.expire()
+        if self.biases:
+            for held in self.biases.values():
                 held.stamp = None
+
+    @staticmethod
+    def expire_all(every: Iterable["Operands"]) -> None:
+        """Do what :meth:`expire` does to the operands of many layers, which most have nothing else that can be old."""
+        for operands in every:
+            operands._stamp = operands._fresh = None
+            if operands.biases or operands._kept is not None:
+                operands.expire()
 
     def release(self, captured: bool = False) -> None:
         """Free memory; what CUDA graphs read stays unless ``captured``."""
@@ -245,10 +270,10 @@ class Operands:
         self._changed()
         self._used = dict.fromkeys(self._made, self._renewals)
         self._captured = set(kept)
-        self.kept.release()
+        self._kept = None
         if not kept:
             self._shared.clear()
-            self._bias.clear()
+            self.biases.clear()
         self.expire()
 
     def packed_alone(self) -> tuple[Operand | None, Operand | None] | None:
@@ -326,14 +351,9 @@ class Operands:
         """Whether products may be dense if packing fails."""
         return self.execution.backend == "auto" and not self._captured
 
-    @property
-    def has_bias_copies(self) -> bool:
-        """Whether the bias is held in another dtype."""
-        return bool(self._bias)
-
     def renew_bias_(self, bias: Tensor) -> None:
         """Copy the bias again into its other dtypes."""
-        for held in self._bias.values():
+        for held in self.biases.values():
             held.renew_(bias)
 
 
@@ -355,6 +375,9 @@ class _Bias:
 _OPERANDS: weakref.WeakValueDictionary[int, Operands] = weakref.WeakValueDictionary()
 """By the storage of the codes, which a layer owns alone, wherever its weight comes from."""
 
+_UNMANAGED: weakref.WeakSet[Operands] = weakref.WeakSet()
+"""Those of layers, which every optimizer's step has to be asked about."""
+
 _SHARED: weakref.WeakValueDictionary[tuple[object, ...], Operand] = weakref.WeakValueDictionary()
 """Operands that are filled anew before every use, one of each shape."""
 
@@ -364,6 +387,7 @@ def register(layer: Layer) -> None:
     _watch_optimizers()
     layer.operands.owner = weakref.ref(layer)
     _OPERANDS[storage_address(layer.mask_codes)] = layer.operands
+    layer.operands.managed = layer.operands.managed
 
 
 def operands_of(codes: Tensor) -> Operands | None:
@@ -385,11 +409,11 @@ def _hold(tensor: Tensor) -> StorageWeakRef:
 @functools.cache
 def _watch_optimizers() -> None:
     def expire(optimizer: Optimizer, arguments: object, keywords: object) -> None:
-        if not _OPERANDS:
+        if not _UNMANAGED:
             return
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for operands in list(_OPERANDS.values()):
-            owner = None if operands.managed or operands.owner is None else operands.owner()
+        for operands in list(_UNMANAGED):
+            owner = None if operands.owner is None else operands.owner()
             if owner is not None and (id(owner.weight) in owned or id(owner.bias) in owned):
                 operands.expire()
 

@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Sequence
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ LOOK = 4
 """Renewals after which it is looked whether an operand was used."""
 
 _OPERANDS, _CODES, _BACKWARD = attrgetter("operands"), attrgetter("mask_codes"), attrgetter("backward_codes")
-_VERSION, _IS_IDLE = attrgetter("_version"), attrgetter("is_idle")
+_VERSION, _IS_IDLE, _BIASES = attrgetter("_version"), attrgetter("is_idle"), attrgetter("biases")
 
 Source: TypeAlias = tuple[Operands, Tensor, Tensor, Tensor | None]
 """Operands, and the matrix, the codes and the backward codes that they are filled from."""
@@ -48,20 +48,22 @@ class Renewal:
         self._turn = 0
         self._seen = -1  # the generation in which the rest was found out
         self._matrices: Sequence[Tensor] = ()
-        self._codes: list[Tensor] = []
+        self._codes: Sequence[Tensor] = ()
         self._sources: list[Source] = []  # of the operands that are filled
         self._fillings: list[weakref.ref[Filling]] = []  # who releases operands frees them at once
         self._places: Places = [], []  # of the matrices
         self._places_of_codes: Places = [], []
 
-    def renew_(self, matrices: Sequence[Tensor] | None = None) -> None:
+    def renew_(self, matrices: Sequence[Tensor] | None = None, codes: Sequence[Tensor] | None = None) -> None:
         """Fill what there is.
 
         Args:
             matrices: Of the layers, where they are at hand: the same list as long as they are the same tensors.
+            codes: Of the layers, with the matrices; just so.
         """
-        again = matrices is not None and self._is_current(matrices)
-        fillings = [found() for found in self._fillings] if again else self._look(matrices)
+        self._turn += 1
+        again = matrices is not None and self._matrices is matrices and self._codes is codes and self._is_current()
+        fillings = [found() for found in self._fillings] if again else self._look(matrices, codes)
         try:
             fill_([filling for filling in fillings if filling is not None])
         except RuntimeError as error:
@@ -73,33 +75,31 @@ class Renewal:
                 operands.release()
         else:
             self._take_note(again)
-        for layer in [layer for layer in self._layers if layer.operands.has_bias_copies]:
-            if layer.bias is not None:
-                layer.operands.renew_bias_(layer.bias)
+        if any(map(_BIASES, self._operands)):
+            for layer in self._layers:
+                if layer.bias is not None:
+                    layer.operands.renew_bias_(layer.bias)
 
-    def _is_current(self, matrices: Sequence[Tensor]) -> bool:
-        """Say whether all are to be filled, as in the last renewal, and from the same tensors."""
-        self._turn += 1
+    def _is_current(self) -> bool:
+        """Say whether all are to be filled, as in the last renewal."""
         return (
             self._seen == Operands.generation
-            and self._matrices is matrices
-            and all(map(is_, self._codes, map(_CODES, self._layers)))
             and not any(codes is not None for codes in map(_BACKWARD, self._layers))
             and not (self._turn % LOOK == 0 and any(map(_IS_IDLE, self._operands)))
         )
 
-    def _look(self, matrices: Sequence[Tensor] | None) -> Sequence[Filling | None]:
+    def _look(self, matrices: Sequence[Tensor] | None, codes: Sequence[Tensor] | None) -> Sequence[Filling | None]:
         """Return what is to be filled now, and keep what the next renewals need."""
-        given = matrices is not None
+        given = matrices is not None and codes is not None
         if matrices is None:
             with torch.no_grad():
                 matrices = [layer.matrix for layer in self._layers]
-        self._matrices, self._codes = matrices, list(map(_CODES, self._layers))
+        self._matrices, self._codes = matrices, list(map(_CODES, self._layers)) if codes is None else codes
         every: list[Source] = [*zip(self._operands, matrices, self._codes, map(_BACKWARD, self._layers), strict=True)]
         self._sources = [source for source in every if not source[0].take_fresh(*source[1:])]
         fillings: list[Filling] = []
-        for operands, matrix, codes, again in self._sources:
-            fillings += operands.to_fill(matrix, codes, again)
+        for operands, matrix, code, again in self._sources:
+            fillings += operands.to_fill(matrix, code, again)
         self._fillings = list(map(weakref.ref, fillings))
         knowable = not any(tensor.is_inference() for tensor in (*matrices, *self._codes))
         stays = given and knowable and len(self._sources) == len(every)

@@ -28,6 +28,7 @@ from .masters import Masters
 from .matrices import matrix_of
 from .methods.method import Method
 from .methods.presets import resolve_method
+from .operands import Operands
 from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
 from .options import check_options, check_owners
 from .patterns import resolve_pattern
@@ -480,9 +481,8 @@ class SparseTraining:
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: packed weights of its layers that it did not pack are out of date."""
         packed = self._masked_steps.after(optimizer)
-        for name in self._masters.of(optimizer)[0]:
-            if name not in packed:
-                self.masks.layers[name].operands.expire()
+        names, layers = self._masters.of(optimizer)[0], self.masks.layers
+        Operands.expire_all([layers[name].operands for name in names if name not in packed])
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""

@@ -98,6 +98,7 @@ class Batch:
     def __init__(self, fillings: Sequence[Filling], positions: Sequence[int]) -> None:
         own = [fillings[position] for position in positions]
         self._positions = positions
+        self._weights = [filling.weight for filling in own]
         self._codes = [filling.codes for filling in own]
         self._targets = Targets([(filling.operand, filling.transpose) for filling in own])
         self._number = next(_NUMBERS)  # an operand's tensors stay as they are, so this tells all that they are
@@ -106,14 +107,15 @@ class Batch:
 
     def pack_(self, fillings: Sequence[Filling]) -> None:
         """Pack the weights as they are now."""
-        targets, own = self._targets, [fillings[position] for position in self._positions]
+        targets, weights = self._targets, self._weights
+        if not self.stays:
+            weights = [fillings[position].source for position in self._positions]
         values, meta, values_t, meta_t = targets.columns
         pack_tiles_now_(
-            [filling.weight if filling.within is None else filling.source for filling in own], self._codes, values,
-            meta, values_t, meta_t, targets.tables, targets.orders, self._number,
+            weights, self._codes, values, meta, values_t, meta_t, targets.tables, targets.orders, self._number
         )  # fmt: skip
         for position, operand, natural in targets.unordered:
-            own[position].backend.finish_(operand, natural)
+            fillings[self._positions[position]].backend.finish_(operand, natural)
 
 
 class Batches:
