@@ -20,7 +20,7 @@ from .renewal import Renewal
 KEPT = 8
 """Choices of layers whose groups are kept."""
 
-_CODES, _SCALE = attrgetter("mask_codes"), attrgetter("soft_scale")
+_CODES = attrgetter("mask_codes")
 
 
 class LayerGroup:
@@ -119,24 +119,31 @@ class LayerGroups:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, ...], tuple[list[MaskedLayer], list[LayerGroup]]] = {}
+        self._kept: dict[tuple[str, ...], tuple[list[MaskedLayer], list[LayerGroup], int]] = {}
         self._packed: list[tuple[LayerGroup, Renewal]] = []
         self._seen = -1  # the generation of operands in which those were found
 
     def of(self, layers: Mapping[str, MaskedLayer]) -> list[LayerGroup]:
-        """Return the groups of some layers, given by name."""
+        """Return the groups of some layers, given by name.
+
+        What is kept is looked at when :attr:`Operands.generation` tells of a change, as a weight that was replaced does
+        where ``nn.Module`` is told of it; who replaces one elsewhere calls :meth:`forget`.
+        """
         names, each = tuple(layers), [*layers.values()]
-        kept, groups = self._kept.get(names, ([], []))
-        if len(kept) != len(each) or not all(map(is_, kept, each)) or not all(map(LayerGroup.is_current, groups)):
-            while len(self._kept) >= KEPT:
+        kept, groups, seen = self._kept.get(names, ([], [], -1))
+        if len(kept) != len(each) or not all(map(is_, kept, each)):
+            seen = -1
+        if seen != Operands.generation:
+            if seen < 0 or not all(map(LayerGroup.is_current, groups)):
+                weights = {name: weight_in(layer) for name, layer in layers.items()}
+                groups = [LayerGroup({name: layers[name] for name in together}) for together in by_device(weights)]
+            while len(self._kept) >= KEPT and names not in self._kept:
                 del self._kept[next(iter(self._kept))]
-            weights = {name: weight_in(layer) for name, layer in layers.items()}
-            groups = [LayerGroup({name: layers[name] for name in together}) for together in by_device(weights)]
-            self._kept[names] = each, groups
+            self._kept[names] = each, groups, Operands.generation
         return groups
 
     def forget(self) -> None:
-        """Hold nothing any more: what is packed has to be freed by who releases it."""
+        """Look for everything again, and hold nothing of what is packed."""
         self._kept, self._packed, self._seen = {}, [], -1
 
     def repack_(self, layers: Mapping[str, MaskedLayer]) -> float:
@@ -149,18 +156,14 @@ class LayerGroups:
             Milliseconds of host time.
         """
         start = time.perf_counter()
-        scales = [*map(_SCALE, layers.values())]
-        hard = not any(scale is not None for scale in scales)
-        if not hard or self._seen != Operands.generation or not all(group.is_current() for group, _ in self._packed):
+        if self._seen != Operands.generation:
             own = {
-                name: layer
-                for (name, layer), scale in zip(layers.items(), scales, strict=True)
-                if scale is None and layer.operands.is_packed
+                name: layer for name, layer in layers.items() if layer.soft_scale is None and layer.operands.is_packed
             }
             self._packed = [(group, Renewal(group.each)) for group in self.of(own)]
         for group, renewal in self._packed:
             group.repack_(renewal)
-        self._seen = Operands.generation if hard else -1
+        self._seen = Operands.generation
         return 1e3 * (time.perf_counter() - start)
 
 

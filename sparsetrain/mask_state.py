@@ -391,4 +391,4 @@ class MaskState:
             if name in state["backward_codes"]:
                 layer.set_backward_codes_(state["backward_codes"][name])
             else:
-                layer.backward_codes = None
+                layer.drop_backward_codes()

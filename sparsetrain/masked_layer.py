@@ -112,7 +112,18 @@ class MaskedLayer(nn.Module):
         """Give the input gradient's product codes ``[O/4, K/4]`` of its own; in place, if it has some."""
         if self.backward_codes is None:
             self.backward_codes = torch.empty_like(self.mask_codes)
+            self.operands.changed()
         self.backward_codes.copy_(codes)
+
+    def drop_backward_codes(self) -> None:
+        """Have the input gradient's product see what the mask keeps."""
+        self.backward_codes = None
+        self.operands.changed()
+
+    def set_soft_scale(self, scale: Tensor | None) -> None:
+        """Give the layer a soft threshold with this β, or a hard mask."""
+        self.soft_scale = scale
+        self.operands.changed()
 
     def features_last(self, input: Tensor) -> Tensor:
         """Return the layer's input with its features in the last dimension."""
@@ -190,6 +201,7 @@ class MaskedLayer(nn.Module):
         super().register_parameter(name, param)
         if "operands" in self.__dict__:  # another parameter may have the memory and the version of the last
             self.operands.expire()
+            self.operands.changed()
             self.eager_call = None
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -30,7 +30,7 @@ class MaskedSteps:
         >>> optimizer = SparseAdamW(layer.parameters())
         >>> layer.weight.grad = torch.zeros(8, 8)
         >>> steps = MaskedSteps(fst(decay=0.1), MaskedDecay(0.1))
-        >>> steps.before(optimizer, {"fc": layer}, "sparse", 0, 0, None, settled=True)
+        >>> steps.before(optimizer, {"fc": layer}, {"fc": layer.weight.grad}, "sparse", 0, 0, None, settled=True)
         >>> optimizer.masked_step.rule
         'decay_gradient'
     """
@@ -44,14 +44,15 @@ class MaskedSteps:
         """Frozen layers whose weights have their zeros since the clock's last step."""
 
     def before(
-        self, optimizer: Optimizer, layers: Mapping[str, MaskedLayer], phase: PhaseKind, age: int, clock: int,
-        scale: Tensor | None, *, settled: bool,
+        self, optimizer: Optimizer, layers: Mapping[str, MaskedLayer], gradients: Mapping[str, Tensor],
+        phase: PhaseKind, age: int, clock: int, scale: Tensor | None, *, settled: bool,
     ) -> None:  # fmt: skip
         """Do to weights or final gradients what comes before the update, or have the optimizer do it.
 
         Args:
             optimizer: Whose step it is.
             layers: Name to layer whose mask is in force and whose weight has a gradient and is the optimizer's.
+            gradients: Of those, by name.
             phase: Of the run: sparse or frozen.
             age: Steps since the phase began.
             clock: Steps since the run began.
@@ -67,11 +68,11 @@ class MaskedSteps:
             optimizer.masked_step = MaskedStep(inside, rule, decay, clock, zeros, settled) if inside else None
         outside = {name: layer for name, layer in layers.items() if name not in inside} if inside else layers
         for group in self._groups.of(outside):
-            gradients = [gradient for weight in group.weights if (gradient := weight.grad) is not None]
+            own = [gradients[name] for name in group.layers]
             if phase == "sparse":
-                self._decay.apply_(optimizer, group, gradients, age, clock, scale)
+                self._decay.apply_(optimizer, group, own, age, clock, scale)
             elif self._masks_gradient:
-                group.apply_masks_(gradients)
+                group.apply_masks_(own)
 
     def after(self, optimizer: Optimizer) -> set[str]:
         """Return the layers whose packed weights the optimizer's step has renewed."""

@@ -96,7 +96,7 @@ class Operands:
     """
 
     generation: ClassVar[int] = 0
-    """Of all layers: goes up when an operand is made, given up, or written by something else than a renewal."""
+    """Of all layers: goes up with every change of what a renewal finds in them, so that it need not look."""
 
     def __init__(self, execution: Execution | None = None) -> None:
         self.execution = execution or Execution()
@@ -219,8 +219,8 @@ class Operands:
         parts = (first, operand) if transposed else (operand, None)
         fill_(_fillings(weight, codes, backward, backend, dtype, *parts))
         if keep:
-            self._made[key] = operand
-            self._changed()
+            self._made[key], self._fillings = operand, None
+            self.changed()
         return operand
 
     def bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -266,8 +266,8 @@ class Operands:
     def release(self, captured: bool = False) -> None:
         """Free memory; what CUDA graphs read stays unless ``captured``."""
         kept = set() if captured else self._captured
-        self._made = {key: made for key, made in self._made.items() if key in kept}
-        self._changed()
+        self._made, self._fillings = {key: made for key, made in self._made.items() if key in kept}, None
+        self.changed()
         self._used = dict.fromkeys(self._made, self._renewals)
         self._captured = set(kept)
         self._kept = None
@@ -294,7 +294,7 @@ class Operands:
         """Take note that all operands were written from these, so that the next renewal leaves them."""
         self.renewed(stamp_of_sources(weight, codes, None), weight, codes)
         self._fresh = self._stamp
-        Operands.generation += 1
+        self.changed()
 
     def take_fresh(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> bool:
         """Return whether all operands were written from these, and nothing since; only once."""
@@ -313,12 +313,13 @@ class Operands:
             last = {key: self._renewals if key in self._captured else self._used[key] for key in self._made}
             self._used = {key: used for key, used in last.items() if self._renewals - used <= MAX_IDLE}
             if len(self._used) < len(self._made):
-                self._made = {key: self._made[key] for key in self._used}
-                self._changed()
+                self._made, self._fillings = {key: self._made[key] for key in self._used}, None
+                self.changed()
         return self._made
 
-    def _changed(self) -> None:
-        self._fillings = None
+    @staticmethod
+    def changed() -> None:
+        """Have renewals look again at the layers: another tensor, operand or soft threshold is there."""
         Operands.generation += 1
 
     def to_fill(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> list[Filling]:
@@ -388,6 +389,7 @@ def register(layer: Layer) -> None:
     layer.operands.owner = weakref.ref(layer)
     _OPERANDS[storage_address(layer.mask_codes)] = layer.operands
     layer.operands.managed = layer.operands.managed
+    Operands.changed()
 
 
 def operands_of(codes: Tensor) -> Operands | None:

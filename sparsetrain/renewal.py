@@ -82,11 +82,8 @@ class Renewal:
 
     def _is_current(self) -> bool:
         """Say whether all are to be filled, as in the last renewal."""
-        return (
-            self._seen == Operands.generation
-            and not any(codes is not None for codes in map(_BACKWARD, self._layers))
-            and not (self._turn % LOOK == 0 and any(map(_IS_IDLE, self._operands)))
-        )
+        idle = self._turn % LOOK == 0 and any(map(_IS_IDLE, self._operands))
+        return self._seen == Operands.generation and not idle
 
     def _look(self, matrices: Sequence[Tensor] | None, codes: Sequence[Tensor] | None) -> Sequence[Filling | None]:
         """Return what is to be filled now, and keep what the next renewals need."""
@@ -101,8 +98,10 @@ class Renewal:
         for operands, matrix, code, again in self._sources:
             fillings += operands.to_fill(matrix, code, again)
         self._fillings = list(map(weakref.ref, fillings))
-        knowable = not any(tensor.is_inference() for tensor in (*matrices, *self._codes))
-        stays = given and knowable and len(self._sources) == len(every)
+        plain = not any(
+            again is not None or matrix.is_inference() or code.is_inference() for _, matrix, code, again in every
+        )
+        stays = given and plain and len(self._sources) == len(every)
         self._seen = Operands.generation if stays else -1
         return fillings
 

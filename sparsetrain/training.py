@@ -371,6 +371,7 @@ class SparseTraining:
         if self._final is not None:
             write_zeros_({name: self.masks.layers[name] for name in self._final[1]["active"]}, self._final[1]["codes"])
             return
+        self._groups.forget()
         if self.phase == "frozen":
             self._apply_masks()
         for layer in self.masks.layers.values():
@@ -424,6 +425,7 @@ class SparseTraining:
             self._distillation.require_teacher(state["distillation"])
         self._distillation.load_state_dict(state["distillation"])
         self.masks.load_state_dict(state)
+        self._groups.forget()
         for layer in self.masks.layers.values():
             layer.operands.expire()
         self.clock = state["clock"]
@@ -453,6 +455,7 @@ class SparseTraining:
         for name, (old, new) in self._masters.follow(optimizer).items():
             self._observer.follow(name)
             self._frozen_moments.follow(old, new)
+            self._groups.forget()
         gradients = self._masters.gradients(optimizer)
         if gradients:
             self._distillation.before_step()
@@ -471,7 +474,7 @@ class SparseTraining:
             return
         layers = {name: self.masks.layers[name] for name in gradients if name in self._active}
         age, settled = self.clock - self._phase_start, not self._moves_at(self.clock + 1)
-        self._masked_steps.before(optimizer, layers, self.phase, age, self.clock, scale, settled=settled)
+        self._masked_steps.before(optimizer, layers, gradients, self.phase, age, self.clock, scale, settled=settled)
 
     def _moves_at(self, clock: int) -> bool:
         """Whether a phase begins or a mask search is due at a step."""
@@ -481,8 +484,8 @@ class SparseTraining:
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: packed weights of its layers that it did not pack are out of date."""
         packed = self._masked_steps.after(optimizer)
-        names, layers = self._masters.of(optimizer)[0], self.masks.layers
-        Operands.expire_all([layers[name].operands for name in names if name not in packed])
+        own = [name for name in self._masters.of(optimizer)[0] if name not in packed]
+        Operands.expire_all([self.masks.layers[name].operands for name in own])
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
