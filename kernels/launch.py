@@ -18,7 +18,7 @@ ADDRESSES = 8  # sets of addresses that a column of a plan is met with, as an al
 
 Settings = TypeVar("Settings")
 Made = TypeVar("Made")
-_DTYPE = attrgetter("dtype")
+_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
 def groups_of_equal_layout(*columns: Sequence[Tensor]) -> list[list[int]]:
@@ -70,7 +70,7 @@ def layout_of(*columns: Sequence[Tensor]) -> Hashable:
     every = [*chain.from_iterable(columns)]
     return (
         *map(len, columns), *map(Tensor.size, every), *map(Tensor.stride, every), *map(_DTYPE, every),
-        *map(Tensor.get_device, every),
+        *map(_DEVICE, every),
     )  # fmt: skip
 
 

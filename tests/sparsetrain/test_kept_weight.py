@@ -84,7 +84,7 @@ def maskings(layers: Sequence[nn.Module], call: Callable[[], object]) -> int:
     shapes = [list(shape) for layer in layers for shape in (layer.weight.shape, layer.matrix.shape)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         call()
-    names = ("aten::masked_fill_", "aten::bitwise_and")
+    names = ("aten::masked_fill_", "aten::bitwise_and_")
     return sum(event.name in names and event.input_shapes[0] in shapes for event in profile.events())
 
 
