@@ -202,13 +202,10 @@ class Plan(Generic[Settings]):
         """Return the streams that the groups are launched on, whose tables are kept; None where none is."""
         if not column[self.groups[0].first].is_cuda:
             return ()
-        streams = []
-        for group in self.groups:
-            with on_device_of(column[group.first]):
-                if torch.cuda.is_current_stream_capturing():
-                    return None  # these are the graph's own
-                streams.append(torch.cuda.current_stream().cuda_stream)
-        return tuple(streams)
+        if torch.cuda.is_current_stream_capturing():
+            return None  # these are the graph's own
+        devices = dict.fromkeys(column[group.first].device for group in self.groups)
+        return tuple([torch.cuda.current_stream(device).cuda_stream for device in devices])
 
     def _remember(
         self, key: tuple[Hashable, ...], found: tuple[Sequence[Tensor], tuple[bool, ...]], limit: int
@@ -301,7 +298,7 @@ def _kept_tables(numbers: tuple[tuple[int, ...], ...], device: torch.device, str
 
 
 def _written(numbers: tuple[tuple[int, ...], ...], device: torch.device, captured: bool) -> tuple[Tensor, ...]:
-    padded = [own + (0,) if len(own) % 2 else own for own in numbers]  # tables begin at multiples of 16 bytes
+    padded = [(*own, 0) if len(own) % 2 else own for own in numbers]  # tables begin at multiples of 16 bytes
     flat = array("q", [*chain.from_iterable(padded)])
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
         if not flat:

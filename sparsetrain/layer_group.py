@@ -46,6 +46,7 @@ class LayerGroup:
         """Of the layers, for random draws."""
         self.known = next(_NUMBERS)
         """Tells these very codes."""
+        self._parts: dict[tuple[int, ...], list[LayerGroup]] = {}
         self._are_matrices = all(weight.dim() == 2 for weight in self.weights) and not any(
             layer.transposed for layer in self.each
         )
@@ -93,12 +94,16 @@ class LayerGroup:
 
     def split(self, keys: Sequence[Hashable]) -> list["LayerGroup"]:
         """Return the parts whose keys are equal, given one for each layer; the group itself if all are."""
-        if len({*keys}) == 1:
+        numbers: dict[Hashable, int] = {}
+        pattern = tuple([numbers.setdefault(key, len(numbers)) for key in keys])
+        if len(numbers) == 1:
             return [self]
-        parts: dict[Hashable, dict[str, MaskedLayer]] = {}
-        for (name, layer), key in zip(self.layers.items(), keys, strict=True):
-            parts.setdefault(key, {})[name] = layer
-        return list(map(LayerGroup, parts.values()))
+        if pattern not in self._parts:
+            parts: list[dict[str, MaskedLayer]] = [{} for _ in numbers]
+            for number, (name, layer) in zip(pattern, self.layers.items(), strict=True):
+                parts[number][name] = layer
+            self._parts = {pattern: list(map(LayerGroup, parts))}
+        return self._parts[pattern]
 
     def repack_(self, renewal: Renewal) -> None:
         """Renew the packed weights by the renewal of these layers."""

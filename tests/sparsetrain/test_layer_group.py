@@ -1,0 +1,80 @@
+"""Layers in groups: what is kept of them from step to step, and when it is found again."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from sparsetrain import SparseTraining
+from sparsetrain.conversion import to_sparse_
+from sparsetrain.layer_group import LayerGroup, LayerGroups
+from sparsetrain.masked_layer import MaskedLayer
+
+
+def layers(count: int = 3) -> dict[str, MaskedLayer]:
+    found = {}
+    for number in range(count):
+        layer = to_sparse_(nn.Linear(8, 4))
+        assert isinstance(layer, MaskedLayer)
+        layer.mask_codes.fill_(0x000F)  # keeps the first of four rows
+        found[f"layer{number}"] = layer
+    return found
+
+
+def new_weight(own: dict[str, MaskedLayer]) -> None:
+    own["layer1"].weight = nn.Parameter(torch.ones(4, 8))
+
+
+def new_codes(own: dict[str, MaskedLayer]) -> None:
+    own["layer1"].double().float()
+    own["layer1"]._apply(torch.clone)  # as a move to another device does
+
+
+def new_layer(own: dict[str, MaskedLayer]) -> None:
+    own["layer1"] = layers()["layer1"]
+
+
+def nothing(own: dict[str, MaskedLayer]) -> None:
+    pass
+
+
+@pytest.mark.parametrize("change", [nothing, new_weight, new_codes, new_layer])
+def test_groups_have_the_tensors_that_layers_have(change: Callable[[dict[str, MaskedLayer]], None]) -> None:
+    own, groups = layers(), LayerGroups()
+    (first,) = groups.of(own)
+    change(own)
+    (group,) = groups.of(own)
+    assert (group is first) == (change is nothing)
+    assert [id(weight) for weight in group.weights] == [id(layer.weight) for layer in own.values()]
+    assert [id(codes) for codes in group.codes] == [id(layer.mask_codes) for layer in own.values()]
+
+
+def test_other_layers_are_other_groups() -> None:
+    own, groups = layers(), LayerGroups()
+    some = {name: own[name] for name in ("layer0", "layer2")}
+    assert list(groups.of(some)[0].layers) == ["layer0", "layer2"]
+    assert list(groups.of(own)[0].layers) == ["layer0", "layer1", "layer2"]
+    assert groups.of({}) == []
+
+
+def test_a_group_is_split_by_keys_and_its_parts_are_kept() -> None:
+    own = layers()
+    group = LayerGroup(own)
+    assert group.split(["a", "a", "a"]) == [group]
+    parts = group.split(["a", "b", "a"])
+    assert [list(part.layers) for part in parts] == [["layer0", "layer2"], ["layer1"]]
+    assert group.split([1.0, 2.0, 1.0]) is parts
+    assert [list(part.layers) for part in group.split([1, 1, 2])] == [["layer0", "layer1"], ["layer2"]]
+
+
+def test_masks_are_written_to_a_weight_that_was_replaced_behind_the_module() -> None:
+    """``_parameters`` tells nobody; ``apply_masks_`` looks for itself."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training = SparseTraining(
+        model, optimizer, {"preset": "asp_one_shot", "prune_at": 0}, 10, targets="all-linear", verbose=False
+    )
+    model[0]._parameters["weight"] = nn.Parameter(torch.ones(8, 8))
+    training.apply_masks_()
+    assert int(model[0].weight.sum()) == 32
