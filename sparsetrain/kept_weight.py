@@ -101,8 +101,8 @@ class KeptWeight:
     def _mask_(self, masked: Tensor, source: Tensor, codes: Tensor, backward: Tensor | None) -> None:
         by_bits = source.is_cpu and masked.element_size() in WORDS
         if by_bits and source.dtype == masked.dtype:
-            # widened by the copy, which takes less time than an operation on two types of integers
-            _words(masked).copy_(weight_of(self._bits_of(codes), source.shape)).bitwise_and_(_words(source))
+            # in one pass: another thread may read what is written again as it was
+            torch.bitwise_and(_words(source), weight_of(self._bits_of(codes), source.shape), out=_words(masked))
         else:
             masked.copy_(source)
         for pruned, again in ((codes, False), (backward, True)):
