@@ -5,6 +5,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
@@ -323,9 +325,7 @@ def test_memory_is_counted_and_given_back_in_dense_phases() -> None:
 
 
 def test_threads_share_it() -> None:
-    layer = to_sparse_(nn.Linear(256, 256), "sparse", Execution("masked"))  # masking takes long enough to be seen
-    layer.set_codes_(random_codes(layer))
-    x = torch.randn(3, 256)
+    layer, x = layer_of("linear")
     expected = by_hand(layer, x).detach()
     wrong = []
 
@@ -342,6 +342,25 @@ def test_threads_share_it() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_who_reads_while_the_same_is_made_again_sees_no_other_numbers() -> None:
+    layer, x = layer_of("linear")
+    layer(x)
+    room = layer.operands.kept.get(layer.weight, layer.weight, layer.mask_codes, None, torch.float32)
+    expected, seen = masked_by_hand(layer).detach().clone(), []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            seen.append(torch.equal(room, expected))
+            return result
+
+    layer.operands.expire()
+    with Watch(), torch.no_grad():
+        layer(x)
+    assert len(seen) > 5
+    assert all(seen)
 
 
 def test_compiled_layers_follow_masks_and_weights() -> None:
