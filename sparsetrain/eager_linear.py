@@ -14,6 +14,7 @@ from .gradient_rules import resolve_gradient_rule
 from .kept_weight import may_keep
 from .linear_function import Rules, linear_gradients
 from .masked_layer import MaskedLayer, has_choice
+from .operands import Operands
 from .products import multiply_rows
 
 DEVICES = ("cpu", "cuda")
@@ -81,31 +82,31 @@ class EagerLinearFunction(torch.autograd.Function):
         """
         codes, backward_codes = call.codes, call.backward_codes
         ctx.save_for_backward(input, weight, codes, backward_codes)
-        ctx.call, ctx.bias_dtype = call, weight.dtype if bias is None else bias.dtype
-        ctx.masked = ctx.stamp = None
+        bias_dtype = weight.dtype if bias is None else bias.dtype
         if masked is not None and masked_backward is not None:
-            ctx.masked, ctx.version = masked_backward, masked_backward._version
+            ctx.at_hand = call, bias_dtype, None, masked_backward, masked_backward._version
             return F.linear(input, masked, bias)
         flat = input.dim() == 2
         rows = input if flat else input.reshape(-1, weight.shape[1])
         operands = call.operands
         result = multiply_rows(operands, rows, weight, codes, bias, False, call.rules.forward, backward_codes)
-        ctx.stamp = operands.stamp
+        ctx.at_hand = call, bias_dtype, operands.stamp, None, 0  # in one, as attributes take long to be set
         return result if flat else result.view(*input.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
         """Compute the gradients that are asked for."""
-        call: Call = ctx.call
+        call, bias_dtype, stamp, masked, version = ctx.at_hand
         output_gradient: Tensor = output_gradients[0]
-        operands = masked = None
+        operands: Operands | None = call.operands
         # what is at hand has no part in a graph of gradients, nor where something follows the operations
-        if not torch.is_grad_enabled() and is_eager(output_gradient):
-            operands = call.operands
-            masked = ctx.masked if ctx.masked is None or ctx.masked._version == ctx.version else None
+        if torch.is_grad_enabled() or not is_eager(output_gradient):
+            operands = masked = None
+        elif masked is not None and masked._version != version:
+            masked = None
         found = linear_gradients(
-            ctx.needs_input_grad, output_gradient, ctx.saved_tensors, call.draws, call.rules, ctx.bias_dtype,
-            operands, ctx.stamp, masked,
+            ctx.needs_input_grad, output_gradient, ctx.saved_tensors, call.draws, call.rules, bias_dtype, operands,
+            stamp, masked,
         )  # fmt: skip
         return *found, None, None, None
 

@@ -85,22 +85,23 @@ def multiply_rows(
         backward_codes: Or None.
         stamp: ``operands.stamp`` after the forward product whose weight and codes these still are, or None.
     """
-    choice = operands.choices.get(_key(rows, bias is not None, transposed, backend))
+    dtype = rows.dtype
+    choice = operands.choices.get((transposed, bucket(rows.size(0)), dtype, bias is not None, backend))
     if choice is None:
         choice = choose(operands, rows, (weight.shape[0], weight.shape[1]), bias is not None, transposed, backend)
-    added = bias if bias is None else operands.bias(bias, rows.dtype)
+    added = bias if bias is None else operands.bias(bias, dtype)
     if choice.backend != MASKED.backend:
         try:
             chosen = BACKENDS[choice.backend]
-            operand = operands.at(stamp, chosen, transposed, rows.dtype) or operands.get(
-                weight, codes, chosen, transposed, rows.dtype, backward_codes
+            operand = operands.at(stamp, chosen, transposed, dtype) or operands.get(
+                weight, codes, chosen, transposed, dtype, backward_codes
             )
             return chosen.product(operand, rows, added, choice.algorithm)
         except RuntimeError as error:
             if backend != "auto" or isinstance(error, torch.OutOfMemoryError):
                 raise
             give_up(operands, rows, bias is not None, transposed, choice, error)
-    operand = operands.get(weight, codes, BACKENDS["masked"], transposed, rows.dtype, backward_codes)
+    operand = operands.get(weight, codes, BACKENDS["masked"], transposed, dtype, backward_codes)
     return BACKENDS["masked"].product(operand, rows, added)
 
 
