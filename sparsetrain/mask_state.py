@@ -391,4 +391,4 @@ class MaskState:
             if name in state["backward_codes"]:
                 layer.set_backward_codes_(state["backward_codes"][name])
             else:
-                layer.drop_backward_codes()
+                layer.backward_codes = None

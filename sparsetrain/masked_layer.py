@@ -29,6 +29,9 @@ STATE = (
 )  # fmt: skip
 """What a masked layer has beside its dense class."""
 
+READ_IN_GROUPS = ("mask_codes", "backward_codes", "soft_scale", "operands")
+"""Of those, what a run's groups of layers keep from step to step until another is set."""
+
 
 def has_choice(device: str) -> bool:
     """Return whether ``backend="auto"`` has more than ``masked`` to choose from on a type of device."""
@@ -112,18 +115,7 @@ class MaskedLayer(nn.Module):
         """Give the input gradient's product codes ``[O/4, K/4]`` of its own; in place, if it has some."""
         if self.backward_codes is None:
             self.backward_codes = torch.empty_like(self.mask_codes)
-            self.operands.changed()
         self.backward_codes.copy_(codes)
-
-    def drop_backward_codes(self) -> None:
-        """Have the input gradient's product see what the mask keeps."""
-        self.backward_codes = None
-        self.operands.changed()
-
-    def set_soft_scale(self, scale: Tensor | None) -> None:
-        """Give the layer a soft threshold with this β, or a hard mask."""
-        self.soft_scale = scale
-        self.operands.changed()
 
     def features_last(self, input: Tensor) -> Tensor:
         """Return the layer's input with its features in the last dimension."""
@@ -189,6 +181,11 @@ class MaskedLayer(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         register(self)  # copied or loaded
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in READ_IN_GROUPS:
+            Operands.changed()
+
     def __delattr__(self, name: str) -> None:
         if name in self._parameters:
             raise RuntimeError(_foreign_weight(name))
@@ -201,8 +198,8 @@ class MaskedLayer(nn.Module):
         super().register_parameter(name, param)
         if "operands" in self.__dict__:  # another parameter may have the memory and the version of the last
             self.operands.expire()
-            self.operands.changed()
             self.eager_call = None
+            Operands.changed()
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(

@@ -388,8 +388,7 @@ def register(layer: Layer) -> None:
     _watch_optimizers()
     layer.operands.owner = weakref.ref(layer)
     _OPERANDS[storage_address(layer.mask_codes)] = layer.operands
-    layer.operands.managed = layer.operands.managed
-    Operands.changed()
+    layer.operands.managed = layer.operands.managed  # is among the unmanaged from now on, if it is
 
 
 def operands_of(codes: Tensor) -> Operands | None:

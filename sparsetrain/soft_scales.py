@@ -37,12 +37,12 @@ class SoftScales:
         """Give these layers their β, if they have none."""
         for layer in (self._layers[name] for name in names):
             if layer.soft_scale is None:
-                layer.set_soft_scale(soft_scale(layer.matrix, layer.mask_codes, layer.execution.transposable))
+                layer.soft_scale = soft_scale(layer.matrix, layer.mask_codes, layer.execution.transposable)
 
     def forget(self) -> None:
         """Have products see the hard-masked weight, or β measured anew."""
         for layer in self._layers.values():
-            layer.set_soft_scale(None)
+            layer.soft_scale = None
 
     @torch.no_grad()
     def write_(self, names: Collection[str]) -> None:
@@ -63,4 +63,4 @@ class SoftScales:
         """Take back what :meth:`state_dict` returned."""
         for name, layer in self._layers.items():
             scale = state.get(name)
-            layer.set_soft_scale(None if scale is None else layer.weight.new_tensor(scale))
+            layer.soft_scale = None if scale is None else layer.weight.new_tensor(scale)

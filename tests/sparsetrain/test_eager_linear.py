@@ -71,7 +71,7 @@ def backward_codes(layer: MaskedLayer) -> None:
 
 
 def soft_scale(layer: MaskedLayer) -> None:
-    layer.set_soft_scale(torch.tensor(1.5))
+    layer.soft_scale = torch.tensor(1.5)
 
 
 def more_than_two_of_four(layer: MaskedLayer) -> None:

@@ -31,6 +31,10 @@ def new_codes(own: dict[str, MaskedLayer]) -> None:
     own["layer1"]._apply(torch.clone)  # as a move to another device does
 
 
+def codes_that_are_set(own: dict[str, MaskedLayer]) -> None:
+    own["layer1"].mask_codes = own["layer2"].mask_codes.clone()
+
+
 def new_layer(own: dict[str, MaskedLayer]) -> None:
     own["layer1"] = layers()["layer1"]
 
@@ -39,7 +43,7 @@ def nothing(own: dict[str, MaskedLayer]) -> None:
     pass
 
 
-@pytest.mark.parametrize("change", [nothing, new_weight, new_codes, new_layer])
+@pytest.mark.parametrize("change", [nothing, new_weight, new_codes, codes_that_are_set, new_layer])
 def test_groups_have_the_tensors_that_layers_have(change: Callable[[dict[str, MaskedLayer]], None]) -> None:
     own, groups = layers(), LayerGroups()
     (first,) = groups.of(own)
