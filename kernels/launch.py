@@ -1,16 +1,16 @@
 """Launching one kernel over many tensors: groups of equal layout, and their places relative to the first."""
 
-import ctypes
-from array import array
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, reduce
+from functools import reduce
 from itertools import chain
 from operator import attrgetter, itemgetter, or_
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from .pointer_tables import written_tables
 
 ALIGNMENT = 16  # elements; lets the compiler use the widest loads
 PLANS = 32  # of one operator
@@ -43,21 +43,14 @@ def groups_of_equal_layout(*columns: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-def members(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the first of several tensors of one dtype and device, and where each begins, counted from it.
-
-    A kernel reaches all of them from one typed pointer. The table of offsets is kept, so that launches on the same
-    memory write no other.
-
-    Returns:
-        The first tensor, and int64 ``[tensors]`` offsets in elements on its device.
+def strides_of(tensors: Sequence[Tensor]) -> Hashable:
+    """Return what tells the strides of tensors of known sizes.
 
     Example:
-        >>> base = torch.zeros(10)
-        >>> members([base, base[3:]])[1].tolist()
-        [0, 3]
+        >>> strides_of([torch.zeros(4, 8)]) == strides_of([torch.ones(4, 8)]) != strides_of([torch.zeros(8, 4).t()])
+        True
     """
-    return tensors[0], table(tuple(_offsets(tensors)), tensors[0].device)
+    return True if all(map(Tensor.is_contiguous, tensors)) else tuple(map(Tensor.stride, tensors))
 
 
 def layout_of(*columns: Sequence[Tensor]) -> Hashable:
@@ -74,19 +67,107 @@ def layout_of(*columns: Sequence[Tensor]) -> Hashable:
     )  # fmt: skip
 
 
-def kernels_now(kernels: Mapping[str, Made], *columns: Sequence[Tensor]) -> Made | None:
+class Launch(NamedTuple):
+    """One launch of a kernel, with all that it is told.
+
+    Args:
+        kernel: Of Triton.
+        grid: Of its programs.
+        arguments: A tensor on the device first.
+        options: Told by name.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        """Launch it, on the current stream of the first tensor's device."""
+        with on_device_of(self.arguments[0]):
+            self.kernel[self.grid](*self.arguments, **self.options)
+
+
+class Known(NamedTuple):
+    """What a caller tells of columns of tensors that it has listed, so that nothing asks every tensor again.
+
+    The tensors that it is about, and those of the moving columns, are of no class of their own.
+
+    Args:
+        layouts: Equal where sizes, strides, dtypes and devices are.
+        places: Equal where addresses are too.
+        moving: Columns, the first of a call, that it is not about.
+        kept: Where the launches of these tensors are kept with their arguments, which are those tensors, by what tells
+            them; for the time that the caller holds the tensors. None to keep none.
+    """
+
+    layouts: Hashable
+    places: Hashable
+    moving: int = 0
+    kept: dict[Hashable, list[Launch]] | None = None
+
+
+def launch(launches: Iterable[Launch], known: Known | None, tensor: Tensor) -> None:
+    """Launch kernels, and keep them for :func:`relaunched` where all that they are told is known.
+
+    Args:
+        launches: On one device.
+        known: Of all tensors of these launches, if they are.
+        tensor: On that device.
+
+    Example:
+        >>> launch([], None, torch.zeros(1))
+    """
+    stream = None if known is None or known.moving or known.kept is None else _stream_of(tensor)
+    if known is not None and known.kept is not None and stream is not None:
+        launches = [*launches]
+        known.kept.clear()
+        known.kept[known.places, stream] = launches
+    for one in launches:
+        one.run()
+
+
+def relaunched(known: Known | None, tensor: Tensor) -> bool:
+    """Launch again what was launched of known tensors on the current stream; return whether there was anything.
+
+    Args:
+        known: As in :func:`launch`.
+        tensor: See there.
+
+    Example:
+        >>> relaunched(None, torch.zeros(1))
+        False
+    """
+    if known is None or known.moving or not known.kept:
+        return False
+    launches = known.kept.get((known.places, _stream_of(tensor)))
+    for one in launches or ():
+        one.run()
+    return launches is not None
+
+
+def _stream_of(tensor: Tensor) -> int | None:
+    """Return the stream that kernels of a tensor are launched on; None for a graph's, whose tables are its own."""
+    if not tensor.is_cuda:
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def kernels_now(kernels: Mapping[str, Made], known: Known | None, *columns: Sequence[Tensor]) -> Made | None:
     """Return what runs on tensors at once, by their type of device; None where the dispatcher has to be asked.
 
     It has to while something is compiled, under dispatch modes, for tensors of classes of their own, and for none.
 
     Example:
-        >>> kernels_now({"cpu": "here"}, [torch.zeros(1)])
+        >>> kernels_now({"cpu": "here"}, None, [torch.zeros(1)])
         'here'
-        >>> kernels_now({"cpu": "here"}, []) is None
+        >>> kernels_now({"cpu": "here"}, None, []) is None
         True
     """
     last = columns[-1]
-    if not last or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not are_plain(*columns):
+    if not last or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    if not are_plain(*(columns if known is None else columns[: known.moving])):
         return None
     return kernels.get(last[0].device.type)
 
@@ -120,14 +201,6 @@ class Group(Generic[Settings]):
         found = self._pick(entries)
         return found if len(self.positions) > 1 else (found,)
 
-    def offsets(self, column: int, addresses: Sequence[int]) -> tuple[tuple[int, ...], bool]:
-        """Return where the group's tensors begin, in elements from the first, and whether that is aligned."""
-        own, size = self.pick(addresses), self.sizes[column]
-        first = own[0]
-        distances = [address - first for address in own]
-        aligned = not first % 16 and not reduce(or_, distances) % (ALIGNMENT * size)  # sizes are powers of two
-        return tuple([distance // size for distance in distances]), aligned
-
 
 class Plan(Generic[Settings]):
     """The launches of columns of tensors: their groups, and where the tensors of each lie.
@@ -150,36 +223,33 @@ class Plan(Generic[Settings]):
         self._met: dict[Hashable, tuple[Sequence[Tensor], tuple[bool, ...]]] = {}
 
     def placed(
-        self, columns: Sequence[Sequence[Tensor]], known: Hashable = None, moving: int = 0
+        self, columns: Sequence[Sequence[Tensor]], known: Known | None = None
     ) -> Iterator[tuple[Group[Settings], tuple[Tensor, ...], tuple[bool, ...]]]:
         """Return the groups, each with a table of the offsets of every column, and whether every column is aligned.
 
         Args:
             columns: The tensors.
-            known: What tells the addresses in all columns but the first few: where it was seen before, they are not
-                asked for again. None to ask.
-            moving: How many those few are.
+            known: Of these columns; None to ask where all tensors are.
         """
         where = self._streams(columns[0])
-        tables: list[Sequence[Tensor]] = []
+        found: list[Sequence[Tensor]] = []
         aligned: list[tuple[bool, ...]] = []
         for number, column in enumerate(columns):
             if number and column is columns[number - 1]:
-                tables.append(tables[-1])
+                found.append(found[-1])
                 aligned.append(aligned[-1])
                 continue
-            settled = known is not None and number >= moving
-            addresses = () if settled else tuple(map(Tensor.data_ptr, column))
-            key = (number, known if settled else addresses, where)
-            found = None if where is None else self._met.get(key)
-            if found is None:
-                addresses = addresses or tuple(map(Tensor.data_ptr, column))
-                offsets, whether = zip(*[group.offsets(number, addresses) for group in self.groups], strict=True)
-                found = self._tables(offsets, column), whether
-                self._remember(key, found, ADDRESSES * len(columns))
-            tables.append(found[0])
-            aligned.append(found[1])
-        return zip(self.groups, zip(*tables, strict=True), zip(*aligned, strict=True), strict=True)
+            addresses: tuple[int, ...] = ()
+            if known is None or number < known.moving:
+                addresses = tuple(map(Tensor.data_ptr, column))
+            key = (number, addresses or (known and known.places), where)
+            met = None if where is None else self._met.get(key)
+            if met is None:
+                met = self._offsets(number, addresses or tuple(map(Tensor.data_ptr, column)), column)
+                self._remember(key, met, ADDRESSES * len(columns))
+            found.append(met[0])
+            aligned.append(met[1])
+        return zip(self.groups, zip(*found, strict=True), zip(*aligned, strict=True), strict=True)
 
     def numbered(self, numbers: Sequence[int], column: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return numbers, one for each tensor of a column, as a table for each group."""
@@ -191,21 +261,37 @@ class Plan(Generic[Settings]):
             self._remember(key, found, ADDRESSES)
         return found[0]
 
-    def _tables(self, numbers: Sequence[tuple[int, ...]], column: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _offsets(
+        self, number: int, addresses: Sequence[int], column: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], tuple[bool, ...]]:
+        """Return where tensors begin, in elements from their group's first: a table for each group, and its alignment.
+
+        A gradient may lie elsewhere in every step, and an operator of torch takes longer than a loop over a model's.
+        """
+        found: list[list[int]] = []
+        aligned = []
+        for group in self.groups:
+            size, own = group.sizes[number], group.pick(addresses)
+            first = own[0]
+            distances = [address - first for address in own]
+            aligned.append(not first % 16 and not reduce(or_, distances) % (ALIGNMENT * size))  # powers of two
+            found.append([distance // size for distance in distances])
+        return self._tables(found, column), tuple(aligned)
+
+    def _tables(self, numbers: Sequence[Sequence[int]], column: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return numbers of every group as a table on its device, that of a column's tensors."""
         devices = [column[group.first].device for group in self.groups]
         if len({*devices}) == 1:
-            return tables(tuple(numbers), devices[0])
-        return [table(own, device) for own, device in zip(numbers, devices, strict=True)]
+            return written_tables(numbers, devices[0])
+        return [written_tables([own], device)[0] for own, device in zip(numbers, devices, strict=True)]
 
     def _streams(self, column: Sequence[Tensor]) -> tuple[int, ...] | None:
         """Return the streams that the groups are launched on, whose tables are kept; None where none is."""
         if not column[self.groups[0].first].is_cuda:
             return ()
-        if torch.cuda.is_current_stream_capturing():
-            return None  # these are the graph's own
-        devices = dict.fromkeys(column[group.first].device for group in self.groups)
-        return tuple([torch.cuda.current_stream(device).cuda_stream for device in devices])
+        streams = [_stream_of(column[group.first]) for group in self.groups]
+        known = tuple([stream for stream in streams if stream is not None])
+        return known if len(known) == len(streams) else None
 
     def _remember(
         self, key: tuple[Hashable, ...], found: tuple[Sequence[Tensor], tuple[bool, ...]], limit: int
@@ -263,62 +349,6 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return int64 ``[numbers]`` on a device, without waiting for it. Do not write to it.
-
-    The numbers lie in pinned memory, as a copy from pageable memory would wait for the device. A table is kept for its
-    stream, in whose order it is written, read and freed. One that is made while a CUDA graph is captured is the graph's
-    own, in its memory and written again by every replay from the arguments of a kernel, so that nothing else can free
-    what it reads.
-
-    Example:
-        >>> table((0, 3), torch.device("cpu")).tolist()
-        [0, 3]
-    """
-    return tables((numbers,), device)[0]
-
-
-def tables(numbers: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Return several tables, as :func:`table` makes them, written together.
-
-    Example:
-        >>> [one.tolist() for one in tables(((0, 3), (5,)), torch.device("cpu"))]
-        [[0, 3], [5]]
-    """
-    if device.type != "cuda":
-        return _kept_tables(numbers, device, 0)
-    if torch.cuda.is_current_stream_capturing():
-        return _written(numbers, device, captured=True)
-    return _kept_tables(numbers, device, torch.cuda.current_stream(device).cuda_stream)
-
-
-@lru_cache(maxsize=1024)
-def _kept_tables(numbers: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> tuple[Tensor, ...]:
-    return _written(numbers, device, captured=device.type not in ("cpu", "cuda"))
-
-
-def _written(numbers: tuple[tuple[int, ...], ...], device: torch.device, captured: bool) -> tuple[Tensor, ...]:
-    padded = [(*own, 0) if len(own) % 2 else own for own in numbers]  # tables begin at multiples of 16 bytes
-    flat = array("q", [*chain.from_iterable(padded)])
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-        if not flat:
-            made = torch.empty(0, dtype=torch.int64, device=device)
-        elif captured:
-            made = torch.zeros(len(flat), dtype=torch.int64, device=device)
-            torch._foreach_add_(made.unbind(), flat.tolist())
-        elif device.type == "cuda":
-            host = torch.empty(len(flat), dtype=torch.int64, pin_memory=True)
-            ctypes.memmove(host.data_ptr(), flat.buffer_info()[0], 8 * len(flat))
-            # the host's memory is used again when the stream has read it
-            made = torch.empty(len(flat), dtype=torch.int64, device=device).copy_(host, non_blocking=True)
-        else:
-            made = torch.frombuffer(flat, dtype=torch.int64)
-        parts = made.split_with_sizes([*map(len, padded)])
-        return tuple(
-            [part if part.numel() == len(own) else part[: len(own)] for part, own in zip(parts, numbers, strict=True)]
-        )
-
-
 def are_aligned(*columns: Sequence[Tensor]) -> bool:
     """Say whether every tensor and its offset from the first of its column is a multiple of ``ALIGNMENT`` elements."""
     for column in columns:
@@ -326,8 +356,3 @@ def are_aligned(*columns: Sequence[Tensor]) -> bool:
         if first % 16 or any((tensor.data_ptr() - first) % step for tensor in column):
             return False
     return True
-
-
-def _offsets(tensors: Sequence[Tensor]) -> list[int]:
-    first, size = tensors[0].data_ptr(), tensors[0].element_size()
-    return [(tensor.data_ptr() - first) // size for tensor in tensors]

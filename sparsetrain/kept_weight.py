@@ -1,20 +1,15 @@
 """``KeptWeight``: a layer's ``W⊙M`` for dense products, made once for all products between two writes to the weight."""
 
-import functools
 import threading
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .eager import is_eager
 from .kernels.masked_update.operator import apply_masks_
 from .kernels.tile_codes.reference import unpack_codes
 from .matrices import weight_of
-
-PERIOD = 8 * 61
-"""Words after which the places of a fingerprint begin again: whole vectors, and with a prime, so that moved rows or
-columns change places."""
+from .tensor_state import fingerprint, hold, storage_address
 
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their bytes."""
@@ -40,7 +35,7 @@ class KeptWeight:
 
     def __init__(self) -> None:
         self._made: dict[tuple[torch.dtype, bool], _Made] = {}
-        self._bits: dict[bool, tuple[Tensor, int, Tensor]] = {}  # codes, their version, the mask
+        self._bits: dict[tuple[bool, int], tuple[Tensor, int, Tensor]] = {}  # codes, their version, the mask
         self._lock = threading.Lock()
 
     @property
@@ -83,7 +78,7 @@ class KeptWeight:
         """Write zeros where codes prune a gradient ``[O, K]``."""
         if gradient.is_cpu and gradient.element_size() in WORDS:
             with self._lock:
-                bits = self._bits_of(codes, again=False)
+                bits = self._bits_of(codes, gradient.element_size())
             _words(gradient).bitwise_and_(bits)
         else:
             apply_masks_([gradient], [codes])
@@ -102,25 +97,30 @@ class KeptWeight:
         by_bits = source.is_cpu and masked.element_size() in WORDS
         if by_bits and source.dtype == masked.dtype:
             # in one pass: another thread may read what is written again as it was
-            torch.bitwise_and(_words(source), weight_of(self._bits_of(codes), source.shape), out=_words(masked))
+            bits = weight_of(self._bits_of(codes, masked.element_size()), source.shape)
+            torch.bitwise_and(_words(source), bits, out=_words(masked))
         else:
             masked.copy_(source)
         for pruned, again in ((codes, False), (backward, True)):
             if pruned is None or (by_bits and source.dtype == masked.dtype and not again):
                 continue
             if by_bits:
-                _words(masked).bitwise_and_(weight_of(self._bits_of(pruned, again), source.shape))
+                bits = weight_of(self._bits_of(pruned, masked.element_size(), again), source.shape)
+                _words(masked).bitwise_and_(bits)
             elif source.dim() == 2:
                 apply_masks_([masked], [pruned])
             else:
                 masked.masked_fill_(weight_of(unpack_codes(pruned).logical_not_(), source.shape), 0)
 
-    def _bits_of(self, codes: Tensor, again: bool = False) -> Tensor:
-        """Return int8 ``[O, K]``, all bits of which say whether an entry is kept; made anew when codes have changed."""
-        held = self._bits.get(again)
+    def _bits_of(self, codes: Tensor, size: int, again: bool = False) -> Tensor:
+        """Return integers ``[O, K]``, all bits of which say whether an entry is kept; renewed when codes have changed.
+
+        They are as wide as what is masked by them, as processors mask words of equal widths faster.
+        """
+        held = self._bits.get((again, size))
         if held is None or held[0] is not codes or held[1] != codes._version:
-            bits = unpack_codes(codes).view(torch.int8).neg_()
-            held = self._bits[again] = codes, codes._version, bits
+            bits = unpack_codes(codes).to(WORDS[size]).neg_()
+            held = self._bits[again, size] = codes, codes._version, bits
         return held[2]
 
 
@@ -131,13 +131,16 @@ class _Made:
         self.masked, self.codes, self.backward = masked, codes, backward
         self.weight: Tensor | None = weight
         self._stamp = _stamp(weight, codes, backward)
-        self._mark = _mark(weight)  # while the weight, which was just read, is in the processor's cache
-        self._storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]  # keeps its address
+        # while the weight, which was just read, is in the processor's cache
+        self._mark = fingerprint(weight) if weight.is_cpu else None
+        self._storage = hold(weight)
 
     def is_of(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> bool:
         """Say whether it was made of these tensors as they are now."""
         same = self.weight is weight and self.codes is codes and self.backward is backward
-        return same and self._stamp == _stamp(weight, codes, backward) and self._mark == _mark(weight)
+        if not same or self._stamp != _stamp(weight, codes, backward):
+            return False
+        return self._mark is None or torch.equal(fingerprint(weight), self._mark)
 
 
 def may_keep(weight: Tensor) -> bool:
@@ -157,11 +160,7 @@ def may_keep(weight: Tensor) -> bool:
 
 def _stamp(weight: Tensor, codes: Tensor, backward: Tensor | None) -> tuple[int, ...]:
     again = -1 if backward is None else backward._version
-    return weight.untyped_storage()._cdata, int(weight.storage_offset()), weight._version, codes._version, again
-
-
-def _mark(weight: Tensor) -> int:
-    return _fingerprint(weight) if weight.is_cpu else 0
+    return weight._version, codes._version, again, storage_address(weight), int(weight.storage_offset())
 
 
 def _room_for(source: Tensor, dtype: torch.dtype, room: Tensor | None) -> Tensor:
@@ -175,25 +174,3 @@ def _room_for(source: Tensor, dtype: torch.dtype, room: Tensor | None) -> Tensor
 
 def _words(tensor: Tensor) -> Tensor:
     return tensor.view(WORDS[tensor.element_size()])
-
-
-def _fingerprint(weight: Tensor) -> int:
-    """Return a number of a weight's bits that a write changes: their sum, in which places count differently."""
-    flat = weight.detach()
-    if not flat.is_contiguous():
-        flat = flat.t() if flat.dim() == 2 else flat.movedim(1, -1)
-    flat = flat.reshape(-1)  # a copy only if the weight is spread over more memory than it has
-    words = flat.view(torch.int16 if flat.storage_offset() % 4 else torch.int64)
-    whole = words.numel() // PERIOD * PERIOD
-    rest = words[whole:]
-    total = torch.dot(rest.to(torch.int64), _keys()[: rest.numel()])
-    if whole:
-        total += torch.dot(words[:whole].view(-1, PERIOD).sum(0), _keys())
-    return int(total)
-
-
-@functools.cache
-def _keys() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode(False):
-        return torch.randint(-(1 << 62), 1 << 62, (PERIOD,), generator=generator) | 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .estimated_gradient import renumber_
+from .kernels.launch import Known, strides_of
 from .kernels.masked_update.operator import add_masked_decays_now_, apply_masks_now_
 from .masked_layer import MaskedLayer, weight_in, written_as_matrices
 from .matrices import by_device
@@ -20,7 +21,7 @@ from .renewal import Renewal
 KEPT = 8
 """Choices of layers whose groups are kept."""
 
-_CODES = attrgetter("mask_codes")
+_CODES, _DTYPE = attrgetter("mask_codes"), attrgetter("dtype")
 
 
 class LayerGroup:
@@ -44,8 +45,10 @@ class LayerGroup:
         self.codes = list(map(_CODES, self.each))
         self.numbers = tuple(zlib.crc32(name.encode()) for name in layers)
         """Of the layers, for random draws."""
-        self.known = next(_NUMBERS)
-        """Tells these very codes."""
+        self._layouts: Hashable = None
+        self._places: Hashable = None
+        self._moment: object = None
+        self._known = Known(0, 0)
         self._parts: dict[tuple[int, ...], list[LayerGroup]] = {}
         self._are_matrices = all(weight.dim() == 2 for weight in self.weights) and not any(
             layer.transposed for layer in self.each
@@ -56,6 +59,27 @@ class LayerGroup:
         # nn.Module would find a weight in half a microsecond or more
         weights = [parameters.get("weight") for parameters in self._parameters]
         return all(map(is_, self.weights, weights)) and all(map(is_, self.codes, map(_CODES, self.each)))
+
+    def known(self, moment: object = None) -> Known | None:
+        """Return what tells where weights and codes lie, and how; None if matrices are made of the weights each time.
+
+        A weight may be given other data without a trace, so that its address, strides and dtype are looked at.
+
+        Args:
+            moment: Who gives the same object again knows that nobody did so since.
+        """
+        if not self._are_matrices:
+            return None
+        if moment is not None and moment is self._moment:
+            return self._known
+        self._moment = moment
+        places = tuple(map(Tensor.data_ptr, self.weights))
+        layouts = strides_of(self.weights), tuple(map(_DTYPE, self.weights))
+        if places != self._places or layouts != self._layouts:
+            number = next(_NUMBERS)
+            self._known = Known(self._known.layouts if layouts == self._layouts else number, number, kept={})
+            self._places, self._layouts = places, layouts
+        return self._known
 
     @property
     def matrices(self) -> list[Tensor]:
@@ -75,10 +99,15 @@ class LayerGroup:
             with written_as_matrices(self.each, tensors) as matrices:
                 yield matrices
 
-    def apply_masks_(self, tensors: Sequence[Tensor]) -> None:
-        """Write zeros into what the masks prune of tensors that are shaped like the weights."""
+    def apply_masks_(self, tensors: Sequence[Tensor], moment: object = None) -> None:
+        """Write zeros into what the masks prune.
+
+        Args:
+            tensors: Gradients, or the weights themselves.
+            moment: As in :meth:`known`.
+        """
         with self.written(tensors) as matrices:
-            apply_masks_now_(matrices, self.codes, self.known)
+            apply_masks_now_(matrices, self.codes, self._known_but(tensors, moment))
 
     def decay_(self, tensors: Sequence[Tensor], decay: Tensor, clock: int) -> None:
         """Add what the masks prune of the weights, times a factor, to tensors that are shaped like them.
@@ -90,7 +119,11 @@ class LayerGroup:
         """
         with self.written(tensors) as matrices:
             weights = matrices if tensors is self.weights else self.matrices
-            add_masked_decays_now_(matrices, weights, self.codes, decay, self.numbers, clock, self.known)
+            add_masked_decays_now_(matrices, weights, self.codes, decay, self.numbers, clock, self._known_but(tensors))
+
+    def _known_but(self, targets: Sequence[Tensor], moment: object = None) -> Known | None:
+        known = self.known(moment)
+        return known if known is None or targets is self.weights else known._replace(moving=1)
 
     def split(self, keys: Sequence[Hashable]) -> list["LayerGroup"]:
         """Return the parts whose keys are equal, given one for each layer; the group itself if all are."""
@@ -105,10 +138,10 @@ class LayerGroup:
             self._parts = {pattern: list(map(LayerGroup, parts))}
         return self._parts[pattern]
 
-    def repack_(self, renewal: Renewal) -> None:
+    def repack_(self, renewal: Renewal, moment: object = None) -> None:
         """Renew the packed weights by the renewal of these layers."""
         if self._are_matrices:
-            renewal.renew_(self.weights, self.codes)
+            renewal.renew_(self.weights, self.codes, self.known(moment))
         else:
             renewal.renew_()
 
@@ -127,6 +160,8 @@ class LayerGroups:
         self._kept: dict[tuple[str, ...], tuple[list[MaskedLayer], list[LayerGroup], int]] = {}
         self._packed: list[tuple[LayerGroup, Renewal]] = []
         self._seen = -1  # the generation of operands in which those were found
+        self._draws: list[tuple[Tensor, int]] = []  # of layers, with the layers' numbers
+        self._drawn = -1  # the generation in which those were found
 
     def of(self, layers: Mapping[str, MaskedLayer]) -> list[LayerGroup]:
         """Return the groups of some layers, given by name.
@@ -150,12 +185,14 @@ class LayerGroups:
     def forget(self) -> None:
         """Look for everything again, and hold nothing of what is packed."""
         self._kept, self._packed, self._seen = {}, [], -1
+        self._draws, self._drawn = [], -1
 
-    def repack_(self, layers: Mapping[str, MaskedLayer]) -> float:
+    def repack_(self, layers: Mapping[str, MaskedLayer], moment: object = None) -> float:
         """Renew packed weights now, so that captured graphs and compiled steps find them.
 
         Args:
             layers: All of the run; those that have none, and those with a soft threshold, are passed over.
+            moment: As in :meth:`LayerGroup.known`.
 
         Returns:
             Milliseconds of host time.
@@ -167,20 +204,23 @@ class LayerGroups:
             }
             self._packed = [(group, Renewal(group.each)) for group in self.of(own)]
         for group, renewal in self._packed:
-            group.repack_(renewal)
+            group.repack_(renewal, moment)
         self._seen = Operands.generation
         return 1e3 * (time.perf_counter() - start)
 
+    def number_draws_(self, layers: Mapping[str, MaskedLayer], clock: int) -> None:
+        """Have every layer's random estimates depend on the clock, so that there is nothing to save of them.
+
+        Args:
+            layers: All of the run.
+            clock: Steps since the run began.
+        """
+        if self._drawn != Operands.generation:
+            own = enumerate(layers.values())
+            self._draws = [(layer.draws, number) for number, layer in own if layer.draws is not None]
+            self._drawn = Operands.generation
+        for draws, number in self._draws:
+            renumber_(draws, number, clock)
+
 
 _NUMBERS = itertools.count(1)
-
-
-def number_draws_(layers: Mapping[str, MaskedLayer], clock: int) -> None:
-    """Have every layer's random estimates depend on the clock, so that there is nothing to save of them.
-
-    Example:
-        >>> number_draws_({}, 3)
-    """
-    for number, layer in enumerate(layers.values()):
-        if layer.draws is not None:
-            renumber_(layer.draws, number, clock)

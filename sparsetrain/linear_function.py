@@ -9,8 +9,9 @@ from torch import Tensor
 from .estimated_gradient import estimated_weight_gradient
 from .gradient_rules import GradientRule
 from .kernels.tile_codes.reference import unpack_codes
-from .operands import Operands, Stamp
+from .operands import Operands
 from .products import masked_product, multiply_rows
+from .tensor_state import Stamp
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of input, weight and bias."""

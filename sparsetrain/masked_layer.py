@@ -29,7 +29,7 @@ STATE = (
 )  # fmt: skip
 """What a masked layer has beside its dense class."""
 
-READ_IN_GROUPS = ("mask_codes", "backward_codes", "soft_scale", "operands")
+READ_IN_GROUPS = ("mask_codes", "backward_codes", "soft_scale", "operands", "draws")
 """Of those, what a run's groups of layers keep from step to step until another is set."""
 
 

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .masked_layer import MaskedLayer
+from .operands import Operands
 from .optimizer_hooks import owned_parameters
 
 _GRADIENT, _REQUIRES_GRAD = attrgetter("grad"), attrgetter("requires_grad")
+_found_in = dict.get
 
 
 class Masters:
@@ -43,8 +45,10 @@ class Masters:
         self._model, self._layers, self._optimizers = model, dict(layers), list(optimizers)
         self._paths = {name: name.split(".") if name else [] for name in layers}
         self._listed: tuple[list[dict[str, Any]], list[Tensor]] = ([], [])  # where weights are looked for, and they
-        self._edges: list[tuple[dict[str, Any], str, Any]] = []  # of the module tree: on the paths to all layers
+        self._edges: tuple[list[dict[str, Any]], list[str], list[Any]] = [], [], []  # of the tree: paths to all layers
+        self._groups: dict[int, list[list[Tensor]]] = {}  # parameters of every optimizer
         self._own: dict[int, tuple[tuple[str, ...], list[Tensor]]] = {}  # of every optimizer
+        self._operands: dict[int, dict[str, Operands]] = {}
         self._list()
 
     def follow(self, optimizer: Optimizer) -> dict[str, tuple[Tensor, Tensor]]:
@@ -60,7 +64,8 @@ class Masters:
             RuntimeError: If a new weight does not fit or no optimizer owns it, or a layer is no longer in the model;
                 nothing is changed then.
         """
-        if any(children.get(name) is not child for children, name, child in self._edges):
+        parents, names, children = self._edges
+        if not all(map(is_, map(_found_in, parents, names), children)):
             for name in [name for name, path in self._paths.items() if self._found_at(path) is not self._layers[name]]:
                 self._require_elsewhere(name, self._layers[name])
                 del self._paths[name]
@@ -68,7 +73,7 @@ class Masters:
         parameters, weights = self._listed
         # nn.Module would find each weight in half a microsecond or more
         same = all(map(is_, [own.get("weight") for own in parameters], weights))
-        if same and owned_parameters(optimizer) == self.owned[id(optimizer)]:
+        if same and (self._has_same_groups(optimizer) or owned_parameters(optimizer) == self.owned[id(optimizer)]):
             return {}
         replaced = {
             name: (self.weights[name], layer.weight)
@@ -108,12 +113,17 @@ class Masters:
         """Return the names of an optimizer's layers, and their weights."""
         return self._own[id(optimizer)]
 
+    def operands(self, optimizer: Optimizer) -> dict[str, Operands]:
+        """Return the operands of an optimizer's layers."""
+        return self._operands[id(optimizer)]
+
     def _list(self) -> None:
         """List what every step looks at."""
         self._listed = [layer._parameters for layer in self._layers.values()], [*self.weights.values()]
         for optimizer, owned in self.owned.items():
             own = {name: weight for name, weight in self.weights.items() if id(weight) in owned}
             self._own[optimizer] = tuple(own), [*own.values()]
+            self._operands[optimizer] = {name: self._layers[name].operands for name in own}
         edges: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         for name, path in self._paths.items():
             module: Any = self._model
@@ -123,7 +133,19 @@ class Masters:
                 edges[id(children), part] = children, part, module
             if module is not self._layers[name]:
                 edges[0, name] = {}, name, self._layers[name]  # is looked for at the next step
-        self._edges = [*edges.values()]
+        found = [*edges.values()]
+        self._edges = [edge[0] for edge in found], [edge[1] for edge in found], [edge[2] for edge in found]
+        for entry in self._optimizers:
+            same = owned_parameters(entry) == self.owned[id(entry)]
+            self._groups[id(entry)] = [[*group["params"]] for group in entry.param_groups] if same else []
+
+    def _has_same_groups(self, optimizer: Optimizer) -> bool:
+        """Say whether an optimizer has the parameters that it had, in the same groups."""
+        seen, groups = self._groups[id(optimizer)], optimizer.param_groups
+        return len(seen) == len(groups) and all(
+            len(own) == len(group["params"]) and all(map(is_, own, group["params"]))
+            for own, group in zip(seen, groups, strict=True)
+        )
 
     def _found_at(self, path: Sequence[str]) -> Any:
         module: Any = self._model

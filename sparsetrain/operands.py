@@ -3,7 +3,7 @@
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -18,6 +18,7 @@ from .backends.filling import Filling, fill_
 from .backends.interface import WeightProduct
 from .dispatch import Choice
 from .kept_weight import KeptWeight
+from .tensor_state import Stamp, hold, stamp_of, stamp_of_sources, storage_address
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,6 @@ MAX_IDLE = 8
 
 Key = tuple[str, bool, torch.dtype]
 """Backend, whether the operand is Wᵀ, dtype."""
-
-Stamp = tuple[int, ...]
 
 
 class Layer(Protocol):
@@ -231,6 +230,7 @@ class Operands:
         if held is None or held.copy.device != bias.device:
             with torch.inference_mode(False):
                 held = self.biases[dtype] = _Bias(torch.empty_like(bias, dtype=dtype))
+            self.changed()
         stamp = stamp_of(bias)
         capturing = bias.is_cuda and torch.cuda.is_current_stream_capturing()
         if stamp is None or held.stamp != stamp or (capturing and not self.managed):
@@ -260,7 +260,8 @@ class Operands:
         """Do what :meth:`expire` does to the operands of many layers, which most have nothing else that can be old."""
         for operands in every:
             operands._stamp = operands._fresh = None
-            if operands.biases or operands._kept is not None:
+            kept = operands._kept
+            if operands.biases or (kept is not None and kept.is_made):
                 operands.expire()
 
     def release(self, captured: bool = False) -> None:
@@ -339,13 +340,15 @@ class Operands:
         self._stamp = stamp
         storages = None if stamp is None else stamp[::3]
         if storages is None or storages != self._held_storages:
-            self._held = tuple(_hold(tensor) for tensor in tensors if tensor is not None)
+            self._held = tuple(hold(tensor) for tensor in tensors if tensor is not None)
             self._held_storages = storages
 
-    def renewed_again(self, stamp: Stamp | None) -> None:
-        """Take note of another renewal, in which all was filled again from the same memory."""
-        self._stamp = stamp
-        self._renewals += 1
+    @staticmethod
+    def renewed_again(every: Iterable["Operands"], stamps: Iterable[Stamp]) -> None:
+        """Take note of another renewal of operands, in which all was filled again from the same memory."""
+        for operands, stamp in zip(every, stamps, strict=True):
+            operands._stamp = stamp
+            operands._renewals += 1
 
     @property
     def may_fall_back(self) -> bool:
@@ -370,7 +373,7 @@ class _Bias:
     def renew_(self, bias: Tensor) -> None:
         with torch.inference_mode(False):
             self.copy.copy_(bias)
-        self.stamp, self.held = stamp_of(bias), _hold(bias)
+        self.stamp, self.held = stamp_of(bias), hold(bias)
 
 
 _OPERANDS: weakref.WeakValueDictionary[int, Operands] = weakref.WeakValueDictionary()
@@ -399,14 +402,6 @@ def operands_of(codes: Tensor) -> Operands | None:
     return found if owner is not None and storage_address(owner.mask_codes) == storage_address(codes) else None
 
 
-storage_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
-"""Returns what tells a tensor's storage, as long as that is held."""
-
-
-def _hold(tensor: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-
-
 @functools.cache
 def _watch_optimizers() -> None:
     def expire(optimizer: Optimizer, arguments: object, keywords: object) -> None:
@@ -419,35 +414,6 @@ def _watch_optimizers() -> None:
                 operands.expire()
 
     register_optimizer_step_post_hook(expire)
-
-
-def stamp_of(*tensors: Tensor) -> Stamp | None:
-    """Return numbers that change when a tensor is written to or replaced; None if that cannot be known.
-
-    Example:
-        >>> weight = torch.zeros(4)
-        >>> before = stamp_of(weight)
-        >>> before == stamp_of(weight.add_(1))
-        False
-    """
-    numbers: list[int] = []
-    for tensor in tensors:
-        if tensor.is_inference():
-            return None
-        numbers += (storage_address(tensor), int(tensor.storage_offset()), tensor._version)
-    return tuple(numbers)  # three of each
-
-
-def stamp_of_sources(weight: Tensor, codes: Tensor, backward: Tensor | None) -> Stamp | None:
-    """Return the stamp of what operands are filled from."""
-    if backward is not None:
-        return stamp_of(weight, codes, backward)
-    if weight.is_inference() or codes.is_inference():
-        return None
-    return (  # what stamp_of returns, without a loop: every layer asks in every step
-        storage_address(weight), int(weight.storage_offset()), weight._version,
-        storage_address(codes), int(codes.storage_offset()), codes._version,
-    )  # fmt: skip
 
 
 def _fillings(

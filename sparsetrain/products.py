@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .backends import BACKENDS
 from .dispatch import MASKED, Choice, Problem, Product, bucket, tuner_for
-from .operands import Execution, Operands, Stamp, operands_of
+from .operands import Execution, Operands, operands_of
+from .tensor_state import Stamp
 
 LOG = logging.getLogger("sparsetrain")
 

@@ -17,7 +17,7 @@ from .distillation import Distillation
 from .ending import Ending, Progress, ending
 from .frozen_moments import FrozenMoments
 from .gradient_rules import resolve_gradient_rule
-from .layer_group import LayerGroups, number_draws_
+from .layer_group import LayerGroups
 from .lr_restart import LRRestart
 from .mask_metrics import mask_metrics
 from .mask_state import MaskState
@@ -199,7 +199,7 @@ class SparseTraining:
         if method.adapter_rank:
             self._adapters = Adapters(self.masks.layers, self._optimizers, method.adapter_rank)
             self._removals.callback(self._adapters.remove)
-        number_draws_(self.masks.layers, self.clock)
+        self._groups.number_draws_(self.masks.layers, self.clock)
         self._hooks = StepHooks(self._optimizers, self._adjust_gradients, self._written, self._advance)
         self._removals.callback(self._hooks.remove)
 
@@ -445,7 +445,7 @@ class SparseTraining:
         self._soft_scales.load_state_dict(state["soft_scales"] if self.method.forward == "soft" else {})
         self._set_phase()
         self._switch_adapters()
-        number_draws_(self.masks.layers, self.clock)
+        self._groups.number_draws_(self.masks.layers, self.clock)
         self._repack()
         if state["total_steps"] != total_steps:
             self.retime(None if total_steps is None else max(total_steps, self.clock))
@@ -484,8 +484,8 @@ class SparseTraining:
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: packed weights of its layers that it did not pack are out of date."""
         packed = self._masked_steps.after(optimizer)
-        own = [name for name in self._masters.of(optimizer)[0] if name not in packed]
-        Operands.expire_all([self.masks.layers[name].operands for name in own])
+        own = self._masters.operands(optimizer)
+        Operands.expire_all([own[name] for name in own.keys() - packed] if packed else own.values())
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
@@ -498,17 +498,17 @@ class SparseTraining:
             self._moments.commit()
             if self.timeline.may_end_at(self.clock) and self._moments.settled(self.clock):
                 self.timeline = self.timeline.ended_at(self.clock)
-        entered = self._enter()
+        entered, moment = self._enter(), object()
         due = not entered and (self.clock - self._phase_start) % self.method.refresh_every == 0
         if self.phase == "frozen" and not entered:
-            self._apply_masks(self._masked_steps.zeroed)
+            self._apply_masks(self._masked_steps.zeroed, moment)
             if due:
                 self.masks.refresh_backward()
         elif due and (self.phase == "sparse" or (self._watch_dense and self.masks.is_observed)):
             self._refresh()
         self._switch_adapters()
-        self._repack()
-        number_draws_(self.masks.layers, self.clock)
+        self._repack(moment)
+        self._groups.number_draws_(self.masks.layers, self.clock)
 
     def _switch_adapters(self) -> None:
         if self._adapters is not None:
@@ -589,12 +589,12 @@ class SparseTraining:
         if self.method.forward == "soft" and not (kind == "frozen" and self.method.frozen_in_place):
             self._soft_scales.measure(self._active)
 
-    def _apply_masks(self, done: Collection[str] = ()) -> None:
+    def _apply_masks(self, done: Collection[str] = (), moment: object = None) -> None:
         if self.method.frozen_in_place:
             wanted = self._active.difference(done)
             for group in self._groups.of({name: layer for name, layer in self.masks.layers.items() if name in wanted}):
-                group.apply_masks_(group.weights)
+                group.apply_masks_(group.weights, moment)
         self._masked_steps.zeroed.clear()
 
-    def _repack(self) -> None:
-        self._repack_ms = self._groups.repack_(self.masks.layers)
+    def _repack(self, moment: object = None) -> None:
+        self._repack_ms = self._groups.repack_(self.masks.layers, moment)

@@ -1,12 +1,13 @@
 """Masked updates of several tensors as torch operators: Triton on CUDA, the reference elsewhere."""
 
 from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..launch import Plans, kernels_now, layout_of
+from ..launch import Known, Plans, kernels_now, layout_of, relaunched, strides_of
 from .reference import add_masked_decay_, apply_mask_
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -87,11 +88,11 @@ def _(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
 @add_masked_decays_.register_kernel("cuda")
 def _decay_on_cuda(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
-    numbers: Sequence[int] | None = None, clock: int = 0, known: Hashable = None,
+    numbers: Sequence[int] | None = None, clock: int = 0, known: Known | None = None,
 ) -> None:  # fmt: skip
     from .triton_kernel import decay_in_place
 
-    layouts = layout_of(gradients, weights), known or layout_of(codes)
+    layouts = layout_of(gradients, weights, codes) if known is None else _layouts(known, gradients)
     taken, plan = DECAYS.of(layouts, lambda: _planned(codes, gradients=gradients, weights=weights))
     numbers = _numbers(numbers, codes)
     if len(taken) < len(codes):
@@ -106,10 +107,10 @@ def _decay_on_cuda(
 
 
 @apply_masks_.register_kernel("cuda")
-def _mask_on_cuda(tensors: Sequence[Tensor], codes: Sequence[Tensor], known: Hashable = None) -> None:
+def _mask_on_cuda(tensors: Sequence[Tensor], codes: Sequence[Tensor], known: Known | None = None) -> None:
     from .triton_kernel import mask_in_place
 
-    layouts = layout_of(tensors), known or layout_of(codes)
+    layouts = layout_of(tensors, codes) if known is None else _layouts(known, tensors)
     taken, plan = MASKINGS.of(layouts, lambda: _planned(codes, tensors=tensors))
     if len(taken) < len(codes):
         for position in {*range(len(codes))}.difference(taken):
@@ -119,8 +120,17 @@ def _mask_on_cuda(tensors: Sequence[Tensor], codes: Sequence[Tensor], known: Has
         mask_in_place(tensors, codes, plan, known)
 
 
+_DTYPE = attrgetter("dtype")
+
 DECAYS: Plans[tuple[list[int], Any]] = Plans()
 MASKINGS: Plans[tuple[list[int], Any]] = Plans()
+
+
+def _layouts(known: Known, targets: Sequence[Tensor]) -> Hashable:
+    """Return what plans are made from; a gradient has its weight's size and device."""
+    if not known.moving:
+        return known.layouts, None
+    return known.layouts, strides_of(targets), tuple(map(_DTYPE, targets))
 
 
 def _planned(codes: Sequence[Tensor], **columns: Sequence[Tensor]) -> tuple[list[int], Any]:
@@ -139,7 +149,7 @@ NOW: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {"cuda": (_dec
 
 def add_masked_decays_now_(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
-    numbers: Sequence[int] | None = None, clock: int = 0, known: Hashable = None,
+    numbers: Sequence[int] | None = None, clock: int = 0, known: Known | None = None,
 ) -> None:  # fmt: skip
     """Do what :func:`add_masked_decays_` does; eager execution spares the dispatcher, which looks at every tensor.
 
@@ -150,13 +160,13 @@ def add_masked_decays_now_(
         decay: See there.
         numbers: See there.
         clock: See there.
-        known: What tells these very codes, and that they fit weights of these layouts: where it was seen before, they
-            are not looked at again. None to look.
+        known: Of weights and codes, and of the gradients too unless they are moving; those are gradients of these
+            weights, so that their strides and dtypes are all that is looked at. None to look at everything.
 
     Example:
         >>> add_masked_decays_now_([], [], [], torch.tensor(0.5))
     """
-    kernels = kernels_now(NOW, gradients, weights, codes)
+    kernels = kernels_now(NOW, known, gradients, weights, codes)
     if kernels is None:
         add_masked_decays_(gradients, weights, codes, decay, numbers, clock)
     else:
@@ -164,7 +174,7 @@ def add_masked_decays_now_(
         torch.autograd.graph.increment_version(gradients)
 
 
-def apply_masks_now_(tensors: Sequence[Tensor], codes: Sequence[Tensor], known: Hashable = None) -> None:
+def apply_masks_now_(tensors: Sequence[Tensor], codes: Sequence[Tensor], known: Known | None = None) -> None:
     """Do what :func:`apply_masks_` does; eager execution spares the dispatcher, which looks at every tensor.
 
     Args:
@@ -175,11 +185,12 @@ def apply_masks_now_(tensors: Sequence[Tensor], codes: Sequence[Tensor], known: 
     Example:
         >>> apply_masks_now_([], [])
     """
-    kernels = kernels_now(NOW, tensors, codes)
+    kernels = kernels_now(NOW, known, tensors, codes)
     if kernels is None:
         apply_masks_(tensors, codes)
     else:
-        kernels[1](tensors, codes, known)
+        if not relaunched(known, codes[0]):
+            kernels[1](tensors, codes, known)
         torch.autograd.graph.increment_version(tensors)
 
 

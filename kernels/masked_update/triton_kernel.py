@@ -1,6 +1,6 @@
 """Masked decay and re-masking as Triton kernels: several tensors at a time, no mask in memory."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import triton
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import load_code, member
-from ..launch import Group, Plan, groups_of_equal_layout, on_device_of
+from ..launch import Group, Known, Launch, Plan, groups_of_equal_layout, launch
 from .reference import HALF_DTYPES
 from .reference import SEED as KEY
 
@@ -43,7 +43,7 @@ def plan_of(targets: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequenc
 
 def decay_in_place(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
-    numbers: Sequence[int], clock: int, plan: Plan[Settings] | None = None, known: Hashable = None,
+    numbers: Sequence[int], clock: int, plan: Plan[Settings] | None = None, known: Known | None = None,
 ) -> None:  # fmt: skip
     """Add ``decay * (1 - mask) * weight`` to gradients; tensors of equal layout share one launch.
 
@@ -55,13 +55,14 @@ def decay_in_place(
         numbers: Of the layers, one each: the counter of the random numbers that round 16-bit gradients.
         clock: Its other word.
         plan: Of these layouts; None to make one.
-        known: What tells these very codes to the plan; None to look.
+        known: Of these columns; None to look where they are.
     """
-    _launch(plan or plan_of(gradients, weights, codes), (gradients, weights, codes), decay, numbers, clock, known)
+    plan, columns = plan or plan_of(gradients, weights, codes), (gradients, weights, codes)
+    launch(_launches(plan, columns, decay, numbers, clock, known), None, gradients[0])  # the decay is another
 
 
 def mask_in_place(
-    tensors: Sequence[Tensor], codes: Sequence[Tensor], plan: Plan[Settings] | None = None, known: Hashable = None
+    tensors: Sequence[Tensor], codes: Sequence[Tensor], plan: Plan[Settings] | None = None, known: Known | None = None
 ) -> None:
     """Write zeros into pruned entries; tensors of equal layout share one launch.
 
@@ -69,26 +70,30 @@ def mask_in_place(
         tensors: ``[O, I]`` each, columns contiguous, rows at any stride; changed.
         codes: int16 ``[O/4, I/4]`` each, contiguous.
         plan: Of these layouts, the tensors being the weights too; None to make one.
-        known: What tells these very codes to the plan; None to look.
+        known: Of these columns; None to look where they are.
     """
-    _launch(plan or plan_of(tensors, tensors, codes), (tensors, tensors, codes), None, [0] * len(tensors), 0, known)
+    plan, columns = plan or plan_of(tensors, tensors, codes), (tensors, tensors, codes)
+    launch(_launches(plan, columns, None, [0] * len(tensors), 0, known), known, tensors[0])
 
 
-def _launch(
+def _launches(
     plan: Plan[Settings], columns: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], decay: Tensor | None,
-    numbers: Sequence[int], clock: int, known: Hashable,
-) -> None:  # fmt: skip
+    numbers: Sequence[int], clock: int, known: Known | None,
+) -> Iterator[Launch]:  # fmt: skip
     counters = plan.numbered(numbers, columns[0])
-    for own, (group, offsets, aligned) in zip(counters, plan.placed(columns, known, moving=2), strict=True):
+    for own, (group, offsets, aligned) in zip(counters, plan.placed(columns, known), strict=True):
         target, weight, code = [column[group.first] for column in columns]
         settings = group.settings
-        with on_device_of(target):
-            masked_update_kernel[settings.grid](
-                target, offsets[0], weight, offsets[1], code, offsets[2], code if decay is None else decay, own,
-                clock & 0xFFFFFFFF, *settings.tiles, *settings.strides, ADD=decay is not None,
-                AT_RANDOM=settings.at_random, ALIGNED=all(aligned), ROWS=BLOCK[0], COLUMNS=BLOCK[1], num_warps=WARPS,
-                enable_fp_fusion=False,  # the reference rounds the product
-            )  # fmt: skip
+        arguments = (
+            target, offsets[0], weight, offsets[1], code, offsets[2], code if decay is None else decay, own,
+            clock & 0xFFFFFFFF, *settings.tiles, *settings.strides,
+        )  # fmt: skip
+        options = {
+            "ADD": decay is not None, "AT_RANDOM": settings.at_random, "ALIGNED": all(aligned), "ROWS": BLOCK[0],
+            "COLUMNS": BLOCK[1], "num_warps": WARPS,
+            "enable_fp_fusion": False,  # the reference rounds the product
+        }  # fmt: skip
+        yield Launch(masked_update_kernel, settings.grid, arguments, options)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import Plans, kernels_now, layout_of
+from ..launch import Known, Plans, kernels_now, layout_of, relaunched
 from ..mask_search.reference import search_transposable
 from ..metadata_order import Order, metadata_words
 from ..statistics.reference import FIELDS, measure
@@ -249,13 +249,16 @@ def _(
 def _pack_now_on_cuda(
     weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
     values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor], orders: Sequence[int] | None,
-    known: Hashable,
+    known: Known | None,
 ) -> None:  # fmt: skip
     from .triton_kernel import pack_into, plan_of
 
     every = (values, meta, values_t, meta_t, tables)
-    plain = None if known or orders is None else tuple(orders)
-    key = layout_of(weights), known or (layout_of(codes, *every), *map(len, every), plain)
+    key: tuple[Hashable, ...]
+    if known is None:
+        key = layout_of(weights, codes, *every), None if orders is None else tuple(orders)
+    else:
+        key = known.layouts, layout_of(weights) if known.moving else None
 
     def made() -> Any:
         sides = sides_of(weights, codes, *every, orders)
@@ -280,7 +283,7 @@ NOW: dict[str, Callable[..., None]] = {"cuda": _pack_now_on_cuda}
 def pack_tiles_now_(
     weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
     values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
-    orders: Sequence[int] | None = None, known: Hashable = None,
+    orders: Sequence[int] | None = None, known: Known | None = None,
 ) -> None:  # fmt: skip
     """Do what :func:`pack_tiles_` does; eager execution spares the dispatcher, which looks at every tensor.
 
@@ -293,20 +296,18 @@ def pack_tiles_now_(
         meta_t: See there.
         tables: See there.
         orders: See there.
-        known: What tells all these very tensors but the weights, which are of no class of their own, and the orders:
-            where it was seen before, with weights of these layouts, they are not looked at again, and the versions of
-            targets, which are in no graph then, are not counted up. None to look.
+        known: Of all these tensors and the orders, or of all but the weights, which are moving then. The versions of
+            targets, which are in no graph, are not counted up. None to look at everything.
 
     Example:
         >>> pack_tiles_now_([], [], [], [], [], [], [])
     """
-    rest = () if known else (values, meta, values_t, meta_t, tables)
-    kernel = kernels_now(NOW, *rest, weights, codes)
+    kernel = kernels_now(NOW, known, weights, values, meta, values_t, meta_t, tables, codes)
     if kernel is None:
         pack_tiles_(weights, codes, values, meta, values_t, meta_t, tables, orders)
-    else:
+    elif not relaunched(known, codes[0]):
         kernel(weights, codes, values, meta, values_t, meta_t, tables, orders, known)
-        if not known:
+        if known is None:
             torch.autograd.graph.increment_version([*values, *meta, *values_t, *meta_t])
 
 

@@ -1,6 +1,6 @@
 """Packing a weight and its transpose in one pass, with or without search and statistics, as a Triton kernel."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,9 @@ from ..device_functions import (
     split_columns,
     transposed_nibbles,
 )
-from ..launch import Group, Plan, groups_of_equal_layout, interpreted, members, on_device_of, table
+from ..launch import Group, Known, Launch, Plan, groups_of_equal_layout, interpreted, launch, on_device_of
 from ..mask_search.triton_kernel import best_nibbles, ranking_key
+from ..pointer_tables import members, table
 from .sides import Side
 
 # one program: rows and columns in tiles, warps. Both sides write runs of at least 64 bytes.
@@ -49,7 +50,7 @@ class Settings:
 
 def pack_into(
     weights: Sequence[Tensor], codes: Sequence[Tensor], side: Side | None, side_t: Side | None, search: bool,
-    statistics: Tensor | None = None, plan: Plan[Settings] | None = None, known: Hashable = None,
+    statistics: Tensor | None = None, plan: Plan[Settings] | None = None, known: Known | None = None,
 ) -> None:  # fmt: skip
     """Pack several weights; weights of equal layout share one launch.
 
@@ -62,7 +63,7 @@ def pack_into(
         statistics: With ``search``: float64 ``[weights, 6]``, overwritten, see ``FIELDS`` of the statistics; flips are
             counted from the codes that were there.
         plan: Of these layouts and orders; None to make one.
-        known: What tells the plan all these very tensors but the weights; None to look.
+        known: Of these columns; None to look where they are.
     """
     plan = plan or plan_of(weights, codes, side, side_t)
     order = [i for group in plan.groups for i in group.positions]
@@ -72,13 +73,17 @@ def pack_into(
         blocks = max(group.settings.grid[0] for group in plan.groups)
         sums = weights[0].new_zeros((len(order), SUMS, blocks), dtype=torch.float32)
     columns = [weights, codes, *(column for each in (side, side_t) if each is not None for column in each.columns)]
-    start = 0
-    for group, offsets, aligned in plan.placed(columns, known, moving=1):
-        end = start + len(group.positions)
-        firsts, piece = [column[group.first] for column in columns], None if sums is None else sums[start:end]
-        widest = all(aligned[:4] + aligned[5:7])  # tables are read a number at a time
-        _launch(group.settings, firsts, offsets, widest, (side, side_t), search, piece)
-        start = end
+
+    def launches() -> Iterator[Launch]:
+        start = 0
+        for group, offsets, aligned in plan.placed(columns, known):
+            end = start + len(group.positions)
+            firsts, piece = [column[group.first] for column in columns], None if sums is None else sums[start:end]
+            widest = all(aligned[:4] + aligned[5:7])  # tables are read a number at a time
+            yield _launch(group.settings, firsts, offsets, widest, (side, side_t), search, piece)
+            start = end
+
+    launch(launches(), known, weights[0])
     if statistics is not None and sums is not None:
         kept, pruned, nonfinite, flips = sums.sum(2, dtype=torch.float64).unbind(1)
         total = table(tuple(weights[i].numel() for i in order), statistics.device)
@@ -145,25 +150,28 @@ def side_arguments(
 def _launch(
     settings: Settings, firsts: Sequence[Tensor], offsets: Sequence[Tensor], aligned: bool,
     sides: tuple[Side | None, Side | None], search: bool, sums: Tensor | None,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
     weight, code, *targets = firsts
     rows, columns, warps = settings.block
-    with on_device_of(weight):
-        arguments: list[Tensor] = []
-        rest = iter(zip(targets, offsets[2:], strict=True))
-        for given in sides:
-            if given is None:
-                arguments += [code, offsets[1]] * 3  # unread
-                continue
-            for number, (target, places) in zip(range(3), rest, strict=False):
-                arguments += [target if number else target.view(PAIRS[target.dtype]), places]
-        pack_kernel[settings.grid](
-            weight, offsets[0], code, offsets[1], *arguments, code if sums is None else sums,
-            *settings.tiles, *settings.words, 0 if sums is None else sums.shape[2], settings.stride,
-            DTYPE=TRITON[settings.dtype], SEARCH=search, STATISTICS=sums is not None, FORWARD=sides[0] is not None,
-            TRANSPOSED=sides[1] is not None, ORDER=settings.orders[0], ORDER_T=settings.orders[1], ALIGNED=aligned,
-            BY_HAND=interpreted(), ROWS=rows, COLUMNS=columns, num_warps=warps,
-        )  # fmt: skip
+    written: list[Tensor] = []
+    rest = iter(zip(targets, offsets[2:], strict=True))
+    for given in sides:
+        if given is None:
+            written += [code, offsets[1]] * 3  # unread
+            continue
+        for number, (target, table_of) in zip(range(3), rest, strict=False):
+            written += [target if number else target.view(PAIRS[target.dtype]), table_of]
+    arguments = (
+        weight, offsets[0], code, offsets[1], *written, code if sums is None else sums, *settings.tiles,
+        *settings.words, 0 if sums is None else sums.shape[2], settings.stride,
+    )  # fmt: skip
+    options = {
+        "DTYPE": TRITON[settings.dtype], "SEARCH": search, "STATISTICS": sums is not None,
+        "FORWARD": sides[0] is not None, "TRANSPOSED": sides[1] is not None, "ORDER": settings.orders[0],
+        "ORDER_T": settings.orders[1], "ALIGNED": aligned, "BY_HAND": interpreted(), "ROWS": rows, "COLUMNS": columns,
+        "num_warps": warps,
+    }  # fmt: skip
+    return Launch(pack_kernel, settings.grid, arguments, options)
 
 
 def unpack_into(values: Tensor, meta: Tensor, dense: Tensor) -> None:

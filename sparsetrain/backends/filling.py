@@ -1,13 +1,14 @@
 """Filling operands: masked weights packed, or masked and copied, into the forms of backends."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..kernels.launch import Known, Launch
 from ..kernels.masked_update.operator import apply_masks_
 from ..kernels.metadata_order import Order
 from ..kernels.pack.operator import pack_tiles_now_, unpack_rows
@@ -101,19 +102,22 @@ class Batch:
         self._weights = [filling.weight for filling in own]
         self._codes = [filling.codes for filling in own]
         self._targets = Targets([(filling.operand, filling.transpose) for filling in own])
-        self._number = next(_NUMBERS)  # an operand's tensors stay as they are, so this tells all that they are
+        self._number = next(_NUMBERS)  # an operand's tensors stay as they are, so this tells all but the weights
+        self._launches: dict[Hashable, list[Launch]] = {}
         self.stays = not self._targets.unordered and all(filling.within is None for filling in own)
         """Whether it holds no scratch memory."""
 
-    def pack_(self, fillings: Sequence[Filling]) -> None:
+    def pack_(self, fillings: Sequence[Filling], known: Known | None = None) -> None:
         """Pack the weights as they are now."""
-        targets, weights = self._targets, self._weights
+        targets, weights, number = self._targets, self._weights, self._number
+        if known is not None and self.stays:
+            known = Known((number, known.layouts), (number, known.places), kept=self._launches)
+        else:
+            known = Known(number, number, moving=1)
         if not self.stays:
             weights = [fillings[position].source for position in self._positions]
         values, meta, values_t, meta_t = targets.columns
-        pack_tiles_now_(
-            weights, self._codes, values, meta, values_t, meta_t, targets.tables, targets.orders, self._number
-        )  # fmt: skip
+        pack_tiles_now_(weights, self._codes, values, meta, values_t, meta_t, targets.tables, targets.orders, known)
         for position, operand, natural in targets.unordered:
             fillings[self._positions[position]].backend.finish_(operand, natural)
 
@@ -129,6 +133,14 @@ class Batches:
             if filling.kind is not None:
                 kinds.setdefault((filling.weight.device, filling.kind), []).append(position)
         self.packed = [Batch(fillings, alike) for alike in kinds.values()]
+        self.stay = not self.alone and all(batch.stays for batch in self.packed)
+        """Whether :meth:`fill_` can fill them again."""
+
+    def fill_(self, known: Known) -> None:
+        """Fill them again from weights that are known."""
+        with torch.inference_mode(False), torch.no_grad():
+            for batch in self.packed:
+                batch.pack_((), known)
 
     @classmethod
     def of(cls, fillings: Sequence[Filling]) -> "Batches":

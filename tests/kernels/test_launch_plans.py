@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from sparsetrain.kernels import launch
+from sparsetrain.kernels import launch, pointer_tables
 from sparsetrain.kernels.masked_update import operator as masked_update
 from sparsetrain.kernels.metadata_order import Order, metadata_words
 from sparsetrain.kernels.pack import operator as pack
@@ -145,7 +145,7 @@ def pack_one(state: Columns) -> None:
 
 
 CALLS = [decay, mask, pack_both, pack_one]
-KNOWN = 7  # tells codes and targets, as a run does that has them listed
+KNOWN = launch.Known(7, 7, moving=1)  # as a run tells it of tensors that it has listed
 
 
 def decay_known(state: Columns) -> None:
@@ -184,7 +184,7 @@ def outcome(call: Callable[[Columns], None], state: Columns, launches: list[Any]
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((masked_update, "DECAYS"), (masked_update, "MASKINGS"), (pack, "PACKINGS")):
         monkeypatch.setattr(module, name, launch.Plans())
-    launch._kept_tables.cache_clear()
+    pointer_tables._kept_table.cache_clear()
 
 
 def changed_outcomes(
@@ -219,15 +219,49 @@ def test_kept_plans_launch_what_new_plans_launch(
     assert changed_outcomes(call, ("",), launches, monkeypatch) > 10
 
 
-LOOKED_AT = {decay_known: ("gradients", "weights"), mask_known: ("gradients",), pack_known: ("weights",)}
+OF_GRADIENTS = tuple(
+    f"gradients: {what}" for what in ("new storage", "shifted", "other dtype", "strided", "rows apart")
+)
+LOOKED_AT: dict[Any, tuple[str, ...]] = {
+    decay_known: OF_GRADIENTS, mask_known: OF_GRADIENTS, pack_known: ("weights",),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("call", LOOKED_AT, ids=lambda call: call.__name__)
 def test_what_is_known_is_not_looked_at_and_the_rest_is(
     call: Callable[[Columns], None], launches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights and gradients may become anything; codes and targets stay, as who says that they are known promises."""
+    """Gradients keep the sizes of their weights, and what is packed may become anything; the rest is known to stay."""
     assert changed_outcomes(call, LOOKED_AT[call], launches, monkeypatch) > 5
+
+
+def mask_kept(state: Columns, known: launch.Known) -> None:
+    masked_update.apply_masks_now_(state["weights"], state["codes"], known)
+
+
+def pack_kept(state: Columns, known: launch.Known) -> None:
+    values, meta, values_t, meta_t = (state[name] for name in ("values", "meta", "values_t", "meta_t"))
+    pack.pack_tiles_now_(state["weights"], state["codes"], values, meta, values_t, meta_t, [], None, known)
+
+
+@pytest.mark.parametrize("call", [mask_kept, pack_kept], ids=lambda call: call.__name__)
+def test_launches_are_kept_until_a_place_is_another(
+    call: Callable[[Columns, launch.Known], None], launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget(monkeypatch)
+    state, kept = columns(), {}
+    first = outcome(lambda columns: call(columns, launch.Known(1, 1, kept=kept)), state, launches)
+    assert len(first[0]) == 3
+    (made,) = kept.values()
+    assert outcome(lambda columns: call(columns, launch.Known(1, 1, kept=kept)), state, launches) == first
+    assert [*kept.values()] == [made]
+    assert kept[1, 0] is made
+    state["weights"][2].data = state["weights"][2].data.clone()
+    moved = outcome(lambda columns: call(columns, launch.Known(1, 2, kept=kept)), state, launches)
+    assert moved[0] != first[0]
+    assert [*kept] == [(2, 0)]  # and the memory of the first can be freed
+    forget(monkeypatch)
+    assert outcome(lambda columns: call(columns, launch.Known(1, 2)), state, launches) == moved
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)

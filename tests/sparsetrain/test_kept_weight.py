@@ -240,7 +240,7 @@ def test_under_autocast_it_is_kept_in_that_dtype(kind: str) -> None:
         assert torch.equal(found, expected)
         found.sum().backward()
         made = layer.operands.bytes
-        assert made == 3 * layer.weight.numel(), number  # two bytes for W⊙M, and one for the mask
+        assert made == 4 * layer.weight.numel(), number  # two bytes for W⊙M, and two for the mask
     assert layer.weight.grad.dtype == torch.float32
     assert torch.equal(layer(x), by_hand(layer, x))  # and in its own dtype beside it
 
@@ -318,7 +318,7 @@ def test_memory_is_counted_and_given_back_in_dense_phases() -> None:
     training = st.SparseTraining(model, optimizer, method, 6, verbose=False)
     train(model, optimizer, 2)
     entries = sum(layer.weight.numel() for layer in (model[0], model[2]))
-    assert training.metrics()["operand_bytes"] == entries * (4 + 1)  # W⊙M in float32, and a byte of mask
+    assert training.metrics()["operand_bytes"] == entries * (4 + 4)  # W⊙M in float32, and a mask as wide
     train(model, optimizer, 2, start=2)
     assert training.phase == "dense"
     assert training.metrics()["operand_bytes"] == 0

@@ -8,14 +8,15 @@ from torch import nn
 
 from sparsetrain import SparseTraining
 from sparsetrain.conversion import to_sparse_
+from sparsetrain.kernels.masked_update import operator as masked_update
 from sparsetrain.layer_group import LayerGroup, LayerGroups
 from sparsetrain.masked_layer import MaskedLayer
 
 
-def layers(count: int = 3) -> dict[str, MaskedLayer]:
+def layers(count: int = 3, inputs: int = 8, outputs: int = 4) -> dict[str, MaskedLayer]:
     found = {}
     for number in range(count):
-        layer = to_sparse_(nn.Linear(8, 4))
+        layer = to_sparse_(nn.Linear(inputs, outputs))
         assert isinstance(layer, MaskedLayer)
         layer.mask_codes.fill_(0x000F)  # keeps the first of four rows
         found[f"layer{number}"] = layer
@@ -52,6 +53,64 @@ def test_groups_have_the_tensors_that_layers_have(change: Callable[[dict[str, Ma
     assert (group is first) == (change is nothing)
     assert [id(weight) for weight in group.weights] == [id(layer.weight) for layer in own.values()]
     assert [id(codes) for codes in group.codes] == [id(layer.mask_codes) for layer in own.values()]
+
+
+def given_data(own: dict[str, MaskedLayer]) -> None:
+    own["layer1"].weight.data = torch.randn(8, 8)
+
+
+def turned_data(own: dict[str, MaskedLayer]) -> None:
+    own["layer1"].weight.data = own["layer1"].weight.data.t()  # at the same address
+
+
+def halved_data(own: dict[str, MaskedLayer]) -> None:
+    own["layer1"].weight.data = own["layer1"].weight.data.half()
+
+
+def apply_to_weights(group: LayerGroup, gradients: list[torch.Tensor]) -> None:
+    group.apply_masks_(group.weights)
+
+
+def apply_to_gradients(group: LayerGroup, gradients: list[torch.Tensor]) -> None:
+    group.apply_masks_(gradients)
+
+
+def decay_gradients(group: LayerGroup, gradients: list[torch.Tensor]) -> None:
+    group.decay_(gradients, torch.tensor(0.5), 3)
+
+
+def decay_weights(group: LayerGroup, gradients: list[torch.Tensor]) -> None:
+    group.decay_(group.weights, torch.tensor(0.5), 3)
+
+
+@pytest.mark.parametrize("change", [nothing, given_data, turned_data, halved_data])
+@pytest.mark.parametrize("update", [apply_to_weights, apply_to_gradients, decay_gradients, decay_weights])
+def test_kernels_find_weights_that_were_given_other_data(
+    update: Callable[[LayerGroup, list[torch.Tensor]], None],
+    change: Callable[[dict[str, MaskedLayer]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernels of a GPU, in Triton's interpreter, do the same as the operators of a CPU."""
+    results = []
+    for kernels in (masked_update.NOW["cuda"], None):
+        if kernels is not None:
+            monkeypatch.setitem(masked_update.NOW, "cpu", kernels)
+        else:
+            monkeypatch.delitem(masked_update.NOW, "cpu")
+        torch.manual_seed(0)
+        own = layers(inputs=8, outputs=8)
+        group = LayerGroup(own)
+        for step in range(3):
+            if step == 2:
+                change(own)
+            gradients = [torch.randn(8, 8).to(weight.dtype) for weight in group.weights]
+            with torch.no_grad():
+                for weight in group.weights:
+                    weight.data.fill_(step + 1)
+            update(group, gradients)
+        results.append([tensor.detach().clone() for tensor in [*gradients, *group.weights]])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_other_layers_are_other_groups() -> None:

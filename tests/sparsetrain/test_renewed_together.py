@@ -10,6 +10,7 @@ from torch import nn
 from sparsetrain.backends import BACKENDS
 from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.mask_search import search_tiles
+from sparsetrain.kernels.pack import operator as pack
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
 from sparsetrain.layer_group import LayerGroups
 from sparsetrain.masked_layer import MaskedLayer
@@ -117,9 +118,12 @@ def nothing(layers: Layers) -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", RENEWALS)
+@pytest.mark.parametrize("by", ["torch", "kernels"])
 def test_every_operand_holds_its_weight(
-    kind: Callable[[], Renew], change: Callable[[Layers], None], monkeypatch: pytest.MonkeyPatch
+    by: str, kind: Callable[[], Renew], change: Callable[[Layers], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if by == "kernels":  # in Triton's interpreter
+        monkeypatch.setitem(pack.NOW, "cpu", pack.NOW["cuda"])
     torch.manual_seed(0)
     renew_ = kind()
     monkeypatch.setitem(BACKENDS, "stand_in", StandIn())

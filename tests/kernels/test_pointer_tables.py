@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsetrain.kernels import launch
+from sparsetrain.kernels import pointer_tables
 
 NUMBERS = (0, 3, -(1 << 40), (1 << 62) + 1, 7)
 
@@ -53,8 +53,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_a_table_holds_its_numbers() -> None:
-    assert launch.table(NUMBERS, torch.device("cpu")).tolist() == list(NUMBERS)
-    assert launch.table((), torch.device("cpu")).tolist() == []
+    assert pointer_tables.table(NUMBERS, torch.device("cpu")).tolist() == list(NUMBERS)
+    assert pointer_tables.table((), torch.device("cpu")).tolist() == []
 
 
 def test_a_table_copies_nothing_from_the_host(cuda: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,23 +63,23 @@ def test_a_table_copies_nothing_from_the_host(cuda: dict[str, Any], monkeypatch:
 
     for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch, "from_numpy"), (Tensor, "to")):
         monkeypatch.setattr(owner, name, forbidden)
-    assert launch.table((5, 1, 2), cuda["device"]).tolist() == [5, 1, 2]
+    assert pointer_tables.table((5, 1, 2), cuda["device"]).tolist() == [5, 1, 2]
 
 
 def test_a_table_is_written_once_for_each_stream(cuda: dict[str, Any]) -> None:
-    first = launch.table((1, 2, 4), cuda["device"])
-    assert launch.table((1, 2, 4), cuda["device"]) is first
+    first = pointer_tables.table((1, 2, 4), cuda["device"])
+    assert pointer_tables.table((1, 2, 4), cuda["device"]) is first
     cuda["stream"] = 2  # which does not wait for what the other stream writes
-    assert launch.table((1, 2, 4), cuda["device"]) is not first
+    assert pointer_tables.table((1, 2, 4), cuda["device"]) is not first
 
 
 def test_a_captured_graph_owns_its_tables(cuda: dict[str, Any]) -> None:
-    before = launch.table((1, 2, 8), cuda["device"])
+    before = pointer_tables.table((1, 2, 8), cuda["device"])
     cuda["capturing"] = True
-    captured = launch.table((1, 2, 8), cuda["device"])
-    again = launch.table((1, 2, 8), cuda["device"])
+    captured = pointer_tables.table((1, 2, 8), cuda["device"])
+    again = pointer_tables.table((1, 2, 8), cuda["device"])
     cuda["capturing"] = False
-    after = launch.table((1, 2, 8), cuda["device"])
+    after = pointer_tables.table((1, 2, 8), cuda["device"])
     assert len({id(table) for table in (before, captured, again)}) == 3  # in the graph's memory, not in what is evicted
     assert after is before  # and what the graph owns serves nobody else
     assert captured.tolist() == [1, 2, 8]
