@@ -162,6 +162,9 @@ class LayerGroups:
         self._seen = -1  # the generation of operands in which those were found
         self._draws: list[tuple[Tensor, int]] = []  # of layers, with the layers' numbers
         self._drawn = -1  # the generation in which those were found
+        self._chosen: tuple[Mapping[str, MaskedLayer], frozenset[str], Mapping[str, MaskedLayer]]
+        self._chosen = {}, frozenset(), {}
+        self._left: tuple[Mapping[str, Operands], int, list[Operands]] = ({}, -1, [])  # what no repacking renews
 
     def of(self, layers: Mapping[str, MaskedLayer]) -> list[LayerGroup]:
         """Return the groups of some layers, given by name.
@@ -182,8 +185,32 @@ class LayerGroups:
             self._kept[names] = each, groups, Operands.generation
         return groups
 
+    def chosen(self, layers: Mapping[str, MaskedLayer], names: frozenset[str]) -> Mapping[str, MaskedLayer]:
+        """Return the layers that have these names."""
+        whose, which, chosen = self._chosen
+        if whose is not layers or which != names:
+            chosen = {name: layer for name, layer in layers.items() if name in names}
+            self._chosen = layers, names, chosen
+        return chosen
+
+    def expire(self, operands: Mapping[str, Operands], *, repacks: bool) -> None:
+        """Have operands renewed before their next use, as an optimizer has written to their weights.
+
+        Args:
+            operands: By name; the same mapping as long as they are the same.
+            repacks: Whether :meth:`repack_` comes before any use, so that those that it renews can be left.
+        """
+        if repacks and self._seen == Operands.generation:
+            if self._left[0] is not operands or self._left[1] != self._seen:
+                renewed = {id(layer.operands) for group, _ in self._packed for layer in group.each}
+                self._left = operands, self._seen, [one for one in operands.values() if id(one) not in renewed]
+            Operands.expire_all(self._left[2])
+        else:
+            Operands.expire_all(operands.values())
+
     def forget(self) -> None:
         """Look for everything again, and hold nothing of what is packed."""
+        self._chosen, self._left = ({}, frozenset(), {}), ({}, -1, [])
         self._kept, self._packed, self._seen = {}, [], -1
         self._draws, self._drawn = [], -1
 
@@ -203,6 +230,7 @@ class LayerGroups:
                 name: layer for name, layer in layers.items() if layer.soft_scale is None and layer.operands.is_packed
             }
             self._packed = [(group, Renewal(group.each)) for group in self.of(own)]
+            Operands.expire_all([layer.operands for name, layer in layers.items() if name not in own])
         for group, renewal in self._packed:
             group.repack_(renewal, moment)
         self._seen = Operands.generation

@@ -83,6 +83,7 @@ class Renewal:
         except RuntimeError as error:
             lenient = all(operands.may_fall_back for operands, *_ in self._sources)
             if not lenient or isinstance(error, torch.OutOfMemoryError):
+                Operands.expire_all(self._operands)
                 raise
             LOG.warning("weights cannot be packed now, so the next products pack theirs or are dense: %s", error)
             for operands, *_ in self._sources:

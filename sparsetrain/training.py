@@ -28,7 +28,6 @@ from .masters import Masters
 from .matrices import matrix_of
 from .methods.method import Method
 from .methods.presets import resolve_method
-from .operands import Operands
 from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
 from .options import check_options, check_owners
 from .patterns import resolve_pattern
@@ -171,7 +170,7 @@ class SparseTraining:
         self._phase_start, self._phase_index = 0, -1
         self._last_refresh = -1
         self._repack_ms = 0.0
-        self._active: set[str] = set()
+        self._active: frozenset[str] = frozenset()
         self._final: tuple[dict[str, float], dict[str, Any]] | None = None
         criterion = copy.deepcopy(resolve_criterion(method.criterion))  # its statistics are this run's
         tile_budget = method.dense_budget if method.mixes_tiles else 0.0
@@ -439,7 +438,7 @@ class SparseTraining:
         self._frozen_moments.load_state_dict(state["frozen_moments"])
         if self._adapters is not None:
             self._adapters.load_state_dict(state["adapters"])
-        self._active = set(state["active"])
+        self._active = frozenset(state["active"])
         self._report_budget()
         self._decay.load_state_dict(state["decay"])
         self._soft_scales.load_state_dict(state["soft_scales"] if self.method.forward == "soft" else {})
@@ -472,7 +471,8 @@ class SparseTraining:
             self._lr_restart.restart()
         if self.phase == "dense":
             return
-        layers = {name: self.masks.layers[name] for name in gradients if name in self._active}
+        active = self._active if gradients.keys() >= self._active else self._active & gradients.keys()
+        layers = self._groups.chosen(self.masks.layers, active)
         age, settled = self.clock - self._phase_start, not self._moves_at(self.clock + 1)
         self._masked_steps.before(optimizer, layers, gradients, self.phase, age, self.clock, scale, settled=settled)
 
@@ -483,9 +483,9 @@ class SparseTraining:
 
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: packed weights of its layers that it did not pack are out of date."""
-        packed = self._masked_steps.after(optimizer)
-        own = self._masters.operands(optimizer)
-        Operands.expire_all([own[name] for name in own.keys() - packed] if packed else own.values())
+        packed, left = self._masked_steps.after(optimizer), self._masters.operands(optimizer)
+        left = {name: operands for name, operands in left.items() if name not in packed} if packed else left
+        self._groups.expire(left, repacks=len(self._optimizers) == 1)
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
@@ -529,7 +529,7 @@ class SparseTraining:
         kind, _ = self.timeline.at(self.clock)
         kept = self.timeline.kept_at(self.clock)
         goes_on = kind == "frozen" and self.phase != "dense" and kept == self.masks.kept
-        held = self._active if goes_on else set()  # their masks stay
+        held = self._active if goes_on else frozenset()  # their masks stay
         searched = set(self.masks.maskable) - held
         if kind != "dense":
             self._distillation.take()
@@ -538,7 +538,7 @@ class SparseTraining:
         self.phase, self.masks.kept = kind, kept  # what a search finds, and counts flips as
         if searched and (kind != "dense" or (self._watch_dense and self.masks.is_observed)):
             self._refresh(searched if held else None)
-        self._active = set() if kind == "dense" else self._choose_active(held, self.timeline.share_at(self.clock))
+        self._active = frozenset() if kind == "dense" else frozenset(self._choose_active(set(held)))
         if kind == "frozen" and self.method.frozen_in_place:
             self._soft_scales.write_(self._active)
             self._soft_scales.forget()
@@ -552,13 +552,13 @@ class SparseTraining:
                     clear_pruned_moments_(self._optimizers, self.masks.layers[name])
         return True
 
-    def _choose_active(self, held: set[str], share: float) -> set[str]:
+    def _choose_active(self, held: set[str]) -> set[str]:
         """Return the layers whose masks are in force: those that are, then those that lose the least magnitude."""
         if self.masks.dense is None:
             by_layers = self.method.dense_budget if self.method.dense_unit == "layers" else 0.0
             self.masks.keep_dense_(self.masks.costliest_layers(self.clock, by_layers) if by_layers else ())
             self._report_budget()
-        return self.masks.least_costly_layers(held, share)
+        return self.masks.least_costly_layers(held, self.timeline.share_at(self.clock))
 
     def _report_budget(self) -> None:
         reason = f"kept dense by dense_budget={self.method.dense_budget:g}"
@@ -591,8 +591,8 @@ class SparseTraining:
 
     def _apply_masks(self, done: Collection[str] = (), moment: object = None) -> None:
         if self.method.frozen_in_place:
-            wanted = self._active.difference(done)
-            for group in self._groups.of({name: layer for name, layer in self.masks.layers.items() if name in wanted}):
+            layers = self._groups.chosen(self.masks.layers, self._active.difference(done) if done else self._active)
+            for group in self._groups.of(layers):
                 group.apply_masks_(group.weights, moment)
         self._masked_steps.zeroed.clear()
 
