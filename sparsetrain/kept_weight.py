@@ -4,6 +4,7 @@ import threading
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .eager import is_eager
 from .kernels.masked_update.operator import apply_masks_
@@ -71,7 +72,7 @@ class KeptWeight:
                 if made is None or not made.is_of(weight, codes, backward):
                     masked = _room_for(source, dtype, None if made is None else made.masked)
                     self._mask_(masked, source.detach(), codes, backward)
-                    made = self._made[key] = _Made(masked, weight, codes, backward)
+                    made = self._made[key] = _Made(masked, weight, codes, backward, made)
         return made.masked
 
     def prune_(self, gradient: Tensor, codes: Tensor) -> Tensor:
@@ -127,20 +128,28 @@ class KeptWeight:
 class _Made:
     """``W⊙M`` and what it was made of; tensors are held, so that no other can be taken for them."""
 
-    def __init__(self, masked: Tensor, weight: Tensor, codes: Tensor, backward: Tensor | None) -> None:
+    def __init__(
+        self, masked: Tensor, weight: Tensor, codes: Tensor, backward: Tensor | None, before: "_Made | None"
+    ) -> None:
         self.masked, self.codes, self.backward = masked, codes, backward
         self.weight: Tensor | None = weight
         self._stamp = _stamp(weight, codes, backward)
-        # while the weight, which was just read, is in the processor's cache
-        self._mark = fingerprint(weight) if weight.is_cpu else None
-        self._storage = hold(weight)
+        self._is_marked = weight.is_cpu
+        # where the last was used only once, as in steps of one micro-batch, this one is likely to be
+        self._mark = fingerprint(weight) if self._is_marked and (before is None or before.was_asked) else None
+        self.was_asked: bool = False  # again, with nothing written as far as versions tell
+        same = before is not None and before._stamp[3:] == self._stamp[3:]
+        self._storage: StorageWeakRef = before._storage if before is not None and same else hold(weight)
 
     def is_of(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> bool:
         """Say whether it was made of these tensors as they are now."""
         same = self.weight is weight and self.codes is codes and self.backward is backward
         if not same or self._stamp != _stamp(weight, codes, backward):
             return False
-        return self._mark is None or torch.equal(fingerprint(weight), self._mark)
+        self.was_asked = True
+        if not self._is_marked:
+            return True
+        return self._mark is not None and torch.equal(fingerprint(weight), self._mark)
 
 
 def may_keep(weight: Tensor) -> bool:

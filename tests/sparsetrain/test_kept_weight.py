@@ -159,8 +159,13 @@ def _twin_(layer: nn.Module) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d channels last", "transposed"])
 @pytest.mark.parametrize("write", WRITES)
-def test_products_see_every_write(kind: str, write: str) -> None:
+@pytest.mark.parametrize("steps", [0, 2])
+def test_products_see_every_write(steps: int, kind: str, write: str) -> None:
     layer, x = layer_of(kind)
+    for _ in range(steps):  # of one product each, after which nothing is prepared for a second
+        layer(x)
+        with torch.no_grad():
+            layer.weight.add_(1)
     layer(x)
     for mode in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
         WRITES[write](layer)
