@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from .convolution import SparseConv1d, SparseConv2d
 from .linear import SparseLinear
-from .masked_layer import MaskedLayer, PhaseKind
+from .masked_layer import MaskedLayer
 from .operands import Execution
 from .transposed_linear import TransposedLinear, masked_class
+from .types import PhaseKind
 
 SPARSE_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {
     masked.dense_class: masked for masked in (SparseLinear, SparseConv1d, SparseConv2d)

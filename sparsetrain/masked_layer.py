@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from .operands import Execution, Operands, register
 from .soft_threshold import SoftThreshold, soft_thresholded
 from .tiles import KEEP_ALL
 from .transforms import is_transformed, with_gradient_of
-
-PhaseKind = Literal["dense", "sparse", "frozen"]
-"""dense: no mask; sparse: the mask is refreshed while training; frozen: the mask is fixed."""
+from .types import PhaseKind
 
 AUTO_DEVICES = ("cuda",)
 """Where ``backend="auto"`` has a choice; elsewhere it is ``masked``."""

@@ -15,10 +15,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .backends import BACKENDS, Backend, Operand
 from .backends.filling import Filling, fill_
-from .backends.interface import WeightProduct
 from .dispatch import Choice
 from .kept_weight import KeptWeight
 from .tensor_state import Stamp, hold, stamp_of, stamp_of_sources, storage_address
+from .types import WeightProduct
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from .checks import TOTAL_STEPS, instance, number, one_of, require, sequence, whole
-from .masked_layer import PhaseKind
+from .types import PhaseKind
 
 ROUNDING = 1e-9
 """By which fractions of the run may add up to more than 1, because they are floating-point numbers."""

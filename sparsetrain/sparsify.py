@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS, resolve_backend
-from .backends.interface import WeightProduct
 from .checks import FLAG, one_of, require
 from .conversion import to_dense_, to_sparse_
 from .convolution import is_pointwise
@@ -16,13 +15,14 @@ from .criteria import Criterion, resolve_criterion
 from .criteria.interface import scores_of
 from .fused_encoders import settle_fused_encoders_
 from .gradient_rules import GradientRule, resolve_gradient_rule
-from .masked_layer import MaskedLayer, PhaseKind
+from .masked_layer import MaskedLayer
 from .operands import Execution
 from .options import MODULE
 from .patterns import resolve_pattern
 from .products import HALF_DTYPES
 from .selection import SelectionReport, select_layers, sparse_layers
 from .transposed_linear import TransposedLinear
+from .types import PhaseKind, WeightProduct
 
 
 def sparsify_(

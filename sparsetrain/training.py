@@ -9,37 +9,38 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .adapters import Adapters
 from .conversion import write_zeros_
 from .criteria import resolve_criterion
-from .criteria.observer import Observer
-from .distillation import Distillation
 from .ending import Ending, Progress, ending
-from .frozen_moments import FrozenMoments
 from .gradient_rules import resolve_gradient_rule
 from .layer_group import LayerGroups
-from .lr_restart import LRRestart
 from .mask_metrics import mask_metrics
 from .mask_state import MaskState
-from .masked_decay import MaskedDecay
-from .masked_layer import MaskedLayer, PhaseKind
-from .masked_steps import MaskedSteps
+from .masked_layer import MaskedLayer
 from .masters import Masters
 from .matrices import matrix_of
 from .methods.method import Method
 from .methods.presets import resolve_method
+from .modifiers.adapters import Adapters
+from .modifiers.criterion_observer import Observer
+from .modifiers.distillation import Distillation
+from .modifiers.frozen_moments import FrozenMoments
+from .modifiers.lr_restart import LRRestart
+from .modifiers.masked_decay import MaskedDecay
+from .modifiers.masked_updates import MaskedSteps
+from .modifiers.moment_convergence import SecondMoments
+from .modifiers.soft_scales import SoftScales
 from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
 from .options import check_options, check_owners
 from .patterns import resolve_pattern
 from .running import claim
 from .schedule import UNKNOWN_LENGTH
-from .second_moments import SecondMoments
 from .selection import SelectionReport, select_layers, sparse_layers, weight_count
-from .soft_scales import SoftScales
 from .sparsify import give_back_, sparsify_
 from .state_checks import check_state, saved_timeline
 from .state_schema import Part
 from .training_checks import STATE_VERSION, check_setup, check_statistics
+from .types import PhaseKind
 from .verification import VerificationReport, verify
 from .wrapped_names import warn_of_unmerged
 from .wrappers import plain_model, plain_optimizer

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .adapters import require_late_start
 from .criteria import resolve_criterion
-from .frozen_moments import require_freezable
-from .masked_decay import AUTO_START
 from .methods.method import Method
+from .modifiers.adapters import require_late_start
+from .modifiers.frozen_moments import require_freezable
+from .modifiers.masked_decay import AUTO_START
+from .modifiers.moment_convergence import require_second_moments
 from .optimizer_hooks import owned_parameters
 from .running import run_of
 from .schedule import Timeline
-from .second_moments import require_second_moments
 from .selection_report import SelectionReport, first_few
 
 STATE_VERSION = 4

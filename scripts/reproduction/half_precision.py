@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetrain import Method, Phase, Schedule, SparseTraining, masked_decay
+from sparsetrain import Method, Phase, Schedule, SparseTraining
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
+from sparsetrain.modifiers import masked_decay
 from sparsetrain.recipes.gpt import GPT
 
 CONTEXT, BATCH = 64, 16

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -75,7 +75,3 @@ class Backend(Protocol):
         Returns:
             ``[T, R]``, contiguous; or ``[R, T]``, contiguous, with ``transposed_output``.
         """
-
-
-WeightProduct = Literal["dense", "mvue"]
-"""How the weight gradient is computed: dense, or from an unbiased 2:4 estimate of the output gradient."""

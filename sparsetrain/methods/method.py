@@ -3,13 +3,12 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from ..backends.interface import WeightProduct
 from ..checks import FLAG, NOT_NEGATIVE, TEXT, Rule, either, number, one_of, require, whole
 from ..criteria import Criterion, resolve_criterion
 from ..gradient_rules import GradientRule, resolve_gradient_rule
-from ..masked_decay import DecayTarget
 from ..patterns import resolve_pattern
 from ..schedule import Schedule, from_scratch, require_length
+from ..types import DecayTarget, WeightProduct
 
 RULES = {
     "name": TEXT,

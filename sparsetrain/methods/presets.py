@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal
 
-from ..backends.interface import WeightProduct
 from ..checks import FLAG, require
 from ..criteria import Criterion
 from ..gradient_rules import GradientRule
-from ..masked_decay import DecayTarget
 from ..schedule import Phase, Schedule, dense_prune_retrain, from_scratch, require_length, rounds
 from ..suggestions import did_you_mean
+from ..types import DecayTarget, WeightProduct
 from .method import Method
 
 

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsetrain as st
 from sparsetrain.convolution import MaskWeight, TwoWeightConvolution
-from sparsetrain.criteria.observer import _AddInBackward
 from sparsetrain.estimated_gradient import draw_counter
 from sparsetrain.gradient_rules import GRADIENT_RULES, scaled
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
 from sparsetrain.linear import Rules, SparseLinearFunction
+from sparsetrain.modifiers.criterion_observer import _AddInBackward
 from sparsetrain.soft_threshold import SoftThreshold
 
 ROOT = Path(__file__).resolve().parents[2]

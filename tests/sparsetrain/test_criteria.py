@@ -27,7 +27,7 @@ from sparsetrain.criteria import (
     WeightGradient,
     resolve_criterion,
 )
-from sparsetrain.criteria.observer import Observer
+from sparsetrain.modifiers.criterion_observer import Observer
 from sparsetrain.optimizer_hooks import StepHooks
 
 STATISTICS = {

@@ -20,8 +20,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
-from sparsetrain.distillation import Distillation, softened_divergence
 from sparsetrain.methods import dense_to_sparse_finetune, fst
+from sparsetrain.modifiers.distillation import Distillation, softened_divergence
 
 METHOD = dense_to_sparse_finetune(0.05, decay_ramp=4, freeze_at=8, refresh_every=2, distillation=0.67)
 STEPS = 12

@@ -10,7 +10,7 @@ from support import mlp, train, two_of_four
 from torch import Tensor, nn
 
 import sparsetrain as st
-from sparsetrain.frozen_moments import Frozen, FrozenMoments, update_
+from sparsetrain.modifiers.frozen_moments import Frozen, FrozenMoments, update_
 
 SWITCH, STEPS = 5, 12
 METHOD = {"preset": "step", "latest": SWITCH, "earliest": SWITCH, "decay": 0.05}

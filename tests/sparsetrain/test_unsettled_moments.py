@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsetrain as st
-from sparsetrain.frozen_moments import FrozenMoments
+from sparsetrain.modifiers.frozen_moments import FrozenMoments
 
 RATE = 1e-2
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .checks import NOT_NEGATIVE, mapping, optional, sequence, whole
-from .state_schema import require_state
+from ..checks import NOT_NEGATIVE, mapping, optional, sequence, whole
+from ..state_schema import require_state
 
 ASK_EVERY = 10
 """Steps between two questions to the device."""

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..criteria.interface import Criterion
 from ..masked_layer import MaskedLayer
-from .interface import Criterion
 
 
 class Observer:
@@ -30,7 +30,7 @@ class Observer:
 
     Example:
         >>> from sparsetrain import SparseLinear
-        >>> from .registry import resolve_criterion
+        >>> from ..criteria.registry import resolve_criterion
         >>> layer = SparseLinear(8, 4)
         >>> observer = Observer(resolve_criterion("wanda"), {"fc": layer})
         >>> observer.install()

@@ -7,8 +7,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .checks import NOT_NEGATIVE, each, mapping, optional, sequence
-from .state_schema import like, require_state
+from ..checks import NOT_NEGATIVE, each, mapping, optional, sequence
+from ..state_schema import like, require_state
 
 
 class LRRestart:

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
 
-from .checks import each
-from .masked_layer import MaskedLayer
-from .state_schema import by_layer, require_state, tensor
+from ..checks import each
+from ..masked_layer import MaskedLayer
+from ..state_schema import by_layer, require_state, tensor
 
 
 class Adapters:

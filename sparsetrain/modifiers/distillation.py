@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .checks import DICT, FLAG, Rule, mapping, optional
-from .sparsify import export_dense_
-from .state_schema import like, require_state
-from .wrappers import plain_model
+from ..checks import DICT, FLAG, Rule, mapping, optional
+from ..sparsify import export_dense_
+from ..state_schema import like, require_state
+from ..wrappers import plain_model
 
 Forward = tuple[tuple[Any, ...], dict[str, Any], Tensor | None, str, tuple[str, torch.dtype, bool]]
 

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from .checks import NOT_NEGATIVE, mapping
-from .layer_group import LayerGroup
-from .state_schema import require_state
-
-DecayTarget = Literal["gradient", "weight", "by_optimizer"]
-"""gradient: ``g += λ·(1-M)⊙W``; weight: ``W -= lr·λ·(1-M)⊙W``; by_optimizer: on weights with SGD, else on gradients."""
+from ..checks import NOT_NEGATIVE, mapping
+from ..layer_group import LayerGroup
+from ..state_schema import require_state
+from ..types import DecayTarget
 
 AUTO_START = 1e-4
 """λ that ``decay="auto"`` begins with."""

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from .checks import FINITE
-from .masked_layer import MaskedLayer
-from .soft_threshold import soft_scale
-from .state_schema import by_layer, require_state
+from ..checks import FINITE
+from ..masked_layer import MaskedLayer
+from ..soft_threshold import soft_scale
+from ..state_schema import by_layer, require_state
 
 
 class SoftScales:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-from .checks import DICT, mapping, number, optional, sequence
-from .state_schema import require_state, tensor
+from ..checks import DICT, mapping, number, optional, sequence
+from ..state_schema import require_state, tensor
 
 INIT_GROUP = "_init_group"
 """Where Adam collects what it updates in a group; a frozen update takes place there, so that hooks see one step."""

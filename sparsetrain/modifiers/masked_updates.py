@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .gradient_rules import resolve_gradient_rule
-from .kernels.adamw.reference import Rule
-from .layer_group import LayerGroups
+from ..gradient_rules import resolve_gradient_rule
+from ..kernels.adamw.reference import Rule
+from ..layer_group import LayerGroups
+from ..masked_layer import MaskedLayer
+from ..methods.method import Method
+from ..optim import MaskedStep, SparseAdamW
+from ..types import PhaseKind
 from .masked_decay import MaskedDecay
-from .masked_layer import MaskedLayer, PhaseKind
-from .methods.method import Method
-from .optim import MaskedStep, SparseAdamW
 
 
 class MaskedSteps:

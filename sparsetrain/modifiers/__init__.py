@@ -1,0 +1,1 @@
+"""Everything a method can switch on beside masks, one file each, behind one interface."""
