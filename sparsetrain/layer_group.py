@@ -164,7 +164,8 @@ class LayerGroups:
         self._drawn = -1  # the generation in which those were found
         self._chosen: tuple[Mapping[str, MaskedLayer], frozenset[str], Mapping[str, MaskedLayer]]
         self._chosen = {}, frozenset(), {}
-        self._left: tuple[Mapping[str, Operands], int, list[Operands]] = ({}, -1, [])  # what no repacking renews
+        self._left: tuple[Mapping[str, MaskedLayer], tuple[int, bool], list[Operands]]  # what no repacking renews
+        self._left = {}, (-1, False), []
 
     def of(self, layers: Mapping[str, MaskedLayer]) -> list[LayerGroup]:
         """Return the groups of some layers, given by name.
@@ -193,24 +194,24 @@ class LayerGroups:
             self._chosen = layers, names, chosen
         return chosen
 
-    def expire(self, operands: Mapping[str, Operands], *, repacks: bool) -> None:
+    def expire(self, layers: Mapping[str, MaskedLayer], *, repacks: bool) -> None:
         """Have operands renewed before their next use, as an optimizer has written to their weights.
 
         Args:
-            operands: By name; the same mapping as long as they are the same.
+            layers: Whose weights; the same mapping as long as they are the same.
             repacks: Whether :meth:`repack_` comes before any use, so that those that it renews can be left.
         """
-        if repacks and self._seen == Operands.generation:
-            if self._left[0] is not operands or self._left[1] != self._seen:
-                renewed = {id(layer.operands) for group, _ in self._packed for layer in group.each}
-                self._left = operands, self._seen, [one for one in operands.values() if id(one) not in renewed]
-            Operands.expire_all(self._left[2])
-        else:
-            Operands.expire_all(operands.values())
+        now = Operands.generation, repacks and self._seen == Operands.generation
+        whose, then, left = self._left
+        if whose is not layers or then != now:
+            renewed = {id(layer) for group, _ in self._packed for layer in group.each} if now[1] else set()
+            left = [layer.operands for layer in layers.values() if id(layer) not in renewed]
+            self._left = layers, now, left
+        Operands.expire_all(left)
 
     def forget(self) -> None:
         """Look for everything again, and hold nothing of what is packed."""
-        self._chosen, self._left = ({}, frozenset(), {}), ({}, -1, [])
+        self._chosen, self._left = ({}, frozenset(), {}), ({}, (-1, False), [])
         self._kept, self._packed, self._seen = {}, [], -1
         self._draws, self._drawn = [], -1
 

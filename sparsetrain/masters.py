@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .masked_layer import MaskedLayer
-from .operands import Operands
 from .optimizer_hooks import owned_parameters
 
 _GRADIENT, _REQUIRES_GRAD = attrgetter("grad"), attrgetter("requires_grad")
@@ -48,7 +47,7 @@ class Masters:
         self._edges: tuple[list[dict[str, Any]], list[str], list[Any]] = [], [], []  # of the tree: paths to all layers
         self._groups: dict[int, list[list[Tensor]]] = {}  # parameters of every optimizer
         self._own: dict[int, tuple[tuple[str, ...], list[Tensor]]] = {}  # of every optimizer
-        self._operands: dict[int, dict[str, Operands]] = {}
+        self._layers_of: dict[int, dict[str, MaskedLayer]] = {}
         self._list()
 
     def follow(self, optimizer: Optimizer) -> dict[str, tuple[Tensor, Tensor]]:
@@ -113,9 +112,9 @@ class Masters:
         """Return the names of an optimizer's layers, and their weights."""
         return self._own[id(optimizer)]
 
-    def operands(self, optimizer: Optimizer) -> dict[str, Operands]:
-        """Return the operands of an optimizer's layers."""
-        return self._operands[id(optimizer)]
+    def layers_of(self, optimizer: Optimizer) -> dict[str, MaskedLayer]:
+        """Return an optimizer's layers; the same object as long as they are the same."""
+        return self._layers_of[id(optimizer)]
 
     def _list(self) -> None:
         """List what every step looks at."""
@@ -123,7 +122,7 @@ class Masters:
         for optimizer, owned in self.owned.items():
             own = {name: weight for name, weight in self.weights.items() if id(weight) in owned}
             self._own[optimizer] = tuple(own), [*own.values()]
-            self._operands[optimizer] = {name: self._layers[name].operands for name in own}
+            self._layers_of[optimizer] = {name: self._layers[name] for name in own}
         edges: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         for name, path in self._paths.items():
             module: Any = self._model

@@ -484,8 +484,8 @@ class SparseTraining:
 
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: packed weights of its layers that it did not pack are out of date."""
-        packed, left = self._masked_steps.after(optimizer), self._masters.operands(optimizer)
-        left = {name: operands for name, operands in left.items() if name not in packed} if packed else left
+        packed, left = self._masked_steps.after(optimizer), self._masters.layers_of(optimizer)
+        left = {name: layer for name, layer in left.items() if name not in packed} if packed else left
         self._groups.expire(left, repacks=len(self._optimizers) == 1)
 
     def _advance(self) -> None:

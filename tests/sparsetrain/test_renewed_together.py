@@ -1,5 +1,6 @@
 """Operands of several layers that are packed in one call hold their weights, whatever becomes of a layer in between."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from gpu_host import StandIn
 from torch import nn
 
+from sparsetrain import SparseTraining
 from sparsetrain.backends import BACKENDS
 from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.mask_search import search_tiles
@@ -159,8 +161,6 @@ def test_an_operand_nobody_uses_is_forgotten(kind: Callable[[], Renew], monkeypa
 
 @pytest.mark.parametrize("kind", RENEWALS)
 def test_a_released_operand_is_freed(kind: Callable[[], Renew], monkeypatch: pytest.MonkeyPatch) -> None:
-    import weakref
-
     renew_ = kind()
     monkeypatch.setitem(BACKENDS, "stand_in", StandIn())
     layers = [new_layer() for _ in range(3)]
@@ -170,3 +170,31 @@ def test_a_released_operand_is_freed(kind: Callable[[], Renew], monkeypatch: pyt
     for layer in layers:
         layer.operands.release()
     assert not any(reference() for reference in kept)
+
+
+@pytest.mark.parametrize("keep_transposed", [True, False])
+@pytest.mark.parametrize("method", ["fst", "slope"])
+def test_a_run_that_is_finished_holds_no_packed_weights(
+    method: str, keep_transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKENDS, "stand_in", StandIn())
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    optimizer = torch.optim.AdamW(model.parameters())
+    training = SparseTraining(
+        model, optimizer, method, 40, backend="stand_in", keep_transposed=keep_transposed, verbose=False
+    )
+    for _ in range(4):
+        model(torch.randn(8, 32)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    layers = [layer for layer in model if isinstance(layer, MaskedLayer)]
+    kept = [
+        weakref.ref(operand)
+        for layer in layers
+        for operand in [*layer.operands._made.values(), *layer.operands._shared.values()]
+    ]
+    del layers[:]
+    assert len(kept) > 1
+    training.finish()
+    assert not any(reference() for reference in kept)
+    assert training.finished
