@@ -3,12 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
-
-from .kernels.masked_update.reference import apply_mask_
-from .masked_layer import MaskedLayer, written_as_matrices
 
 AdjustGradients = Callable[[Optimizer, "Tensor | None"], None]
 
@@ -85,14 +81,3 @@ class StepHooks:
 def owned_parameters(optimizer: Optimizer) -> set[int]:
     """Return the ids of an optimizer's parameters."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-@torch.no_grad()
-def clear_pruned_moments_(optimizers: Sequence[Optimizer], layer: MaskedLayer) -> None:
-    """Write zeros into the pruned entries of every optimizer state that has the weight's shape."""
-    weight = layer.weight
-    for optimizer in optimizers:
-        for value in optimizer.state.get(weight, {}).values():
-            if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
-                with written_as_matrices([layer], [value]) as (matrix,):
-                    apply_mask_(matrix, layer.mask_codes)

@@ -13,7 +13,9 @@ from .masked_layer import MaskedLayer
 class Run(Protocol):
     """What is asked of a :class:`sparsetrain.SparseTraining`."""
 
-    clock: int
+    @property
+    def clock(self) -> int:
+        """Optimizer steps taken."""
 
     @property
     def finished(self) -> bool:

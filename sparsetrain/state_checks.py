@@ -1,7 +1,7 @@
 """What a saved state is refused for, before anything is changed."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,17 +10,37 @@ from .checks import DICT, Rule, either, optional, sequence, shown, whole
 from .criteria.statistics import StatisticCriterion
 from .mask_state import MaskState
 from .methods.method import Method
+from .modifiers.base import Modifier, Resumed, Run
 from .schedule import Timeline
-from .state_schema import PLAIN, Part, names_of, refuse, require_keys, require_state
+from .state_schema import PLAIN, names_of, refuse, require_keys, require_part, require_state
 from .training_checks import STATE_VERSION
 
 UNUSED = optional(either(DICT, sequence(Rule("anything", lambda value: True))))
 """What another method's part may have left."""
 
 
+BEFORE_MODIFIERS = 4
+"""The version in which what is now under ``modifiers`` had keys of the state."""
+
+PARTS = ("lr_restart", "adapters", "moments", "decay", "frozen_moments", "distillation", "soft_scales")
+"""Those keys."""
+
+
+def in_this_version(state: Any) -> Any:
+    """Return a state of an earlier version as this version writes it; any other as it is."""
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if type(version) is not int or version != BEFORE_MODIFIERS:
+        return state
+    require_keys(state, PARTS)
+    parts = {name: state[name] for name in PARTS if state[name] is not None}
+    if isinstance(parts.get("soft_scales"), dict) and not parts["soft_scales"]:  # as of a hard mask
+        del parts["soft_scales"]
+    rest = {name: value for name, value in state.items() if name not in PARTS}
+    return {**rest, "version": STATE_VERSION, "modifiers": parts}
+
+
 def check_state(
-    state: Any, masks: MaskState, parts: Mapping[str, Part | None], method: Method, total_steps: int | None,
-    timeline: Timeline, optimizers: int,
+    state: Any, masks: MaskState, modifiers: Sequence[Modifier], run: Run, optimizers: int
 ) -> None:  # fmt: skip
     """Raise ``ValueError`` if a state is damaged or of another model, and warn if it is of another method.
 
@@ -29,12 +49,11 @@ def check_state(
     Args:
         state: What :meth:`sparsetrain.SparseTraining.state_dict` returned, or what has become of it.
         masks: The run's masks.
-        parts: What else has a state, by its key; None where the run has no such part.
-        method: The run's.
-        total_steps: The run's.
-        timeline: The run's, as it is by now.
+        modifiers: The run's.
+        run: As it is by now.
         optimizers: How many of them own sparse weights.
     """
+    method, total_steps, timeline = run.method, run.total_steps, run.timeline
     if not isinstance(state, Mapping):
         raise ValueError(f"state is {shown(state)}: it must be what SparseTraining.state_dict() returned.")
     version = state.get("version", STATE_VERSION)
@@ -48,8 +67,9 @@ def check_state(
         "clock": whole(),
         "total_steps": optional(whole(1)),
         "method": PLAIN,
+        "modifiers": DICT,
     }
-    require_keys(state, (*rules, "stepped", "last_refresh", "active", "starts", *parts))
+    require_keys(state, (*rules, "stepped", "last_refresh", "active", "starts"))
     for key, rule in rules.items():
         require_state(key, state[key], rule)
     masks.check_state_dict(state)
@@ -63,11 +83,6 @@ def check_state(
         require_state(key, state[key], rule)
     if state["active"] and not state["exists"]:
         refuse("state['exists'] is False but state['active'] has layers")
-    for key, part in parts.items():
-        if part is None:
-            require_state(key, state[key], UNUSED)
-        else:
-            part.check_state_dict(state[key])
     if PRUNED_KEY in state:
         check_pruned({name: masks.layers[name] for name in state["active"]}, state["codes"], state[PRUNED_KEY])
     timeline = saved_timeline(state, method, timeline)
@@ -77,8 +92,10 @@ def check_state(
             f"{state['clock']}: resume with the same schedule."
         )
     described = method.describe()
-    if state["method"] == described and state["total_steps"] == total_steps:
+    same = state["method"] == described and state["total_steps"] == total_steps
+    if same:
         _check_agreement(state, masks, method, timeline, len(maskable))
+    _check_parts(state, modifiers, Resumed(timeline.at(state["clock"])[0], state["active"], same))
     for what, saved, here in (
         ("method", state["method"], described),
         ("total_steps", state["total_steps"], total_steps),
@@ -120,21 +137,19 @@ def _check_agreement(
         )
     if state["dense"] and not (method.dense_budget and method.dense_unit == "layers"):
         refuse(f"state['dense'] has {shown(state['dense'][0])} but the method has no dense_budget of layers")
-    soft = method.forward == "soft"
-    if state["soft_scales"] and not soft:
-        refuse("state['soft_scales'] has entries but the method's forward is 'hard'")
-    if soft and masked and not (kind == "frozen" and method.frozen_in_place):
-        for name in active:
-            if name not in state["soft_scales"]:
-                refuse(f"state['soft_scales'] has no {name!r}")
-    needed = {
-        "lr_restart": method.restart_lr,
-        "moments": bool(timeline.earliest),
-        "frozen_moments": masked and method.freeze_second_moments,
-    }
-    for key, wanted in needed.items():
-        if wanted and state[key] is None:
-            refuse(f"state[{key!r}] is None but the method needs it")
     own, saved = masks.criterion.name, state["criterion"].get("criterion")
     if isinstance(masks.criterion, StatisticCriterion) and saved != own:
         refuse(f"state['criterion'] is of {shown(saved)} but the method's is {own!r}")
+
+
+def _check_parts(state: Mapping[str, Any], modifiers: Sequence[Modifier], resumed: Resumed) -> None:
+    """Raise ``ValueError`` if what a state holds of modifiers is damaged, or not what this very method leaves."""
+    parts: Mapping[str, Any] = state["modifiers"]
+    for modifier in modifiers:
+        modifier.check_state(parts.get(modifier.name), resumed)
+    own = {modifier.name for modifier in modifiers}
+    for name, part in parts.items():
+        if name not in own:
+            require_part(name, part, UNUSED)
+            if resumed.same and part:
+                refuse(f"state['modifiers'] has {name!r} but the method does not")

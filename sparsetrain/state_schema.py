@@ -1,25 +1,18 @@
 """What a saved state may hold: rules for tensors and layers, and one sentence for a state that breaks one.
 
-Every part of a run has a ``check_state_dict`` of such rules, so that all of a state is looked at before any of it is
+Every part of a run has checks of such rules, so that all of a state is looked at before any of it is
 loaded.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import isfinite
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .checks import Rule, each, mapping, sequence
 from .plain_tensors import why_not_plain
-
-
-class Part(Protocol):
-    """A part of a run with a state of its own."""
-
-    def check_state_dict(self, state: Any) -> None:
-        """Raise ``ValueError`` unless the state can be loaded; changes nothing."""
 
 
 def require_state(key: str, value: Any, rule: Rule) -> None:
@@ -31,6 +24,26 @@ def require_state(key: str, value: Any, rule: Rule) -> None:
     """
     if complaint := rule.complaint(f"state[{key!r}]", value):
         refuse(complaint)
+
+
+def require_part(name: str, value: Any, rule: Rule) -> None:
+    """Raise ``ValueError`` unless what a state holds of a modifier follows a rule.
+
+    Example:
+        >>> from .checks import whole
+        >>> require_part("decay", 3, whole())
+    """
+    if complaint := rule.complaint(f"state['modifiers'][{name!r}]", value):
+        refuse(complaint)
+
+
+def refuse_missing(name: str) -> NoReturn:
+    """Raise ``ValueError`` for a state without what a modifier of its method needs.
+
+    Raises:
+        ValueError: Always.
+    """
+    refuse(f"state['modifiers'] has no {name!r} but the method needs it")
 
 
 def require_keys(state: Mapping[str, Any], keys: Iterable[str]) -> None:

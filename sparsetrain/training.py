@@ -21,24 +21,16 @@ from .masters import Masters
 from .matrices import matrix_of
 from .methods.method import Method
 from .methods.presets import resolve_method
-from .modifiers.adapters import Adapters
-from .modifiers.criterion_observer import Observer
-from .modifiers.distillation import Distillation
-from .modifiers.frozen_moments import FrozenMoments
-from .modifiers.lr_restart import LRRestart
-from .modifiers.masked_decay import MaskedDecay
-from .modifiers.masked_updates import MaskedSteps
-from .modifiers.moment_convergence import SecondMoments
-from .modifiers.soft_scales import SoftScales
-from .optimizer_hooks import StepHooks, clear_pruned_moments_, owned_parameters
+from .modifiers.base import Entry, Modifier, Run, Setup, Step
+from .modifiers.registry import modifiers_of
+from .optimizer_hooks import StepHooks, owned_parameters
 from .options import check_options, check_owners
 from .patterns import resolve_pattern
 from .running import claim
-from .schedule import UNKNOWN_LENGTH
+from .schedule import UNKNOWN_LENGTH, Timeline
 from .selection import SelectionReport, select_layers, sparse_layers, weight_count
 from .sparsify import give_back_, sparsify_
-from .state_checks import check_state, saved_timeline
-from .state_schema import Part
+from .state_checks import check_state, in_this_version, saved_timeline
 from .training_checks import STATE_VERSION, check_setup, check_statistics
 from .types import PhaseKind
 from .verification import VerificationReport, verify
@@ -126,19 +118,15 @@ class SparseTraining:
             track_age=track_age, verbose=verbose,
         )  # fmt: skip
         self.model = model = plain_model(model)
-        self.total_steps = total_steps
-        self.timeline = self.method.schedule.resolve(total_steps)
         self.ending: Ending | None = None
         self._verbose, self._watch_dense = verbose, watch_dense
         optimizers = list(map(plain_optimizer, [optimizer] if isinstance(optimizer, Optimizer) else optimizer))
+        timeline = self.method.schedule.resolve(total_steps)
+        setup = Setup(model, self.method, timeline, optimizers, lr_schedulers, teacher, logits_from)
         report = select_layers(model, targets, exclude, self.method.pattern)
-        check_setup(
-            model, report, self.method, self.timeline, optimizers, lr_schedulers, total_steps, watch_dense, backend
-        )
+        check_setup(setup, report, total_steps, watch_dense, backend)
         if state is None:
             check_statistics(report, self.method)
-        share, temperature = self.method.distillation, self.method.distillation_temperature
-        self._distillation = Distillation(share, temperature, model, teacher, logits_from)
         self._report = sparsify_(
             model, targets, exclude, pattern=self.method.pattern, backend=backend, deterministic=deterministic,
             keep_transposed=keep_transposed, weight_product=self.method.weight_product, phase="dense", verbose=False,
@@ -147,10 +135,9 @@ class SparseTraining:
         own = {choice.name: layers[choice.name] for choice in self._report.sparse}
         self._removals = ExitStack()  # of everything that hangs on the model and the optimizers
         try:
-            self._set_up(own, optimizers, lr_schedulers, track_age)
+            self._set_up(setup, own, total_steps, track_age)
             if state is None:
                 self._enter()
-                self._switch_adapters()
             else:
                 self.load_state_dict(state)
         except BaseException:
@@ -162,46 +149,50 @@ class SparseTraining:
             print(self._report.summary())
 
     def _set_up(
-        self, layers: Mapping[str, MaskedLayer], optimizers: Sequence[Optimizer], lr_schedulers: Sequence[LRScheduler],
-        track_age: bool,
-    ) -> None:  # fmt: skip
+        self, setup: Setup, layers: Mapping[str, MaskedLayer], total_steps: int | None, track_age: bool
+    ) -> None:
         method = self.method
-        self.clock = 0
-        self.phase: PhaseKind = "dense"
-        self._phase_start, self._phase_index = 0, -1
         self._last_refresh = -1
         self._repack_ms = 0.0
-        self._active: frozenset[str] = frozenset()
         self._final: tuple[dict[str, float], dict[str, Any]] | None = None
         criterion = copy.deepcopy(resolve_criterion(method.criterion))  # its statistics are this run's
         tile_budget = method.dense_budget if method.mixes_tiles else 0.0
         pattern = resolve_pattern(method.pattern)
         self.masks = MaskState(layers, pattern, criterion, track_age, method.hysteresis, tile_budget)
-        self._soft_scales = SoftScales(self.masks.layers)
         self._weight_count = weight_count(self.model.modules())
-        own = {id(layer.weight) for layer in layers.values()}
-        self._optimizers = [entry for entry in optimizers if owned_parameters(entry) & own] or list(optimizers)
-        self._masters = Masters(self.model, layers, self._optimizers)
-        self._weights = self._masters.weights
-        self._lr_restart = LRRestart(optimizers, lr_schedulers) if method.restart_lr else None
-        self._moments = SecondMoments() if self.timeline.earliest else None
-        self._decay = MaskedDecay(method.decay, method.decay_on, self._steps(method.decay_ramp))
-        self._groups = LayerGroups()
-        self._masked_steps = MaskedSteps(method, self._decay, self._groups)
-        self._frozen_moments = FrozenMoments(optimizers if method.freeze_second_moments else [])
-        self._removals.callback(self._frozen_moments.remove)
-        self._observer = Observer(criterion, self.masks.layers)
-        self._removals.callback(self._observer.remove)
-        self._observer.install()
-        self._removals.callback(self._distillation.remove)
-        self._distillation.install()
-        self._adapters: Adapters | None = None
-        if method.adapter_rank:
-            self._adapters = Adapters(self.masks.layers, self._optimizers, method.adapter_rank)
-            self._removals.callback(self._adapters.remove)
-        self._groups.number_draws_(self.masks.layers, self.clock)
-        self._hooks = StepHooks(self._optimizers, self._adjust_gradients, self._written, self._advance)
+        weights = {id(layer.weight) for layer in layers.values()}
+        own = [entry for entry in setup.optimizers if owned_parameters(entry) & weights] or list(setup.optimizers)
+        self._masters = Masters(self.model, layers, own)
+        self._run = Run(method, self.masks.layers, own, criterion, LayerGroups(), setup.timeline, total_steps)
+        self._masked: set[str] = set()  # frozen layers that optimizers have masked themselves since the clock moved
+        self._modifiers: list[Modifier] = []
+        for modifier in modifiers_of(self._run, setup):
+            self._modifiers.append(modifier)
+            self._removals.callback(modifier.detach)
+            modifier.attach()
+        self._run.groups.number_draws_(self.masks.layers, self.clock)
+        self._hooks = StepHooks(own, self._adjust_gradients, self._written, self._advance)
         self._removals.callback(self._hooks.remove)
+
+    @property
+    def clock(self) -> int:
+        """Optimizer steps taken."""
+        return self._run.clock
+
+    @property
+    def phase(self) -> PhaseKind:
+        """The phase of the clock: dense, sparse or frozen."""
+        return self._run.phase
+
+    @property
+    def timeline(self) -> Timeline:
+        """When phases begin, in steps."""
+        return self._run.timeline
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None if unknown."""
+        return self._run.total_steps
 
     @property
     def report(self) -> SelectionReport:
@@ -247,8 +238,6 @@ class SparseTraining:
             return {key: value for key, value in self._final[0].items() if per_layer or not key.startswith("layer/")}
         values: dict[str, float | None] = {
             "clock": self.clock,
-            "decay": self._decay.value if self.method.decay else None,
-            "distillation": self._distillation.term,
             "sparse_layers": sum(layer.is_masked for layer in self.masks.layers.values()),
             "sparse_flops_share": self.sparse_flops_share,
             "violations": self.masks.violations(),
@@ -256,6 +245,8 @@ class SparseTraining:
             "repack_ms": self._repack_ms,
             "operand_bytes": sum(layer.operands.bytes for layer in self.masks.layers.values()),
         }
+        for modifier in self._modifiers:
+            values.update(modifier.metrics())
         if self.masks.exists:
             values.update(mask_metrics(self.masks, per_layer))
         return {key: float(value) for key, value in values.items() if value is not None}
@@ -292,7 +283,9 @@ class SparseTraining:
             >>> training.metrics()["distillation"] > 0
             True
         """
-        return self._distillation.loss(loss)
+        for modifier in self._modifiers:
+            loss = modifier.mixed(loss)
+        return loss
 
     def verify(self, example: Any) -> VerificationReport:
         """Compare the model as it runs with the same model with plain masked weights, as :func:`sparsetrain.verify`."""
@@ -307,8 +300,8 @@ class SparseTraining:
         counted = self.phase == "sparse" and bool(self.masks.flips)
         self.masks.refresh(self.clock, virtual=self.phase == "dense", names=names)
         self._last_refresh = self.clock
-        if self._decay.automatic and counted:  # not at the first search of the phase, whose flips are the dense one's
-            self._decay.adapt(self.masks.flip_rate_ratio())
+        for modifier in self._modifiers if counted else ():  # not at a phase's first, whose flips are the dense one's
+            modifier.after_search(self.masks.flip_rate_ratio)
 
     def finish(self, *, zeros: bool = True) -> None:
         """Remove the hooks and give plain layers back; metrics and state stay readable, ``ending`` says what is left.
@@ -322,9 +315,12 @@ class SparseTraining:
         if self.finished:
             return
         if zeros:
-            warn_of_unmerged(self.model, {name: self.masks.layers[name] for name in sorted(self._active)})
+            warn_of_unmerged(self.model, {name: self.masks.layers[name] for name in sorted(self._run.active)})
         self._final = self.metrics(per_layer=True), self.state_dict()
-        masked, transposed = {*self._active}, {name for name, layer in self.masks.layers.items() if layer.transposed}
+        masked, transposed = (
+            {*self._run.active},
+            {name for name, layer in self.masks.layers.items() if layer.transposed},
+        )
         merged = self._restore(zeros)
         layers = self.masks.layers.items()
         weights = {name: matrix_of(layer.weight.detach(), name in transposed) for name, layer in layers}
@@ -354,12 +350,11 @@ class SparseTraining:
         if total_steps is not None and total_steps < self.clock:
             raise ValueError(f"total_steps is {total_steps} but {self.clock} steps are taken: pass at least as many.")
         length = UNKNOWN_LENGTH if total_steps is None else total_steps
-        self.timeline = self.timeline.retimed(self.method.schedule.resolve(length, cut=True), self.clock)
-        if total_steps is not None:
-            self.total_steps = total_steps
-            self._decay.ramp = self._steps(self.method.decay_ramp)
-        self._enter()
-        self._switch_adapters()
+        run = self._run
+        run.timeline = run.timeline.retimed(self.method.schedule.resolve(length, cut=True), run.clock)
+        run.total_steps = run.total_steps if total_steps is None else total_steps
+        if not self._enter():
+            self._tell_of_phase(Entry(resumed=True))
         self._repack()
 
     def apply_masks_(self) -> None:
@@ -371,7 +366,7 @@ class SparseTraining:
         if self._final is not None:
             write_zeros_({name: self.masks.layers[name] for name in self._final[1]["active"]}, self._final[1]["codes"])
             return
-        self._groups.forget()
+        self._run.groups.forget()
         if self.phase == "frozen":
             self._apply_masks()
         for layer in self.masks.layers.values():
@@ -387,6 +382,7 @@ class SparseTraining:
         """Return the state as plain numbers, strings and tensors; save it beside the model and the optimizer."""
         if self._final is not None:
             return copy.deepcopy(self._final[1])
+        parts = [(modifier.name, modifier.state_dict()) for modifier in self._modifiers]
         return {
             "version": STATE_VERSION,
             "clock": self.clock,
@@ -394,15 +390,9 @@ class SparseTraining:
             "method": self.method.describe(),
             "stepped": sorted(self._hooks.stepped),
             "last_refresh": self._last_refresh,
-            "lr_restart": self._lr_restart.state_dict() if self._lr_restart else None,
-            "active": sorted(self._active),
+            "active": sorted(self._run.active),
             "starts": list(self.timeline.starts),
-            "adapters": None if self._adapters is None else self._adapters.state_dict(),
-            "moments": None if self._moments is None else self._moments.state_dict(),
-            "frozen_moments": self._frozen_moments.state_dict(),
-            "decay": self._decay.state_dict(),
-            "distillation": self._distillation.state_dict(),
-            "soft_scales": self._soft_scales.state_dict(),
+            "modifiers": {name: part for name, part in parts if part is not None},
             **self.masks.state_dict(),
         }
 
@@ -414,38 +404,21 @@ class SparseTraining:
         """
         if self.finished:
             raise ValueError("training is finished: pass the state to a new SparseTraining(..., state=...).")
-        parts: dict[str, Part | None] = {
-            "lr_restart": self._lr_restart, "adapters": self._adapters, "moments": self._moments, "decay": self._decay,
-            "frozen_moments": self._frozen_moments, "distillation": self._distillation,
-            "soft_scales": self._soft_scales,
-        }  # fmt: skip
-        total_steps = self.total_steps
-        check_state(state, self.masks, parts, self.method, total_steps, self.timeline, len(self._optimizers))
-        if state["active"]:
-            self._distillation.require_teacher(state["distillation"])
-        self._distillation.load_state_dict(state["distillation"])
+        run, total_steps, state = self._run, self.total_steps, in_this_version(state)
+        check_state(state, self.masks, self._modifiers, run, len(run.optimizers))
         self.masks.load_state_dict(state)
-        self._groups.forget()
+        run.groups.forget()
         for layer in self.masks.layers.values():
             layer.operands.expire()
-        self.clock = state["clock"]
+        run.clock, run.active = state["clock"], frozenset(state["active"])
         self._last_refresh = state["last_refresh"]
         self._hooks.stepped = set(state["stepped"])
-        if self._lr_restart:
-            self._lr_restart.load_state_dict(state["lr_restart"])
-        self.timeline = saved_timeline(state, self.method, self.timeline)
-        if self._moments is not None and state["moments"] is not None:
-            self._moments.load_state_dict(state["moments"], next(iter(self._weights.values())).device)
-        self._frozen_moments.load_state_dict(state["frozen_moments"])
-        if self._adapters is not None:
-            self._adapters.load_state_dict(state["adapters"])
-        self._active = frozenset(state["active"])
+        run.timeline = saved_timeline(state, self.method, run.timeline)
+        for modifier in self._modifiers:
+            modifier.load_state_dict(state["modifiers"].get(modifier.name))
         self._report_budget()
-        self._decay.load_state_dict(state["decay"])
-        self._soft_scales.load_state_dict(state["soft_scales"] if self.method.forward == "soft" else {})
-        self._set_phase()
-        self._switch_adapters()
-        self._groups.number_draws_(self.masks.layers, self.clock)
+        self._set_phase(Entry(resumed=True))
+        run.groups.number_draws_(self.masks.layers, run.clock)
         self._repack()
         if state["total_steps"] != total_steps:
             self.retime(None if total_steps is None else max(total_steps, self.clock))
@@ -453,104 +426,62 @@ class SparseTraining:
     def _adjust_gradients(self, optimizer: Optimizer, scale: Tensor | None) -> None:
         """Item 1 of a step: gradients are unscaled (or ``scale`` says by how much they are not) and clipped."""
         for name, (old, new) in self._masters.follow(optimizer).items():
-            self._observer.follow(name)
-            self._frozen_moments.follow(old, new)
-            self._groups.forget()
-        gradients = self._masters.gradients(optimizer)
-        if gradients:
-            self._distillation.before_step()
-        self._observer.before_step(gradients, scale)
-        if self._adapters is not None:
-            self._adapters.average_gradients(optimizer)
-            self._adapters.start_state(optimizer)
-        if self._moments is not None and self.phase == "dense":
-            self._moments.forget()
-            self._moments.observe(
-                optimizer, [self._weights[name] for name in gradients], list(gradients.values()), scale
-            )
-        if self._lr_restart and self.phase == "frozen" and self.clock == self._phase_start:
-            self._lr_restart.restart()
-        if self.phase == "dense":
-            return
-        active = self._active if gradients.keys() >= self._active else self._active & gradients.keys()
-        layers = self._groups.chosen(self.masks.layers, active)
-        age, settled = self.clock - self._phase_start, not self._moves_at(self.clock + 1)
-        self._masked_steps.before(optimizer, layers, gradients, self.phase, age, self.clock, scale, settled=settled)
-
-    def _moves_at(self, clock: int) -> bool:
-        """Whether a phase begins or a mask search is due at a step."""
-        due = self.phase == "sparse" and (clock - self._phase_start) % self.method.refresh_every == 0
-        return due or self.timeline.index_at(clock) != self._phase_index
+            for modifier in self._modifiers:
+                modifier.follow(name, old, new)
+            self._run.groups.forget()
+        step = Step(optimizer, self._masters.gradients(optimizer), scale)
+        for modifier in self._modifiers:
+            modifier.before_step(self._run, step)
 
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: packed weights of its layers that it did not pack are out of date."""
-        packed, left = self._masked_steps.after(optimizer), self._masters.layers_of(optimizer)
-        left = {name: layer for name, layer in left.items() if name not in packed} if packed else left
-        self._groups.expire(left, repacks=len(self._optimizers) == 1)
+        left = self._masters.layers_of(optimizer)
+        for modifier in self._modifiers:
+            packed, masked = modifier.after_update(optimizer)
+            self._masked.update(masked)
+            left = {name: layer for name, layer in left.items() if name not in packed} if packed else left
+        self._run.groups.expire(left, repacks=len(self._run.optimizers) == 1)
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
-        if self._adapters is not None:
-            self._adapters.clear_gradients()
-        self._observer.after_step()
-        self._distillation.after_step()
-        self.clock += 1
-        if self._moments is not None and self.phase == "dense":
-            self._moments.commit()
-            if self.timeline.may_end_at(self.clock) and self._moments.settled(self.clock):
-                self.timeline = self.timeline.ended_at(self.clock)
+        run = self._run
+        run.clock += 1
+        for modifier in self._modifiers:
+            modifier.after_step(run)
         entered, moment = self._enter(), object()
-        due = not entered and (self.clock - self._phase_start) % self.method.refresh_every == 0
-        if self.phase == "frozen" and not entered:
-            self._apply_masks(self._masked_steps.zeroed, moment)
+        due = not entered and run.age % self.method.refresh_every == 0
+        if run.phase == "frozen" and not entered:
+            self._apply_masks(self._masked, moment)
             if due:
                 self.masks.refresh_backward()
-        elif due and (self.phase == "sparse" or (self._watch_dense and self.masks.is_observed)):
+        elif due and (run.phase == "sparse" or (self._watch_dense and self.masks.is_observed)):
             self._refresh()
-        self._switch_adapters()
         self._repack(moment)
-        self._groups.number_draws_(self.masks.layers, self.clock)
-
-    def _switch_adapters(self) -> None:
-        if self._adapters is not None:
-            first = self._steps(self.method.adapter_start)
-            self._adapters.switch(self.clock >= first and self.phase != "dense")
-
-    def _steps(self, length: int | float) -> int:
-        return round(length * (self.total_steps or 0)) if isinstance(length, float) else length
+        run.groups.number_draws_(self.masks.layers, run.clock)
 
     def adapters(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the low-rank adapters: layer name to down ``[r, I]`` and up ``[O, r]``; empty if there are none."""
-        return {} if self._adapters is None else dict(self._adapters.parts)
+        return {name: pair for modifier in self._modifiers for name, pair in modifier.adapters().items()}
 
     def _enter(self) -> bool:
         """Enter the phase of the clock; return False if the run is in it."""
-        if self.timeline.index_at(self.clock) == self._phase_index:
+        run = self._run
+        if run.timeline.index_at(run.clock) == run.phase_index:
             return False
-        kind, _ = self.timeline.at(self.clock)
-        kept = self.timeline.kept_at(self.clock)
-        goes_on = kind == "frozen" and self.phase != "dense" and kept == self.masks.kept
-        held = self._active if goes_on else frozenset()  # their masks stay
+        kind, _ = run.timeline.at(run.clock)
+        kept = run.timeline.kept_at(run.clock)
+        goes_on = kind == "frozen" and run.phase != "dense" and kept == self.masks.kept
+        held = run.active if goes_on else frozenset()  # their masks stay
         searched = set(self.masks.maskable) - held
-        if kind != "dense":
-            self._distillation.take()
-        if kept != self.masks.kept:
-            self._soft_scales.forget()
-        self.phase, self.masks.kept = kind, kept  # what a search finds, and counts flips as
+        for modifier in self._modifiers:
+            modifier.leave_phase(run, kind, kept != self.masks.kept)
+        run.phase, self.masks.kept = kind, kept  # what a search finds, and counts flips as
         if searched and (kind != "dense" or (self._watch_dense and self.masks.is_observed)):
             self._refresh(searched if held else None)
-        self._active = frozenset() if kind == "dense" else frozenset(self._choose_active(set(held)))
-        if kind == "frozen" and self.method.frozen_in_place:
-            self._soft_scales.write_(self._active)
-            self._soft_scales.forget()
-        self._set_phase()
-        if kind != "dense":
-            self._frozen_moments.freeze()
+        run.active = frozenset() if kind == "dense" else frozenset(self._choose_active(set(held)))
+        self._set_phase(Entry(resumed=False, fresh=run.active - held))
         if kind == "frozen":
             self._apply_masks()
-            if self.method.clear_moments:
-                for name in self._active - held:
-                    clear_pruned_moments_(self._optimizers, self.masks.layers[name])
         return True
 
     def _choose_active(self, held: set[str]) -> set[str]:
@@ -566,36 +497,37 @@ class SparseTraining:
         self._report = self._report.with_dense(self.masks.dense or (), reason)
 
     def _restore(self, zeros: bool) -> bool:
-        """Give plain layers back; return whether adapters were added to them."""
-        merge = zeros and self.method.adapter_merge and any(layer.adapter for layer in self.masks.layers.values())
-        if self._adapters is not None and merge:
-            self._adapters.merge_()
+        """Give plain layers back; return whether modifiers have filled what was pruned."""
+        filled = [modifier.finish(self._run) for modifier in self._modifiers] if zeros else []
         self._removals.close()
-        self._groups.forget()
-        give_back_(self.model, self.masks.layers.values(), zeros and not merge)
-        return merge
+        self._run.groups.forget()
+        give_back_(self.model, self.masks.layers.values(), zeros and not any(filled))
+        return any(filled)
 
-    def _set_phase(self) -> None:
-        kind, self._phase_start = self.timeline.at(self.clock)
-        self.phase, self._phase_index = kind, self.timeline.index_at(self.clock)
-        self._distillation.active = kind != "dense"
-        rule = resolve_gradient_rule(self.method.frozen_gradient if kind == "frozen" else self.method.gradient)
+    def _set_phase(self, entry: Entry) -> None:
+        run = self._run
+        run.phase, run.phase_start = run.timeline.at(run.clock)
+        run.phase_index = run.timeline.index_at(run.clock)
+        rule = resolve_gradient_rule(self.method.frozen_gradient if run.phase == "frozen" else self.method.gradient)
         for name, layer in self.masks.layers.items():
-            layer.phase, layer.gradient = kind if name in self._active else "dense", rule
+            layer.phase, layer.gradient = run.phase if name in run.active else "dense", rule
             layer.is_two_of_four = self.masks.kept == 2 and not self.masks.tile_budget
             layer.operands.managed = True
             if layer.phase == "dense" or not layer.is_two_of_four:
                 layer.operands.release()
-        # masks that are frozen in place leave nothing that could shrink what is kept
-        if self.method.forward == "soft" and not (kind == "frozen" and self.method.frozen_in_place):
-            self._soft_scales.measure(self._active)
+        self._tell_of_phase(entry)
+
+    def _tell_of_phase(self, entry: Entry) -> None:
+        for modifier in self._modifiers:
+            modifier.enter_phase(self._run, entry)
 
     def _apply_masks(self, done: Collection[str] = (), moment: object = None) -> None:
         if self.method.frozen_in_place:
-            layers = self._groups.chosen(self.masks.layers, self._active.difference(done) if done else self._active)
-            for group in self._groups.of(layers):
+            run = self._run
+            layers = run.groups.chosen(run.layers, run.active.difference(done) if done else run.active)
+            for group in run.groups.of(layers):
                 group.apply_masks_(group.weights, moment)
-        self._masked_steps.zeroed.clear()
+        self._masked.clear()
 
     def _repack(self, moment: object = None) -> None:
-        self._repack_ms = self._groups.repack_(self.masks.layers, moment)
+        self._repack_ms = self._run.groups.repack_(self.masks.layers, moment)

@@ -5,29 +5,26 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from .criteria import resolve_criterion
 from .methods.method import Method
-from .modifiers.adapters import require_late_start
-from .modifiers.frozen_moments import require_freezable
+from .modifiers.base import Setup
 from .modifiers.masked_decay import AUTO_START
-from .modifiers.moment_convergence import require_second_moments
+from .modifiers.registry import check_all
 from .optimizer_hooks import owned_parameters
 from .running import run_of
 from .schedule import Timeline
 from .selection_report import SelectionReport, first_few
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 """Of what :meth:`sparsetrain.SparseTraining.state_dict` returns."""
 
 
 def check_setup(
-    model: nn.Module, report: SelectionReport, method: Method, timeline: Timeline, optimizers: Sequence[Optimizer],
-    lr_schedulers: Sequence[LRScheduler], total_steps: int | None, watch_dense: bool,
-    backend: str,
+    setup: Setup, report: SelectionReport, total_steps: int | None, watch_dense: bool, backend: str
 ) -> None:  # fmt: skip
     """Raise ``ValueError`` if a run cannot be set up in this way."""
+    model, method, timeline, optimizers = setup.model, setup.method, setup.timeline, setup.optimizers
     if method.mixes_tiles and backend not in ("auto", "masked"):
         raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
     if not optimizers:
@@ -58,19 +55,7 @@ def check_setup(
         raise ValueError(f"total_steps is None but {name} is a fraction: pass total_steps, or give it in steps.")
     if method.dense_budget and method.dense_unit == "layers":
         _check_budget(report, method.dense_budget)
-    if method.adapter_rank:
-        require_late_start(optimizers)
-    if timeline.earliest:
-        require_second_moments(optimizers)
-    if method.freeze_second_moments:
-        if (first := method.schedule.first_kind) != "dense":
-            raise ValueError(
-                f"freeze_second_moments is True but the first phase is {first}: begin with a dense phase, "
-                "in which second moments form, or set it to False."
-            )
-        require_freezable(optimizers)
-    if method.restart_lr and not lr_schedulers:
-        raise ValueError("method has restart_lr=True but lr_schedulers is empty: pass the learning-rate schedulers.")
+    check_all(setup)
 
 
 def check_statistics(report: SelectionReport, method: Method) -> None:

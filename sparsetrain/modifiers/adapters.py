@@ -3,7 +3,7 @@
 import itertools
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -12,10 +12,11 @@ from torch.optim import Adagrad, Optimizer
 
 from ..checks import each
 from ..masked_layer import MaskedLayer
-from ..state_schema import by_layer, require_state, tensor
+from ..state_schema import by_layer, require_part, tensor
+from .base import Entry, Modifier, Resumed, Run, Setup, Step
 
 
-class Adapters:
+class Adapters(Modifier):
     """Adapters of all layers. They are in the optimizers from the start, so that optimizer states always fit.
 
     Outside of the model's parameters: ``state_dict`` keys stay those of the dense model, values are in the run's own
@@ -37,6 +38,8 @@ class Adapters:
     Source: Mozaffari et al., "SLoPe", ICLR 2025, arXiv 2405.16325.
     """
 
+    name = "adapters"
+
     def __init__(self, layers: Mapping[str, MaskedLayer], optimizers: Sequence[Optimizer], rank: int) -> None:
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}
         self._layers, self._optimizers = dict(layers), list(optimizers)
@@ -53,6 +56,35 @@ class Adapters:
                 group["params"].extend(made)
         self._own = {id(part) for pair in self.parts.values() for part in pair}
         self._handles = [entry.register_load_state_dict_pre_hook(self._make_room) for entry in self._optimizers]
+
+    @classmethod
+    def check(cls, setup: Setup) -> None:
+        """Raise ``ValueError`` unless the optimizers can take up parameters in mid-run."""
+        if setup.method.adapter_rank:
+            require_late_start(setup.optimizers)
+
+    @classmethod
+    def of(cls, run: Run, setup: Setup) -> Self | None:
+        """Return them for methods with an ``adapter_rank``."""
+        rank = run.method.adapter_rank
+        return cls(run.layers, run.optimizers, rank) if rank else None
+
+    def before_step(self, run: Run, step: Step) -> None:
+        """Make the step of the adapters what it is of other parameters."""
+        self.average_gradients(step.optimizer)
+        self.start_state(step.optimizer)
+
+    def after_step(self, run: Run) -> None:
+        """Begin when it is time."""
+        self.clear_gradients()
+        self._switch_in(run)
+
+    def enter_phase(self, run: Run, entry: Entry) -> None:
+        """Have adapters beside masks alone."""
+        self._switch_in(run)
+
+    def _switch_in(self, run: Run) -> None:
+        self.switch(run.clock >= run.steps(run.method.adapter_start) and run.phase != "dense")
 
     def switch(self, on: bool) -> None:
         """Put adapters into the layers' forward, or take them out."""
@@ -95,6 +127,17 @@ class Adapters:
                 for part in (entry for entry in states if id(entry) in self._own and not states[entry]):
                     optimizer.state[part]["momentum_buffer"] = torch.zeros_like(part)
 
+    def adapters(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return down ``[r, I]`` and up ``[O, r]`` of every layer."""
+        return self.parts
+
+    def finish(self, run: Run) -> bool:
+        """Add adapters in use to the weights, if the method merges them; return whether it does."""
+        merges = run.method.adapter_merge and any(layer.adapter for layer in self._layers.values())
+        if merges:
+            self.merge_()
+        return merges
+
     @torch.no_grad()
     def merge_(self) -> None:
         """Write what products see, masked weights with their adapters, into the weights, which are dense then."""
@@ -102,7 +145,7 @@ class Adapters:
             if layer.is_masked:
                 layer.weight.copy_(layer.effective_weight(layer.weight, with_adapter=True))
 
-    def remove(self) -> None:
+    def detach(self) -> None:
         """Take the adapters out of layers and optimizers."""
         self.switch(False)
         for handle in self._handles:
@@ -117,7 +160,7 @@ class Adapters:
         """Return copies of the values."""
         return {name: [part.detach().cpu().clone() for part in pair] for name, pair in self.parts.items()}
 
-    def check_state_dict(self, state: Any) -> None:
+    def check_state(self, state: Any, resumed: Resumed) -> None:
         """Raise ``ValueError`` if a state is damaged or of other adapters; changes nothing."""
         if state is None:
             raise ValueError(
@@ -126,7 +169,7 @@ class Adapters:
         rules = {
             name: each([tensor(None, part.shape, finite=True) for part in pair]) for name, pair in self.parts.items()
         }
-        require_state("adapters", state, by_layer(rules, needed=None))
+        require_part(self.name, state, by_layer(rules, needed=None))
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

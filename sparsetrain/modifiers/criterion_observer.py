@@ -10,7 +10,7 @@ starts anew where the weight has no gradient yet: what a skipped step left behin
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ..criteria.interface import Criterion
 from ..masked_layer import MaskedLayer
+from .base import Modifier, Run, Setup, Step
 
 
-class Observer:
+class Observer(Modifier):
     """Calls a criterion's ``observe_*`` methods; a criterion that needs nothing costs nothing.
 
     Args:
@@ -33,14 +34,16 @@ class Observer:
         >>> from ..criteria.registry import resolve_criterion
         >>> layer = SparseLinear(8, 4)
         >>> observer = Observer(resolve_criterion("wanda"), {"fc": layer})
-        >>> observer.install()
+        >>> observer.attach()
         >>> layer(torch.eye(8)).sum().backward()
-        >>> observer.before_step({"fc": layer.weight.grad}, None)
-        >>> observer.after_step()
-        >>> observer.remove()
+        >>> observer.note({"fc": layer.weight.grad}, None)
+        >>> observer.count()
+        >>> observer.detach()
         >>> torch.allclose(observer.criterion.state_dict()["running"]["fc"], torch.tensor(0.1))
         True
     """
+
+    name = "criterion_observer"
 
     def __init__(self, criterion: Criterion, layers: Mapping[str, MaskedLayer]) -> None:
         self.criterion = criterion
@@ -49,7 +52,12 @@ class Observer:
         self._gathered: dict[str, Tensor] = {}
         self._handles: dict[str, list[RemovableHandle]] = {}  # of the forward, then of the weight if it is trained
 
-    def install(self) -> None:
+    @classmethod
+    def of(cls, run: Run, setup: Setup) -> Self | None:
+        """Return it for criteria that need anything but weights."""
+        return cls(run.criterion, run.layers) if run.criterion.needs else None
+
+    def attach(self) -> None:
         """Hang on the layers if inputs are needed; before the model is compiled."""
         if "input" not in self.criterion.needs or self._handles:
             return
@@ -57,12 +65,14 @@ class Observer:
             summary = self.criterion.summarize_input(layer.matrix.detach()[:1, : layer.input_features])
             self._passing[name], self._gathered[name] = torch.zeros_like(summary), torch.zeros_like(summary)
             self._handles[name] = [layer.register_forward_hook(_ForwardHook(self, name), with_kwargs=True)]
-            self.follow(name)
+            self._hang_on_weight(name)
 
-    def follow(self, name: str) -> None:
-        """Hang on a layer's weight, which may be a new one."""
-        if name not in self._handles:
-            return
+    def follow(self, name: str, old: Tensor, new: Tensor) -> None:
+        """Hang on a layer's new weight."""
+        if name in self._handles:
+            self._hang_on_weight(name)
+
+    def _hang_on_weight(self, name: str) -> None:
         for handle in self._handles[name][1:]:
             handle.remove()
         del self._handles[name][1:]
@@ -70,14 +80,22 @@ class Observer:
         if weight.requires_grad:
             self._handles[name].append(weight.register_hook(partial(self._gather, name)))  # type: ignore[no-untyped-call]
 
-    def remove(self) -> None:
+    def detach(self) -> None:
         """Take the hooks off the layers."""
         for handles in self._handles.values():
             for handle in handles:
                 handle.remove()
         self._handles.clear()
 
-    def before_step(self, gradients: Mapping[str, Tensor], scale: Tensor | None) -> None:
+    def before_step(self, run: Run, step: Step) -> None:
+        """Note the step."""
+        self.note(step.gradients, step.scale)
+
+    def after_step(self, run: Run) -> None:
+        """Count what was noted."""
+        self.count()
+
+    def note(self, gradients: Mapping[str, Tensor], scale: Tensor | None) -> None:
         """Note an optimizer's step that may still be skipped; under data parallelism, every rank must come here.
 
         Args:
@@ -91,7 +109,7 @@ class Observer:
         if self._passing:
             self._hand_over(gradients)
 
-    def after_step(self) -> None:
+    def count(self) -> None:
         """Count what was noted: the step succeeded, of every optimizer if there are several."""
         if self._passing:
             self._hand_over(name for name, layer in self.layers.items() if not layer.weight.requires_grad)

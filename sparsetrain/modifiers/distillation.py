@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,15 @@ from torch.utils.hooks import RemovableHandle
 
 from ..checks import DICT, FLAG, Rule, mapping, optional
 from ..sparsify import export_dense_
-from ..state_schema import like, require_state
+from ..state_schema import like, require_part
+from ..types import PhaseKind
 from ..wrappers import plain_model
+from .base import Entry, Modifier, Resumed, Run, Setup, Step
 
 Forward = tuple[tuple[Any, ...], dict[str, Any], Tensor | None, str, tuple[str, torch.dtype, bool]]
 
 
-class Distillation:
+class Distillation(Modifier):
     """``(1 - share)·L + share·T²·KL(teacher ‖ student)`` of softened logits, in float32, averaged over positions.
 
     The teacher is outside of the model: it has no part in its parameters, ``state_dict``, optimizer or data-parallel
@@ -38,16 +40,18 @@ class Distillation:
     Example:
         >>> model = nn.Linear(8, 4)
         >>> distillation = Distillation(0.5, 2.0, model)
-        >>> distillation.install()
+        >>> distillation.attach()
         >>> distillation.take()
         >>> distillation.active = True
         >>> loss = model(torch.ones(2, 8)).square().mean()
-        >>> torch.allclose(distillation.loss(loss), 0.5 * loss)  # teacher and student are still equal
+        >>> torch.allclose(distillation.mixed(loss), 0.5 * loss)  # teacher and student are still equal
         True
-        >>> distillation.remove()
+        >>> distillation.detach()
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.
     """
+
+    name = "distillation"
 
     def __init__(
         self, share: float, temperature: float, model: nn.Module, teacher: nn.Module | None = None,
@@ -77,14 +81,30 @@ class Distillation:
         """T²·KL at the last call of :meth:`loss` that mixed; None before."""
         return None if self._term is None else float(self._term)
 
-    def install(self) -> None:
+    @classmethod
+    def check(cls, setup: Setup) -> None:
+        """Raise ``ValueError`` if there is no such submodule, or the teacher can be none."""
+        cls._made(setup)
+
+    @classmethod
+    def of(cls, run: Run, setup: Setup) -> Self | None:
+        """Return it for methods with a share of ``distillation``."""
+        return cls._made(setup) if run.method.distillation else None
+
+    @classmethod
+    def _made(cls, setup: Setup) -> Self:
+        method = setup.method
+        share, temperature = method.distillation, method.distillation_temperature
+        return cls(share, temperature, setup.model, setup.teacher, setup.logits_from)
+
+    def attach(self) -> None:
         """Hang on the student; before it is compiled."""
         if self.share and self._handle is None:
             self._handle = self._student.register_forward_hook(_ForwardHook(self), with_kwargs=True)
             if self.teacher is not None:
                 self.teacher.eval()
 
-    def remove(self) -> None:
+    def detach(self) -> None:
         """Take the hook off the student and let the teacher go."""
         if self._handle is not None:
             self._handle.remove()
@@ -95,7 +115,7 @@ class Distillation:
         if self.share and self.teacher is None:
             self.teacher = _copy(self._student)
 
-    def loss(self, task_loss: Tensor) -> Tensor:
+    def mixed(self, loss: Tensor) -> Tensor:
         """Return the loss with the divergence mixed in; the loss itself in dense phases and without gradients.
 
         Raises:
@@ -103,7 +123,7 @@ class Distillation:
         """
         teacher = self.teacher
         if not self.active or teacher is None or not torch.is_grad_enabled():
-            return task_loss
+            return loss
         forward, self._forward = self._forward, None
         if forward is None:
             raise RuntimeError(
@@ -127,19 +147,35 @@ class Distillation:
             )
         term = softened_divergence(logits, target, self.temperature)
         self._term, self._called = term.detach(), True
-        self._mixed = (1 - self.share) * _widened(task_loss) + self.share * term.to(task_loss.device)
+        self._mixed = (1 - self.share) * _widened(loss) + self.share * term.to(loss.device)
         return self._mixed
 
-    def before_step(self) -> None:
+    def before_step(self, run: Run, step: Step) -> None:
         """Raise ``RuntimeError`` if an optimizer is about to step on a loss that was not mixed."""
-        if self.active and self.teacher is not None and not self._called:
+        if step.gradients and self.active and self.teacher is not None and not self._called:
             raise RuntimeError(
                 f"the method's distillation is {self.share} but distilled() was not called since the last step: run "
                 "backward on training.distilled(loss) instead of loss, or set distillation=0."
             )
 
-    def after_step(self) -> None:
+    def after_step(self, run: Run) -> None:
         """Forget what belongs to the step that succeeded."""
+        self._forget()
+
+    def leave_phase(self, run: Run, upcoming: PhaseKind, regroups: bool) -> None:
+        """Take the student as teacher while it is dense."""
+        if upcoming != "dense":
+            self.take()
+
+    def enter_phase(self, run: Run, entry: Entry) -> None:
+        """Mix losses while masks are in force."""
+        self.active = run.phase != "dense"
+
+    def metrics(self) -> dict[str, float | None]:
+        """Return the divergence on the last batch, nats."""
+        return {"distillation": self.term}
+
+    def _forget(self) -> None:
         self._called = False
         self._forward = self._mixed = None
 
@@ -150,17 +186,22 @@ class Distillation:
         own = None if self.given or self.teacher is None else _host_copies(self.teacher.state_dict())
         return {"given": self.given, "teacher": own, "term": self.term}
 
-    def check_state_dict(self, state: Any) -> None:
-        """Raise ``ValueError`` if a state is damaged or of another student; changes nothing."""
+    def check_state(self, state: Any, resumed: Resumed) -> None:
+        """Raise ``ValueError`` if a state is damaged, of another student or without a teacher; changes nothing."""
         term = Rule("a number, or None", lambda value: value is None or isinstance(value, float))
         rule = mapping({"given": FLAG, "teacher": optional(DICT), "term": term})
-        require_state("distillation", state, optional(rule))
-        if not self.share or self.given:
+        require_part(self.name, state, optional(rule))
+        if self.given:
             return
         if state is not None and state["given"]:
             raise ValueError("state is of a run with a teacher of your own: pass the same one as teacher.")
         saved = None if state is None else state["teacher"]
         if saved is None:
+            if resumed.active:
+                raise ValueError(
+                    f"state has no teacher but the method's distillation is {self.share}: pass one as teacher, or set "
+                    "distillation=0."
+                )
             return
         here = self._student.state_dict()
         for name in [*here, *saved]:
@@ -170,19 +211,11 @@ class Distillation:
                     "and logits_from."
                 )
 
-    def require_teacher(self, state: Mapping[str, Any] | None) -> None:
-        """Raise ``ValueError`` if a state of a masked phase, which was checked, leaves the run without a teacher."""
-        if self.share and not self.given and (state is None or state["teacher"] is None):
-            raise ValueError(
-                f"state has no teacher but the method's distillation is {self.share}: pass one as teacher, or set "
-                "distillation=0."
-            )
-
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Take back what :meth:`state_dict` returned and :meth:`check_state_dict` let pass."""
-        if not self.share or state is None:
+        """Take back what :meth:`state_dict` returned and :meth:`check_state` let pass."""
+        if state is None:
             return
-        self.after_step()
+        self._forget()
         self._term = None if state["term"] is None else torch.tensor(state["term"])
         if self.given:
             return

@@ -3,14 +3,15 @@
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from ..checks import DICT, mapping, number, optional, sequence
-from ..state_schema import require_state, tensor
+from ..state_schema import refuse_missing, require_part, tensor
+from .base import Entry, Modifier, Resumed, Run, Setup
 
 INIT_GROUP = "_init_group"
 """Where Adam collects what it updates in a group; a frozen update takes place there, so that hooks see one step."""
@@ -38,7 +39,7 @@ class Frozen:
     going: Tensor
 
 
-class FrozenMoments:
+class FrozenMoments(Modifier):
     """Updates every parameter with its running first and its frozen second moment, where that had settled.
 
     ``m_t = β₁·m_{t-1} + (1 - β₁)·g_t`` and ``w -= lr·m_t / (1 - β₁ᵗ) / (√v* + ε)``, where
@@ -51,7 +52,7 @@ class FrozenMoments:
     freeze, so Adam goes on for it as a whole.
 
     Args:
-        optimizers: Those whose parameters are meant, all of them; none to freeze nothing.
+        optimizers: Those whose parameters are meant, all of them.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -68,13 +69,37 @@ class FrozenMoments:
     arXiv 2302.01172, which freezes every entry.
     """
 
+    name = "frozen_moments"
+
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = list(optimizers)
         self._frozen: dict[Tensor, Frozen] | None = None
 
+    @classmethod
+    def check(cls, setup: Setup) -> None:
+        """Raise ``ValueError`` unless moments form in a dense phase and can be frozen."""
+        if not setup.method.freeze_second_moments:
+            return
+        if (first := setup.method.schedule.first_kind) != "dense":
+            raise ValueError(
+                f"freeze_second_moments is True but the first phase is {first}: begin with a dense phase, "
+                "in which second moments form, or set it to False."
+            )
+        require_freezable(setup.optimizers)
+
+    @classmethod
+    def of(cls, run: Run, setup: Setup) -> Self | None:
+        """Return it for methods with ``freeze_second_moments``."""
+        return cls(setup.optimizers) if run.method.freeze_second_moments else None
+
+    def enter_phase(self, run: Run, entry: Entry) -> None:
+        """Freeze as the first masks come into force."""
+        if run.phase != "dense" and not entry.resumed:
+            self.freeze()
+
     def freeze(self) -> None:
         """Freeze the second moments that there are; does nothing if some are frozen already."""
-        if self._frozen is not None or not self._optimizers:
+        if self._frozen is not None:
             return
         found: dict[Tensor, Frozen] = {}
         for optimizer in self._optimizers:
@@ -85,13 +110,13 @@ class FrozenMoments:
                         found[parameter] = Frozen(1 - float(group["betas"][1]) ** count, _nowhere(parameter))
         self._replace_updates(found)
 
-    def remove(self) -> None:
+    def detach(self) -> None:
         """Have Adam update everything again."""
         self._frozen = None
         for optimizer in self._optimizers:
             optimizer.__dict__.pop(INIT_GROUP, None)
 
-    def follow(self, old: Tensor, new: Tensor) -> None:
+    def follow(self, name: str, old: Tensor, new: Tensor) -> None:
         """Go on with a parameter in another's place; if its moments did not come along, Adam begins anew."""
         if self._frozen is not None and old in self._frozen:
             self._frozen[new] = self._frozen.pop(old)
@@ -106,12 +131,14 @@ class FrozenMoments:
             return None
         return [[_saved(self._frozen.get(entry)) for entry in _parameters(one)] for one in self._optimizers]
 
-    def check_state_dict(self, state: Any) -> None:
+    def check_state(self, state: Any, resumed: Resumed) -> None:
         """Raise ``ValueError`` if a state is damaged or of other optimizers; changes nothing."""
-        if state is None or not self._optimizers:
+        if state is None:
+            if resumed.same and resumed.phase != "dense":
+                refuse_missing(self.name)
             return
         here = [len(_parameters(optimizer)) for optimizer in self._optimizers]
-        require_state("frozen_moments", state, sequence(sequence(optional(DICT))))
+        require_part(self.name, state, sequence(sequence(optional(DICT))))
         if (found := [len(entries) for entries in state]) != here:
             raise ValueError(
                 f"state has frozen moments of {found} parameters but the optimizers have {here}: resume with the same "
@@ -119,13 +146,12 @@ class FrozenMoments:
             )
         for parameter, entry in self._pairs(state):
             going = optional(tensor(torch.bool, _nowhere(parameter).shape))
-            require_state("frozen_moments", entry, optional(mapping({"correction": CORRECTION, "going": going})))
+            require_part(self.name, entry, optional(mapping({"correction": CORRECTION, "going": going})))
 
     def load_state_dict(self, state: Sequence[Sequence[Mapping[str, Any] | None]] | None) -> None:
         """Take back what :meth:`state_dict` returned; the moments themselves are in the optimizers' states."""
-        self.check_state_dict(state)
-        self.remove()
-        if state is None or not self._optimizers:
+        self.detach()
+        if state is None:
             return
         found: dict[Tensor, Frozen] = {}
         for parameter, entry in self._pairs(state):

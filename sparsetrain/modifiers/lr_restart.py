@@ -2,16 +2,17 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..checks import NOT_NEGATIVE, each, mapping, optional, sequence
-from ..state_schema import like, require_state
+from ..state_schema import like, refuse_missing, require_part
+from .base import Modifier, Resumed, Run, Setup, Step
 
 
-class LRRestart:
+class LRRestart(Modifier):
     """Remembers learning rates and scheduler states as they are now, and brings them back.
 
     Args:
@@ -28,11 +29,31 @@ class LRRestart:
         (1.0, 0)
     """
 
+    name = "lr_restart"
+
     def __init__(self, optimizers: Sequence[Optimizer], schedulers: Sequence[LRScheduler]) -> None:
         self._optimizers = list(optimizers)
         self._schedulers = list(schedulers)
         self._rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in self._optimizers]
         self._states = [copy.deepcopy(scheduler.state_dict()) for scheduler in self._schedulers]
+
+    @classmethod
+    def check(cls, setup: Setup) -> None:
+        """Raise ``ValueError`` if there is no schedule to restart."""
+        if setup.method.restart_lr and not setup.lr_schedulers:
+            raise ValueError(
+                "method has restart_lr=True but lr_schedulers is empty: pass the learning-rate schedulers."
+            )
+
+    @classmethod
+    def of(cls, run: Run, setup: Setup) -> Self | None:
+        """Return it for methods with ``restart_lr``."""
+        return cls(setup.optimizers, setup.lr_schedulers) if run.method.restart_lr else None
+
+    def before_step(self, run: Run, step: Step) -> None:
+        """Restart in the first step of a frozen phase."""
+        if run.phase == "frozen" and not run.age:
+            self.restart()
 
     def restart(self) -> None:
         """Bring back the learning rates and scheduler states of the first step."""
@@ -49,11 +70,13 @@ class LRRestart:
         """Return what is remembered."""
         return {"rates": copy.deepcopy(self._rates), "states": copy.deepcopy(self._states)}
 
-    def check_state_dict(self, state: Any) -> None:
+    def check_state(self, state: Any, resumed: Resumed) -> None:
         """Raise ``ValueError`` if a state is damaged or of other optimizers and schedulers; changes nothing."""
+        if state is None and resumed.same:
+            refuse_missing(self.name)
         rates = [sequence(NOT_NEGATIVE, length=len(rates)) for rates in self._rates]
         rule = mapping({"rates": each(rates), "states": like(self._states)})
-        require_state("lr_restart", state, optional(rule))
+        require_part(self.name, state, optional(rule))
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take back what :meth:`state_dict` returned; None leaves what is remembered."""

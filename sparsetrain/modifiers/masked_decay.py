@@ -1,15 +1,13 @@
 """Masked decay pulls pruned weights to zero, so that masks settle: on gradients or weights, constant or automatic."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from ..checks import NOT_NEGATIVE, mapping
 from ..layer_group import LayerGroup
-from ..state_schema import require_state
 from ..types import DecayTarget
 
 AUTO_START = 1e-4
@@ -89,16 +87,3 @@ class MaskedDecay:
         rates = {id(parameter): entry["lr"] for entry in optimizer.param_groups for parameter in entry["params"]}
         for own in group.split([id(rates[id(weight)]) for weight in group.weights]):
             own.decay_(own.weights, -decay * rates[id(own.weights[0])], clock)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return λ."""
-        return {"value": self.value}
-
-    def check_state_dict(self, state: Any) -> None:
-        """Raise ``ValueError`` if a state is damaged; changes nothing."""
-        require_state("decay", state, mapping({"value": NOT_NEGATIVE}))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned; a constant λ stays that of the method."""
-        if self.automatic:
-            self.value = float(state["value"])

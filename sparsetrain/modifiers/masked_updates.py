@@ -1,87 +1,107 @@
 """What masks do to a step beside the optimizer's update: before it, or inside it where the optimizer can do both."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
-from torch import Tensor
 from torch.optim import Optimizer
 
+from ..checks import NOT_NEGATIVE, mapping
 from ..gradient_rules import resolve_gradient_rule
 from ..kernels.adamw.reference import Rule
-from ..layer_group import LayerGroups
 from ..masked_layer import MaskedLayer
 from ..methods.method import Method
 from ..optim import MaskedStep, SparseAdamW
+from ..state_schema import require_part
 from ..types import PhaseKind
+from .base import Entry, Modifier, Resumed, Run, Setup, Step, Updated
 from .masked_decay import MaskedDecay
 
 
-class MaskedSteps:
+class MaskedUpdates(Modifier):
     """Decays or masks gradients before an optimizer's step, or has a :class:`SparseAdamW` do it.
 
     Args:
         method: Of the run.
         decay: λ of the run.
-        groups: Of the run's layers.
 
     Example:
-        >>> import torch
-        >>> from sparsetrain import SparseLinear
         >>> from sparsetrain.methods import fst
-        >>> layer = SparseLinear(8, 8)
-        >>> optimizer = SparseAdamW(layer.parameters())
-        >>> layer.weight.grad = torch.zeros(8, 8)
-        >>> steps = MaskedSteps(fst(decay=0.1), MaskedDecay(0.1))
-        >>> steps.before(optimizer, {"fc": layer}, {"fc": layer.weight.grad}, "sparse", 0, 0, None, settled=True)
-        >>> optimizer.masked_step.rule
-        'decay_gradient'
+        >>> MaskedUpdates(fst(decay=0.1), MaskedDecay(0.1)).metrics()
+        {'decay': 0.1}
     """
 
-    def __init__(self, method: Method, decay: MaskedDecay, groups: LayerGroups | None = None) -> None:
-        self._decay = decay
-        self._groups = groups or LayerGroups()
+    name = "decay"
+
+    def __init__(self, method: Method, decay: MaskedDecay) -> None:
+        self._method, self._decay = method, decay
         self._masks_gradient = resolve_gradient_rule(method.frozen_gradient).pruned == 0
-        self._in_place = method.frozen_in_place
-        self.zeroed: set[str] = set()
-        """Frozen layers whose weights have their zeros since the clock's last step."""
 
-    def before(
-        self, optimizer: Optimizer, layers: Mapping[str, MaskedLayer], gradients: Mapping[str, Tensor],
-        phase: PhaseKind, age: int, clock: int, scale: Tensor | None, *, settled: bool,
-    ) -> None:  # fmt: skip
-        """Do to weights or final gradients what comes before the update, or have the optimizer do it.
+    @classmethod
+    def of(cls, run: Run, setup: Setup) -> Self | None:
+        """Return it for every method, as masks change gradients without a decay too."""
+        method = run.method
+        return cls(method, MaskedDecay(method.decay, method.decay_on, run.steps(method.decay_ramp)))
 
-        Args:
-            optimizer: Whose step it is.
-            layers: Name to layer whose mask is in force and whose weight has a gradient and is the optimizer's.
-            gradients: Of those, by name.
-            phase: Of the run: sparse or frozen.
-            age: Steps since the phase began.
-            clock: Steps since the run began.
-            scale: By which gradients are multiplied, if they are.
-            settled: Whether masks will stay as they are after the step, so that updated weights can be packed by them.
-        """
-        inside: dict[str, MaskedLayer] = {}
-        if isinstance(optimizer, SparseAdamW):
-            inside = {name: layer for name, layer in layers.items() if optimizer.takes(layer)}
-            decay = self._decay.at(age) if phase == "sparse" else 0.0
-            zeros = phase == "frozen" and self._in_place
-            rule = self._rule(optimizer, phase, decay)
-            optimizer.masked_step = MaskedStep(inside, rule, decay, clock, zeros, settled) if inside else None
+    def enter_phase(self, run: Run, entry: Entry) -> None:
+        """Take over the run's length, of which the ramp may be a fraction."""
+        self._decay.ramp = run.steps(self._method.decay_ramp)
+
+    def before_step(self, run: Run, step: Step) -> None:
+        """Do to weights or final gradients what comes before the update, or have the optimizer do it."""
+        if run.phase == "dense":
+            return
+        active = run.active if step.gradients.keys() >= run.active else run.active & step.gradients.keys()
+        layers = run.groups.chosen(run.layers, active)
+        inside = self._inside(run, step.optimizer, layers)
         outside = {name: layer for name, layer in layers.items() if name not in inside} if inside else layers
-        for group in self._groups.of(outside):
-            own = [gradients[name] for name in group.layers]
-            if phase == "sparse":
-                self._decay.apply_(optimizer, group, own, age, clock, scale)
+        for group in run.groups.of(outside):
+            own = [step.gradients[name] for name in group.layers]
+            if run.phase == "sparse":
+                self._decay.apply_(step.optimizer, group, own, run.age, run.clock, step.scale)
             elif self._masks_gradient:
                 group.apply_masks_(own)
 
-    def after(self, optimizer: Optimizer) -> set[str]:
-        """Return the layers whose packed weights the optimizer's step has renewed."""
+    def after_update(self, optimizer: Optimizer) -> Updated:
+        """Say which layers the optimizer has packed and masked itself."""
         if not isinstance(optimizer, SparseAdamW) or optimizer.masked_step is None:
-            return set()
+            return Updated()
         done, optimizer.masked_step = optimizer.masked_step, None
-        self.zeroed.update(done.layers if done.zeros else ())
-        return done.packed
+        return Updated(done.packed, done.layers if done.zeros else ())
+
+    def after_search(self, flip_rate_ratio: Callable[[], float | None]) -> None:
+        """Change an automatic λ."""
+        if self._decay.automatic:
+            self._decay.adapt(flip_rate_ratio())
+
+    def metrics(self) -> dict[str, float | None]:
+        """Return λ, if there is a decay."""
+        return {"decay": self._decay.value if self._method.decay else None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return λ."""
+        return {"value": self._decay.value}
+
+    def check_state(self, state: Any, resumed: Resumed) -> None:
+        """Raise ``ValueError`` if a state is damaged; changes nothing."""
+        require_part(self.name, state, mapping({"value": NOT_NEGATIVE}))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned; a constant λ stays that of the method."""
+        if self._decay.automatic:
+            self._decay.value = float(state["value"])
+
+    def _inside(
+        self, run: Run, optimizer: Optimizer, layers: Mapping[str, MaskedLayer]
+    ) -> Mapping[str, MaskedLayer]:  # fmt: skip
+        """Return the layers that the optimizer decays, masks and packs itself, and tell it to."""
+        if not isinstance(optimizer, SparseAdamW):
+            return {}
+        inside = {name: layer for name, layer in layers.items() if optimizer.takes(layer)}
+        decay = self._decay.at(run.age) if run.phase == "sparse" else 0.0
+        zeros = run.phase == "frozen" and self._method.frozen_in_place
+        rule, settled = self._rule(optimizer, run.phase, decay), not run.moves_at(run.clock + 1)
+        optimizer.masked_step = MaskedStep(inside, rule, decay, run.clock, zeros, settled) if inside else None
+        return inside
 
     def _rule(self, optimizer: Optimizer, phase: PhaseKind, decay: float) -> Rule:
         if phase == "frozen":

@@ -1,23 +1,28 @@
 """Second moments of Adam: a dense head may end when they have settled, as masks then train under a steady scale."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checks import NOT_NEGATIVE, mapping, optional, sequence, whole
-from ..state_schema import require_state
+from ..masked_layer import MaskedLayer
+from ..state_schema import refuse_missing, require_part
+from .base import Modifier, Resumed, Run, Setup, Step
 
 ASK_EVERY = 10
 """Steps between two questions to the device."""
 
 
-class SecondMoments:
+class SecondMoments(Modifier):
     """Watches how much ``v`` changes in a step: the mean of ``|v_t - v_{t-1}|`` over the entries of all layers.
 
     They have settled when the mean over the last ``1 / (1 - β₂)`` steps, or over all there were, is below Adam's ε.
+
+    Args:
+        layers: Name to layer.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(4, 4))
@@ -32,11 +37,39 @@ class SecondMoments:
     arXiv 2302.01172, first option.
     """
 
-    def __init__(self) -> None:
+    name = "moments"
+
+    def __init__(self, layers: Mapping[str, MaskedLayer] | None = None) -> None:
+        self._layers = layers or {}
         self._pending: list[tuple[Tensor, int]] = []
         self._changes: Tensor | None = None  # ring
         self._count = 0
         self._epsilon = 0.0
+
+    @classmethod
+    def check(cls, setup: Setup) -> None:
+        """Raise ``ValueError`` unless the optimizers have second moments."""
+        if setup.timeline.earliest:
+            require_second_moments(setup.optimizers)
+
+    @classmethod
+    def of(cls, run: Run, setup: Setup) -> Self | None:
+        """Return it for schedules whose dense head may end early."""
+        return cls(run.layers) if run.timeline.earliest else None
+
+    def before_step(self, run: Run, step: Step) -> None:
+        """Note the change that a step of the dense head is about to make."""
+        if run.phase == "dense":
+            self.forget()
+            weights = [run.layers[name].weight for name in step.gradients]
+            self.observe(step.optimizer, weights, list(step.gradients.values()), step.scale)
+
+    def after_step(self, run: Run) -> None:
+        """End the dense head if it may end, and the moments have settled."""
+        if run.phase == "dense":
+            self.commit()
+            if run.timeline.may_end_at(run.clock) and self.settled(run.clock):
+                run.timeline = run.timeline.ended_at(run.clock)
 
     @torch.no_grad()
     def observe(
@@ -90,17 +123,19 @@ class SecondMoments:
             "epsilon": self._epsilon,
         }
 
-    def check_state_dict(self, state: Any) -> None:
+    def check_state(self, state: Any, resumed: Resumed) -> None:
         """Raise ``ValueError`` if a state is damaged; changes nothing."""
+        if state is None and resumed.same:
+            refuse_missing(self.name)
         changes = sequence(NOT_NEGATIVE, allowed="a list of at least one number", least=1)
         rule = mapping({"changes": optional(changes), "count": whole(), "epsilon": NOT_NEGATIVE})
-        require_state("moments", state, optional(rule))
+        require_part(self.name, state, optional(rule))
 
-    def load_state_dict(self, state: Mapping[str, Any] | None, device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take back what :meth:`state_dict` returned; None leaves what was seen."""
         if state is None:
             return
-        changes = state["changes"]
+        changes, device = state["changes"], next((layer.weight.device for layer in self._layers.values()), None)
         self._changes = None if changes is None else torch.tensor(changes, dtype=torch.float64, device=device)
         self._count, self._epsilon = int(state["count"]), float(state["epsilon"])
 

@@ -1,21 +1,24 @@
 """``SoftScales``: β of every layer whose products see a soft-thresholded weight."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from ..checks import FINITE
 from ..masked_layer import MaskedLayer
 from ..soft_threshold import soft_scale
-from ..state_schema import by_layer, require_state
+from ..state_schema import by_layer, refuse, require_part
+from ..types import PhaseKind
+from .base import Entry, Modifier, Resumed, Run, Setup
 
 
-class SoftScales:
+class SoftScales(Modifier):
     """Measures β when a layer's mask comes into force and leaves it as it is, because a moving β makes masks flip.
 
     Args:
         layers: Layer name to layer, which holds its β.
+        in_place: Whether frozen masks are written to the weights.
 
     Example:
         >>> from sparsetrain import SparseLinear
@@ -29,8 +32,28 @@ class SoftScales:
     Source: Hu, Zhu, Chen 2024, "S-STE", arXiv 2409.09099.
     """
 
-    def __init__(self, layers: Mapping[str, MaskedLayer]) -> None:
-        self._layers = dict(layers)
+    name = "soft_scales"
+
+    def __init__(self, layers: Mapping[str, MaskedLayer], in_place: bool = False) -> None:
+        self._layers, self._in_place = dict(layers), in_place
+
+    @classmethod
+    def of(cls, run: Run, setup: Setup) -> Self | None:
+        """Return it for methods whose products see soft-thresholded weights."""
+        return cls(run.layers, run.method.frozen_in_place) if run.method.forward == "soft" else None
+
+    def leave_phase(self, run: Run, upcoming: PhaseKind, regroups: bool) -> None:
+        """Have β measured again where masks will keep another number of every four."""
+        if regroups:
+            self.forget()
+
+    def enter_phase(self, run: Run, entry: Entry) -> None:
+        """Measure β of layers whose mask is in force; frozen in place, masks leave nothing that could shrink."""
+        if run.phase != "frozen" or not self._in_place:
+            self.measure(run.active)
+        elif not entry.resumed:
+            self.write_(run.active)
+            self.forget()
 
     @torch.no_grad()
     def measure(self, names: Collection[str]) -> None:
@@ -55,12 +78,17 @@ class SoftScales:
         """Return every β that there is."""
         return {name: float(layer.soft_scale) for name, layer in self._layers.items() if layer.soft_scale is not None}
 
-    def check_state_dict(self, state: Any) -> None:
+    def check_state(self, state: Any, resumed: Resumed) -> None:
         """Raise ``ValueError`` if a state is damaged or of other layers; changes nothing."""
-        require_state("soft_scales", state, by_layer(dict.fromkeys(self._layers, FINITE)))
+        state = {} if state is None else state
+        require_part(self.name, state, by_layer(dict.fromkeys(self._layers, FINITE)))
+        if resumed.same and not (resumed.phase == "frozen" and self._in_place):
+            for name in resumed.active:
+                if name not in state:
+                    refuse(f"state['modifiers'][{self.name!r}] has no {name!r}")
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, float] | None) -> None:
         """Take back what :meth:`state_dict` returned."""
         for name, layer in self._layers.items():
-            scale = state.get(name)
+            scale = None if state is None else state.get(name)
             layer.soft_scale = None if scale is None else layer.weight.new_tensor(scale)

@@ -136,7 +136,7 @@ def test_resuming_equals_the_uninterrupted_run(tmp_path: Path) -> None:
     saved = torch.load(next(tmp_path.glob("*step=12.ckpt")), weights_only=True)
     assert list(saved["state_dict"]) == list(whole.state_dict())
     assert all(
-        torch.equal(saved["sparsetrain"]["distillation"]["teacher"][name], value)
+        torch.equal(saved["sparsetrain"]["modifiers"]["distillation"]["teacher"][name], value)
         for name, value in module().state_dict().items()
     )
 

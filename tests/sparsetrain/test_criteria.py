@@ -46,7 +46,7 @@ def observed(criterion: Criterion, **options: Any) -> tuple[nn.Sequential, Obser
     for layer in layers.values():
         layer.set_codes_(st.encode_tiles(st.transposable_mask(layer.weight.detach().abs())))
     observer = Observer(copy.deepcopy(criterion), layers)
-    observer.install()
+    observer.attach()
     return model, observer
 
 
@@ -56,11 +56,11 @@ def hang_on(observer: Observer, optimizers: list[torch.optim.Optimizer]) -> Step
     def adjust(optimizer: torch.optim.Optimizer, scale: Tensor | None) -> None:
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         layers = {name: layer for name, layer in observer.layers.items() if id(layer.weight) in owned}
-        observer.before_step({name: layer.weight.grad for name, layer in layers.items()}, scale)
+        observer.note({name: layer.weight.grad for name, layer in layers.items()}, scale)
         for layer in layers.values():
             layer.weight.grad.add_(DECAY * (1 if scale is None else scale) * layer.weight.detach() * ~layer.mask)
 
-    return StepHooks(optimizers, adjust, lambda optimizer: None, observer.after_step)
+    return StepHooks(optimizers, adjust, lambda optimizer: None, observer.count)
 
 
 def batches(step: int, count: int = 2) -> Iterator[Tensor]:
@@ -149,8 +149,8 @@ def test_no_number_is_read_from_the_device(name: str) -> None:
         with _NoReads():
             (x,) = batches(0, 1)
             loss_of(model(x), x).backward()
-            observer.before_step({n: layer.weight.grad for n, layer in observer.layers.items()}, torch.tensor(2.0))
-            observer.after_step()
+            observer.note({n: layer.weight.grad for n, layer in observer.layers.items()}, torch.tensor(2.0))
+            observer.count()
             observer.criterion.scores(model[0].weight, layer="0", clock=1)
 
 
@@ -163,8 +163,8 @@ def wanda_run(forward: Any = None, wrap: Any = None, between: Any = None) -> dic
         loss_of(forward(function, x) if forward else function(x), x).backward()
         if between:
             between(model)
-    observer.before_step({name: layer.weight.grad for name, layer in observer.layers.items()}, None)
-    observer.after_step()
+    observer.note({name: layer.weight.grad for name, layer in observer.layers.items()}, None)
+    observer.count()
     return observer.criterion.state_dict()["running"]
 
 
@@ -228,8 +228,8 @@ def test_inputs_by_keyword_and_outputs_changed_in_place_are_no_trouble() -> None
     x = next(batches(0))
     for function in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         function(x).sum().backward()
-        observer.before_step(dict.fromkeys(("0", "2"), torch.zeros(())), None)
-        observer.after_step()
+        observer.note(dict.fromkeys(("0", "2"), torch.zeros(())), None)
+        observer.count()
         hidden = model[0](x).detach().relu()
         torch.testing.assert_close(observer.criterion.state_dict()["running"]["2"], hidden.square().sum(0))
     torch._dynamo.reset()
@@ -300,12 +300,12 @@ def test_states_of_other_criteria_leave_no_statistics_and_damaged_ones_are_refus
 @pytest.mark.parametrize("name", CRITERIA)
 def test_hooks_are_installed_where_inputs_are_needed_alone_and_removed(name: str) -> None:
     model, observer = observed(resolve_criterion(name))
-    observer.install()
+    observer.attach()
     hooks = {name: (len(layer._forward_hooks), len(layer.weight._backward_hooks or ()))
              for name, layer in observer.layers.items()}  # fmt: skip
     assert hooks == dict.fromkeys(("0", "2"), (1, 1) if name == "wanda" else (0, 0))
     assert not any(module._forward_pre_hooks for module in model.modules())
-    observer.remove()
+    observer.detach()
     assert not any(layer._forward_hooks or layer.weight._backward_hooks for layer in observer.layers.values())
     before = observer.criterion.state_dict()
     model(torch.randn(4, 16)).sum().backward()
@@ -319,8 +319,8 @@ def test_copies_of_a_model_are_not_observed() -> None:
         twin(torch.randn(4, 16)).sum().backward()
         assert twin[0].weight.grad is not None
         assert all(hook.observer is None for hook in twin[0]._forward_hooks.values())
-    observer.before_step(dict.fromkeys(("0", "2"), torch.zeros(())), None)
-    observer.after_step()
+    observer.note(dict.fromkeys(("0", "2"), torch.zeros(())), None)
+    observer.count()
     assert not any(value.any() for value in observer.criterion.state_dict()["running"].values())
     # and without inputs, the order is that of magnitudes
     torch.testing.assert_close(
@@ -330,14 +330,14 @@ def test_copies_of_a_model_are_not_observed() -> None:
 
 def test_inputs_of_frozen_weights_count() -> None:
     model, observer = observed(Wanda())
-    observer.remove()
+    observer.detach()
     model[2].weight.requires_grad_(False)
     observer = Observer(Wanda(beta=0.0), observer.layers)
-    observer.install()
+    observer.attach()
     x = next(batches(0))
     model(x).sum().backward()
-    observer.before_step({"0": model[0].weight.grad}, None)
-    observer.after_step()
+    observer.note({"0": model[0].weight.grad}, None)
+    observer.count()
     hidden = model[:2](x).detach()
     torch.testing.assert_close(observer.criterion.state_dict()["running"]["2"], hidden.square().sum(0))
 
@@ -408,8 +408,8 @@ def _worker(rank: int, folder: str) -> None:
     model, observer = observed(Wanda(beta=0.0))
     x = list(batches(0))[rank]
     model(x).sum().backward()
-    observer.before_step({name: layer.weight.grad for name, layer in observer.layers.items()}, None)
-    observer.after_step()
+    observer.note({name: layer.weight.grad for name, layer in observer.layers.items()}, None)
+    observer.count()
     torch.save(observer.criterion.state_dict(), f"{folder}/{rank}.pt")
     dist.barrier()
     os._exit(0)  # gloo's threads may abort an orderly exit

@@ -27,6 +27,12 @@ METHOD = dense_to_sparse_finetune(0.05, decay_ramp=4, freeze_at=8, refresh_every
 STEPS = 12
 
 
+def teacher_of(training: st.SparseTraining) -> nn.Module:
+    (found,) = (modifier for modifier in training._modifiers if isinstance(modifier, Distillation))
+    assert found.teacher is not None
+    return found.teacher
+
+
 def batch(step: int, rows: int = 8) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
     return torch.randn(rows, 16, generator=generator), torch.randint(16, (rows,), generator=generator)
@@ -192,13 +198,13 @@ def test_the_teacher_is_the_dense_model_in_evaluation_mode_and_stays_so(wrap: Ca
         expected = divergence(logits.detach(), target.detach(), 2.0)
         assert training.metrics()["distillation"] == pytest.approx(float(expected), rel=1e-4)
         optimizer.step()
-    teacher = training._distillation.teacher
+    teacher = teacher_of(training)
     assert same(teacher, dense)
     assert not any(module.training or isinstance(module, st.SparseLinear) for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert list(model.state_dict()) == keys
     assert len(list(model.parameters())) == count
-    saved = training.state_dict()["distillation"]["teacher"]
+    saved = training.state_dict()["modifiers"]["distillation"]["teacher"]
     assert saved["tied"].data_ptr() == saved["norm.weight"].data_ptr() != teacher.tied.data_ptr()
 
 
@@ -208,7 +214,7 @@ def test_after_a_dense_head_the_teacher_is_what_the_head_trained() -> None:
     optimizer, training = start(model, method)
     loss = model(batch(0)[0]).sum()
     assert training.distilled(loss) is loss
-    assert training.state_dict()["distillation"]["teacher"] is None
+    assert training.state_dict()["modifiers"]["distillation"]["teacher"] is None
     run(model, optimizer, training, 0, 3)
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     for step in range(3):
@@ -216,7 +222,7 @@ def test_after_a_dense_head_the_teacher_is_what_the_head_trained() -> None:
         reference.zero_grad()
         F.cross_entropy(plain(x), y).backward()
         reference.step()
-    assert same(training._distillation.teacher, plain)
+    assert same(teacher_of(training), plain)
     run(model, optimizer, training, 3, 9)
     assert training.phase == "dense"
     loss = model(batch(0)[0]).sum()
@@ -230,7 +236,7 @@ def test_a_frozen_start_teaches_from_weights_without_zeros() -> None:
     optimizer, training = start(model, st.Method(distillation=1.0, schedule=st.dense_prune_retrain(0)))
     assert (model[0].weight == 0).any()
     run(model, optimizer, training)
-    assert same(training._distillation.teacher, dense)
+    assert same(teacher_of(training), dense)
 
 
 def test_a_teacher_of_the_user_and_a_student_inside() -> None:
@@ -395,18 +401,30 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("distillation"), r"^state has no 'distillation': .*\.$"),
+        (lambda state: state.pop("modifiers"), r"^state has no 'modifiers': .*\.$"),
         (
-            lambda state: state.update(distillation=None),
+            lambda state: state["modifiers"].pop("distillation"),
             r"^state has no teacher but .* is 0\.67: pass one as teacher, .*\.$",
         ),
-        (lambda state: state.update(distillation=3), r"^state\['distillation'\] is 3: .* damaged\.$"),
-        (lambda state: state["distillation"].update(teacher=None), r"^state has no teacher but .*\.$"),
-        (lambda state: state["distillation"].update(given=True), r"^state is of a run with a teacher .* as teacher\.$"),
-        (lambda state: state["distillation"]["teacher"].pop("2.bias"), r"^state has a teacher whose '2\.bias' .*\.$"),
-        (lambda state: state["distillation"]["teacher"].update(more=torch.ones(1)), r"^state .* whose 'more' .*\.$"),
         (
-            lambda state: state["distillation"]["teacher"].update({"0.weight": torch.ones(4, 4)}),
+            lambda state: state["modifiers"].update(distillation=3),
+            r"^state\['modifiers'\]\['distillation'\] is 3: .* damaged\.$",
+        ),
+        (lambda state: state["modifiers"]["distillation"].update(teacher=None), r"^state has no teacher but .*\.$"),
+        (
+            lambda state: state["modifiers"]["distillation"].update(given=True),
+            r"^state is of a run with a teacher .* as teacher\.$",
+        ),
+        (
+            lambda state: state["modifiers"]["distillation"]["teacher"].pop("2.bias"),
+            r"^state has a teacher whose '2\.bias' .*\.$",
+        ),
+        (
+            lambda state: state["modifiers"]["distillation"]["teacher"].update(more=torch.ones(1)),
+            r"^state .* whose 'more' .*\.$",
+        ),
+        (
+            lambda state: state["modifiers"]["distillation"]["teacher"].update({"0.weight": torch.ones(4, 4)}),
             r"^state has a teacher whose '0\.weight' differs from that of the model: .*\.$",
         ),
     ],
@@ -422,7 +440,7 @@ def test_a_state_without_its_teacher_changes_nothing(change: Callable[..., Any],
     after = training.state_dict()
     assert after["clock"] == before[0]["clock"] == 3
     assert all(torch.equal(after["codes"][name], codes) for name, codes in before[0]["codes"].items())
-    teachers = [entry["distillation"]["teacher"] for entry in (after, before[0])]
+    teachers = [entry["modifiers"]["distillation"]["teacher"] for entry in (after, before[0])]
     assert all(torch.equal(teachers[0][name], teachers[1][name]) for name in teachers[1])
     fresh = mlp(seed=1)
     with pytest.raises(ValueError, match=message):
@@ -537,7 +555,7 @@ def test_without_distillation_nothing_hangs_on_the_model() -> None:
     loss = model(torch.ones(2, 16)).sum()
     assert training.distilled(loss) is loss
     assert not model._forward_hooks
-    assert training.state_dict()["distillation"] is None
+    assert "distillation" not in training.state_dict()["modifiers"]
     assert "distillation" not in training.metrics()
 
 
@@ -545,7 +563,7 @@ def test_finishing_takes_hook_and_teacher_away() -> None:
     model = mlp()
     optimizer, training = start(model)
     run(model, optimizer, training)
-    teacher = weakref.ref(training._distillation.teacher)
+    teacher = weakref.ref(teacher_of(training))
     term = training.metrics()["distillation"]
     training.finish()
     gc.collect()
@@ -554,7 +572,7 @@ def test_finishing_takes_hook_and_teacher_away() -> None:
     loss = model(torch.ones(2, 16)).sum()
     assert training.distilled(loss) is loss
     assert training.metrics()["distillation"] == term
-    assert set(training.state_dict()["distillation"]["teacher"]) == set(model.state_dict())
+    assert set(training.state_dict()["modifiers"]["distillation"]["teacher"]) == set(model.state_dict())
 
 
 def test_inputs_are_let_go() -> None:
@@ -587,14 +605,14 @@ def test_a_module_around_the_training_step_is_no_forward() -> None:
             self.net = mlp()
 
         def forward(self, x: Tensor, whole: bool = False) -> Any:
-            return {"loss": distillation.loss(self(x).square().mean())} if whole else self.net(x)
+            return {"loss": distillation.mixed(self(x).square().mean())} if whole else self.net(x)
 
     model = Step()
     distillation = Distillation(0.5, 2.0, model)
-    distillation.install()
+    distillation.attach()
     distillation.take()
     distillation.active = True
     model(torch.ones(2, 16), whole=True)
     with pytest.raises(RuntimeError, match="no forward of the model"):
-        distillation.loss(torch.ones((), requires_grad=True))
-    distillation.remove()
+        distillation.mixed(torch.ones((), requires_grad=True))
+    distillation.detach()

@@ -172,7 +172,7 @@ def test_resuming_equals_the_uninterrupted_run_bit_for_bit(stop: int) -> None:
         assert torch.equal(ours, theirs)
         for key, value in optimizer.state[ours].items():
             assert torch.equal(value, again.state[theirs][key]), key
-    ours, theirs = (entry.state_dict()["frozen_moments"] for entry in (training, resumed))
+    ours, theirs = (entry.state_dict()["modifiers"]["frozen_moments"] for entry in (training, resumed))
     assert any(entry["going"] is not None for entry in ours[0])
     for mine, yours in zip(ours[0], theirs[0], strict=True):
         assert mine["correction"] == yours["correction"]
@@ -186,7 +186,7 @@ def test_damaged_states_are_refused_before_anything_is_changed() -> None:
     training = st.SparseTraining(model, optimizer, METHOD, 40, targets=["body"], verbose=False)
     steps_of(model, optimizer, range(12))
     state = training.state_dict()
-    going = state["frozen_moments"][0][0]["going"]
+    going = state["modifiers"]["frozen_moments"][0][0]["going"]
     assert going.dtype == torch.bool
     for damage in (
         1.0,
@@ -198,10 +198,10 @@ def test_damaged_states_are_refused_before_anything_is_changed() -> None:
         {"correction": 0.1, "going": going[:2]},
     ):
         damaged = copy.deepcopy(state)
-        damaged["frozen_moments"][0][0] = damage
+        damaged["modifiers"]["frozen_moments"][0][0] = damage
         with pytest.raises(ValueError, match=r"^state.*(frozen_moments|frozen moments of a parameter \(24, 16\))"):
             training.load_state_dict(damaged)
     for damage in ([], 3, [3], [[None]]):
         with pytest.raises(ValueError, match=r"^state.*frozen.moments"):
-            training.load_state_dict({**state, "frozen_moments": damage})
-    assert training.state_dict()["frozen_moments"][0][0]["going"].equal(going)
+            training.load_state_dict({**state, "modifiers": {**state["modifiers"], "frozen_moments": damage}})
+    assert training.state_dict()["modifiers"]["frozen_moments"][0][0]["going"].equal(going)
