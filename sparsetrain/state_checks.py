@@ -13,30 +13,11 @@ from .methods.method import Method
 from .modifiers.base import Modifier, Resumed, Run
 from .schedule import Timeline
 from .state_schema import PLAIN, names_of, refuse, require_keys, require_part, require_state
+from .state_versions import FIRST_VERSION
 from .training_checks import STATE_VERSION
 
 UNUSED = optional(either(DICT, sequence(Rule("anything", lambda value: True))))
 """What another method's part may have left."""
-
-
-BEFORE_MODIFIERS = 4
-"""The version in which what is now under ``modifiers`` had keys of the state."""
-
-PARTS = ("lr_restart", "adapters", "moments", "decay", "frozen_moments", "distillation", "soft_scales")
-"""Those keys."""
-
-
-def in_this_version(state: Any) -> Any:
-    """Return a state of an earlier version as this version writes it; any other as it is."""
-    version = state.get("version") if isinstance(state, Mapping) else None
-    if type(version) is not int or version != BEFORE_MODIFIERS:
-        return state
-    require_keys(state, PARTS)
-    parts = {name: state[name] for name in PARTS if state[name] is not None}
-    if isinstance(parts.get("soft_scales"), dict) and not parts["soft_scales"]:  # as of a hard mask
-        del parts["soft_scales"]
-    rest = {name: value for name, value in state.items() if name not in PARTS}
-    return {**rest, "version": STATE_VERSION, "modifiers": parts}
 
 
 def check_state(
@@ -59,8 +40,8 @@ def check_state(
     version = state.get("version", STATE_VERSION)
     if type(version) is not int or version != STATE_VERSION:
         raise ValueError(
-            f"state has version {shown(version)} but this sparsetrain reads {STATE_VERSION}: use the version that "
-            "wrote it."
+            f"state has version {shown(version)} but this sparsetrain reads {FIRST_VERSION} to {STATE_VERSION}: use "
+            "the version that wrote it."
         )
     rules = {
         "version": whole(),

@@ -30,7 +30,8 @@ from .running import claim
 from .schedule import UNKNOWN_LENGTH, Timeline
 from .selection import SelectionReport, select_layers, sparse_layers, weight_count
 from .sparsify import give_back_, sparsify_
-from .state_checks import check_state, in_this_version, saved_timeline
+from .state_checks import check_state, saved_timeline
+from .state_versions import in_this_version
 from .training_checks import STATE_VERSION, check_setup, check_statistics
 from .types import PhaseKind
 from .verification import VerificationReport, verify

@@ -196,6 +196,7 @@ def damaged(state: dict[str, Any], *path: Any, value: Any) -> dict[str, Any]:
     return changed
 
 
+DECAY, ADAPTER = ("modifiers", "decay", "value"), ("modifiers", "adapters", "0")
 SENTENCES: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("fst", lambda s: None, "state is None: it must be what SparseTraining.state_dict() returned."),
     ("fst", lambda s: [s], "state is a list of 1: it must be what SparseTraining.state_dict() returned."),
@@ -204,14 +205,14 @@ SENTENCES: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("fst", lambda s: damaged(s, "codes", value={"0": s["codes"]["2"], "2": s["codes"]["0"]}), "(8, 4); the"),
     ("fst", lambda s: damaged(s, "ages", "2", value=s["ages"]["2"][:4]), "it must be a torch.uint8 tensor (16, 32);"),
     ("fst", lambda s: damaged(s, "active", value=["0"]), "state['active'] has 1 layers but the sparse phase at step 9"),
-    ("fst", lambda s: damaged(s, "modifiers", "decay", "value", value=float("nan")), "state['modifiers']['decay']['value'] is nan: it "),
+    ("fst", lambda s: damaged(s, *DECAY, value=float("nan")), "state['modifiers']['decay']['value'] is nan: it must"),
     ("fst", lambda s: damaged(s, "flips", value={"0": 3}), "state['flips'] has no '2'; the checkpoint is damaged."),
     ("wanda", lambda s: damaged(s, "criterion", "criterion", value="wand"), "is of 'wand' but the method's is "),
     ("wanda", lambda s: damaged(s, "criterion", "running", "0", value=torch.zeros(8)), "it must be a torch.float32"),
-    ("slope", lambda s: damaged(s, "modifiers", "adapters", "0", value=s["modifiers"]["adapters"]["0"][:1]), "it must be a list of 2;"),
+    ("slope", lambda s: damaged(s, *ADAPTER, value=s["modifiers"]["adapters"]["0"][:1]), "it must be a list of 2;"),
     ("slope", lambda s: damaged(s, "backward_codes", "0", value=s["codes"]["0"]), "do not keep two of four along out_"),
-    ("s_ste", lambda s: damaged(s, "modifiers", "soft_scales", value={}), "state['modifiers']['soft_scales'] has no '0'; the"),
-    ("step", lambda s: damaged(s, "modifiers", "frozen_moments", value=None), "state['modifiers'] has no 'frozen_moments' but the"),
+    ("s_ste", lambda s: damaged(s, "modifiers", "soft_scales", value={}), "['soft_scales'] has no '0'; the checkpoint"),
+    ("step", lambda s: damaged(s, "modifiers", "frozen_moments", value=None), "has no 'frozen_moments' but the method"),
     ("step", lambda s: damaged(s, "starts", value=[2, 0]), "it must be 2 steps that increase from 0, one for every"),
     ("iterative", lambda s: damaged(s, "dense", value=["0", "2"]), "state['dense'] holds every layer; the"),
     ("asp_one_shot", lambda s: damaged(s, "modifiers", "lr_restart", "rates", value=[[]]), "it must be a list of 1"),

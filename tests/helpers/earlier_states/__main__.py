@@ -1,0 +1,5 @@
+import sys
+
+from earlier_states import write
+
+write(sys.argv[1])
