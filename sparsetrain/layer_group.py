@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .estimated_gradient import renumber_
-from .kernels.launch import Known, strides_of
+from .kernels.launch import Known
 from .kernels.masked_update.operator import add_masked_decays_now_, apply_masks_now_
+from .kernels.plan import strides_of
 from .masked_layer import MaskedLayer, weight_in, written_as_matrices
 from .matrices import by_device
 from .operands import Operands

@@ -13,11 +13,12 @@ from ..device_functions import (
     rounded,
     split_columns,
 )
-from ..launch import are_aligned, interpreted, on_device_of
+from ..launch import interpreted, on_device_of
 from ..masked_update.reference import SEED as KEY
 from ..masked_update.triton_kernel import rounded_at_random
 from ..pack.sides import Side
 from ..pack.triton_kernel import TRITON, groups_of_equal_sides, side_arguments, store_sides
+from ..plan import are_aligned
 from ..pointer_tables import members, table
 from .reference import RULES, Factors
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import Known, Plans, kernels_now, layout_of, relaunched, strides_of
+from ..launch import Known, kernels_now, relaunched
+from ..plan import Plans, layout_of, strides_of
 from .reference import add_masked_decay_, apply_mask_
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

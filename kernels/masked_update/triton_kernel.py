@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import load_code, member
-from ..launch import Group, Known, Launch, Plan, groups_of_equal_layout, launch
+from ..launch import Known, Launch, launch
+from ..plan import Group, Plan, groups_of_equal_layout
 from .reference import HALF_DTYPES
 from .reference import SEED as KEY
 

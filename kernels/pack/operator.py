@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import Known, Plans, kernels_now, layout_of, relaunched
+from ..launch import Known, kernels_now, relaunched
 from ..mask_search.reference import search_transposable
 from ..metadata_order import Order, metadata_words
+from ..plan import Plans, layout_of
 from ..statistics.reference import FIELDS, measure
 from . import reference
 from .sides import Side

@@ -22,8 +22,9 @@ from ..device_functions import (
     split_columns,
     transposed_nibbles,
 )
-from ..launch import Group, Known, Launch, Plan, groups_of_equal_layout, interpreted, launch, on_device_of
+from ..launch import Known, Launch, interpreted, launch, on_device_of
 from ..mask_search.triton_kernel import best_nibbles, ranking_key
+from ..plan import Group, Plan, groups_of_equal_layout
 from ..pointer_tables import members, table
 from .sides import Side
 

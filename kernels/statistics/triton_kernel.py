@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import count_bits, load_code, member, split_columns
-from ..launch import are_aligned, groups_of_equal_layout, on_device_of
+from ..launch import on_device_of
+from ..plan import are_aligned, groups_of_equal_layout
 from ..pointer_tables import members, table
 
 BLOCK = (4, 128)  # tiles of one program: rows, columns

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from sparsetrain.kernels import launch, pointer_tables
+from sparsetrain.kernels import launch, plan, pointer_tables
 from sparsetrain.kernels.masked_update import operator as masked_update
 from sparsetrain.kernels.metadata_order import Order, metadata_words
 from sparsetrain.kernels.pack import operator as pack
@@ -183,7 +183,7 @@ def outcome(call: Callable[[Columns], None], state: Columns, launches: list[Any]
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((masked_update, "DECAYS"), (masked_update, "MASKINGS"), (pack, "PACKINGS")):
-        monkeypatch.setattr(module, name, launch.Plans())
+        monkeypatch.setattr(module, name, plan.Plans())
     pointer_tables._kept_table.cache_clear()
 
 
