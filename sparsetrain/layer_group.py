@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .estimated_gradient import renumber_
-from .kernels.launch import Known
+from .kernels.launch import Known, are_plain
 from .kernels.masked_update.operator import add_masked_decays_now_, apply_masks_now_
 from .kernels.plan import strides_of
 from .masked_layer import MaskedLayer, weight_in, written_as_matrices
@@ -54,6 +54,7 @@ class LayerGroup:
         self._are_matrices = all(weight.dim() == 2 for weight in self.weights) and not any(
             layer.transposed for layer in self.each
         )
+        self._are_plain = are_plain(self.weights, self.codes)
 
     def is_current(self) -> bool:
         """Say whether the layers still have these weights and codes."""
@@ -62,14 +63,15 @@ class LayerGroup:
         return all(map(is_, self.weights, weights)) and all(map(is_, self.codes, map(_CODES, self.each)))
 
     def known(self, moment: object = None) -> Known | None:
-        """Return what tells where weights and codes lie, and how; None if matrices are made of the weights each time.
+        """Return what tells where weights and codes lie, and how; None where every call has to look.
 
-        A weight may be given other data without a trace, so that its address, strides and dtype are looked at.
+        It has to if matrices are made of the weights each time, or a weight is of a class of its own. As a weight may be
+        given other data without a trace, its address, strides and dtype are looked at.
 
         Args:
             moment: Who gives the same object again knows that nobody did so since.
         """
-        if not self._are_matrices:
+        if not self._are_matrices or not self._are_plain:
             return None
         if moment is not None and moment is self._moment:
             return self._known

@@ -113,6 +113,22 @@ def test_kernels_find_weights_that_were_given_other_data(
         assert torch.equal(found, expected)
 
 
+def test_weights_of_a_class_of_their_own_are_the_dispatchers() -> None:
+    class Own(nn.Parameter):
+        pass
+
+    own = layers()
+    assert LayerGroup(own).known() is not None
+    own["layer1"].weight = Own(own["layer1"].weight.detach())
+    assert LayerGroup(own).known() is None
+
+
+def test_weights_that_are_no_matrices_are_looked_at_every_time() -> None:
+    layer = to_sparse_(nn.Conv2d(8, 8, 1))
+    assert isinstance(layer, MaskedLayer)
+    assert LayerGroup({"conv": layer}).known() is None
+
+
 def test_other_layers_are_other_groups() -> None:
     own, groups = layers(), LayerGroups()
     some = {name: own[name] for name in ("layer0", "layer2")}
