@@ -65,8 +65,8 @@ class LayerGroup:
     def known(self, moment: object = None) -> Known | None:
         """Return what tells where weights and codes lie, and how; None where every call has to look.
 
-        It has to if matrices are made of the weights each time, or a weight is of a class of its own. As a weight may be
-        given other data without a trace, its address, strides and dtype are looked at.
+        It has to if matrices are made of the weights each time, or a weight is of a class of its own. A weight may be
+        given other data without a trace, so its address, strides and dtype are looked at.
 
         Args:
             moment: Who gives the same object again knows that nobody did so since.
