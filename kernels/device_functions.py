@@ -29,7 +29,7 @@ def spread_nibble(nibble):
 
 
 @triton.jit
-def member(base, offsets, index, ALIGNED: tl.constexpr):
+def tensor_pointer(base, offsets, index, ALIGNED: tl.constexpr):
     """The pointer to a tensor of a group, at its offset in elements; ALIGNED promises a multiple of 16."""
     offset = tl.load(offsets + index)
     if ALIGNED:
@@ -125,20 +125,20 @@ def metadata_place(row, word, inside, word_columns, rows, ORDER: tl.constexpr, t
 
 
 @triton.jit
-def pair_bits(first, last, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
+def pair_bits(first, last, DTYPE: tl.constexpr, EMULATE_ROUNDING: tl.constexpr):
     """Two float32 values rounded to DTYPE, as the integer that holds both, the first in its low half."""
     if DTYPE == tl.float32:
         return first.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF | (
             last.to(tl.int32, bitcast=True).to(tl.int64) << 32
         )
     else:
-        return rounded_bits(first, DTYPE, BY_HAND) | (rounded_bits(last, DTYPE, BY_HAND) << 16)
+        return rounded_bits(first, DTYPE, EMULATE_ROUNDING) | (rounded_bits(last, DTYPE, EMULATE_ROUNDING) << 16)
 
 
 @triton.jit
-def rounded_bits(value, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
-    """A float32 value rounded to a 16-bit DTYPE, as int32 bits; BY_HAND because the interpreter truncates bfloat16."""
-    if BY_HAND and DTYPE == tl.bfloat16:
+def rounded_bits(value, DTYPE: tl.constexpr, EMULATE_ROUNDING: tl.constexpr):
+    """A float32 value rounded to a 16-bit DTYPE, as int32 bits; EMULATE_ROUNDING as the interpreter truncates."""
+    if EMULATE_ROUNDING and DTYPE == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         even = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF
         return tl.where(value == value, even, 0x7FC0)
@@ -147,9 +147,9 @@ def rounded_bits(value, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
 
 
 @triton.jit
-def rounded(value, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
+def rounded(value, DTYPE: tl.constexpr, EMULATE_ROUNDING: tl.constexpr):
     """A float32 value in DTYPE, rounded to nearest even."""
-    if BY_HAND and DTYPE == tl.bfloat16:
-        return rounded_bits(value, DTYPE, BY_HAND).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    if EMULATE_ROUNDING and DTYPE == tl.bfloat16:
+        return rounded_bits(value, DTYPE, EMULATE_ROUNDING).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return value.to(DTYPE)

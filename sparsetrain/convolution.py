@@ -99,7 +99,7 @@ class SparseConvolution(MaskedLayer):
     @property
     def has_sparse_products(self) -> bool:
         """Whether it is a linear layer on every position, whose products are sparse GEMMs."""
-        return self.is_two_of_four and is_pointwise(self)
+        return self.is_2_4 and is_pointwise(self)
 
     def features_last(self, input: Tensor) -> Tensor:
         """Return the input with its channels in the last dimension."""

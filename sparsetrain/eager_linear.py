@@ -12,7 +12,7 @@ from .backends import BACKENDS
 from .eager import is_eager, is_plain
 from .gradient_rules import resolve_gradient_rule
 from .kept_weight import may_keep
-from .linear_function import Rules, linear_gradients
+from .linear_function import LinearSpec, linear_gradients
 from .masked_layer import MaskedLayer, has_choice
 from .operands import Operands
 from .products import multiply_rows
@@ -31,17 +31,29 @@ class Call:
         backend: A backend's name, or ``"auto"``.
     """
 
-    __slots__ = ("backward_codes", "codes", "columns", "device", "draws", "execution", "gradient", "is_two_of_four",
-                 "operands", "rules", "shape", "weight")  # fmt: skip
+    __slots__ = (
+        "backward_codes",
+        "codes",
+        "columns",
+        "device",
+        "draws",
+        "execution",
+        "gradient",
+        "is_2_4",
+        "operands",
+        "shape",
+        "spec",
+        "weight",
+    )  # fmt: skip
 
     def __init__(self, layer: MaskedLayer, weight: Tensor, columns: int, device: str, backend: str) -> None:
         self.weight, self.shape, self.columns = weight, weight.shape, columns
         self.codes, self.backward_codes, self.draws = layer.mask_codes, layer.backward_codes, layer.draws
-        self.gradient, self.execution, self.is_two_of_four = layer.gradient, layer.execution, layer.is_two_of_four
+        self.gradient, self.execution, self.is_2_4 = layer.gradient, layer.execution, layer.is_2_4
         self.operands, self.device = layer.operands, device
         transposable = self.execution.transposable or self.backward_codes is not None
         rule = resolve_gradient_rule(self.gradient)
-        self.rules = Rules(rule, backend, backend if transposable else "masked", self.execution.seed)
+        self.spec = LinearSpec(rule, backend, backend if transposable else "masked", self.execution.seed)
 
     def is_of(self, layer: dict[str, Any], weight: Tensor | None) -> bool:
         """Say whether this is of a layer, given its ``__dict__``, and weight as they are now."""
@@ -49,7 +61,7 @@ class Call:
             self.weight is weight
             and self.codes is layer["mask_codes"]
             and self.gradient is layer["gradient"]
-            and self.is_two_of_four is layer["is_two_of_four"]
+            and self.is_2_4 is layer["is_2_4"]
             and self.backward_codes is layer["backward_codes"]
             and self.draws is layer["draws"]
             and self.execution is layer["execution"]
@@ -89,7 +101,7 @@ class EagerLinearFunction(torch.autograd.Function):
         flat = input.dim() == 2
         rows = input if flat else input.reshape(-1, weight.shape[1])
         operands = call.operands
-        result = multiply_rows(operands, rows, weight, codes, bias, False, call.rules.forward, backward_codes)
+        result = multiply_rows(operands, rows, weight, codes, bias, False, call.spec.forward, backward_codes)
         ctx.at_hand = call, bias_dtype, operands.stamp, None, 0  # in one, as attributes take long to be set
         return result if flat else result.view(*input.shape[:-1], weight.shape[0])
 
@@ -105,7 +117,7 @@ class EagerLinearFunction(torch.autograd.Function):
         elif masked is not None and masked._version != version:
             masked = None
         found = linear_gradients(
-            ctx.needs_input_grad, output_gradient, ctx.saved_tensors, call.draws, call.rules, bias_dtype, operands,
+            ctx.needs_input_grad, output_gradient, ctx.saved_tensors, call.draws, call.spec, bias_dtype, operands,
             stamp, masked,
         )  # fmt: skip
         return *found, None, None, None
@@ -132,7 +144,7 @@ def eager_product(layer: MaskedLayer, input: Tensor) -> Tensor | None:
         layer.eager_call = call = _call(layer, weight)
     if call is None or weight is None or input.is_nested or not input.dim() or input.size(-1) != call.columns:
         return None
-    device, name = call.device, call.rules.forward
+    device, name = call.device, call.spec.forward
     if not (input.is_cuda if device == "cuda" else input.is_cpu):
         return None
     by_autocast = torch.is_autocast_enabled(device)
@@ -162,7 +174,7 @@ def _call(layer: MaskedLayer, weight: Tensor | None) -> Call | None:
     rows, columns = layer.matrix.shape
     if codes.dtype is not torch.int16 or codes.shape != (rows // 4, columns // 4) or rows % 4 or columns % 4:
         return None
-    name = layer.execution.backend if layer.is_two_of_four else "masked"
+    name = layer.execution.backend if layer.is_2_4 else "masked"
     if name == "auto" and not has_choice(device):
         name = "masked"
     if name != "auto" and name not in BACKENDS:

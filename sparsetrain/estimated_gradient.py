@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .backends.filling import operand_of_packed
+from .backends.packing import operand_of_packed
 from .backends.tokens import padded_tokens
 from .kernels.mvue import mvue
 from .operands import Execution, Operands, operands_of
@@ -52,7 +52,7 @@ def estimated_weight_gradient(
         output_gradient: dY, ``[T, O]``.
         input: X, ``[T, I]``, in the same dtype.
         codes: int16 ``[O/4, I/4]`` of the layer, whose decisions are used; they are not read.
-        counter: int64 ``[2]``, as :func:`draw_counter` makes it; counted up by one, so that the next call draws anew.
+        counter: int64 ``[2]``, as :func:`draw_counter` makes it; counted up by one, so that the next call draws again.
         seed: Key of the random numbers.
         backend: A backend's name, or ``"auto"``.
 

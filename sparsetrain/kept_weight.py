@@ -20,8 +20,8 @@ class KeptWeight:
     """The masked forms of one weight: by dtype, and by whether backward codes prune it too.
 
     A write is seen by the identities, storages and version counters of weight and codes. Writes through ``weight.data``
-    leave those alone; on a CPU they are seen by a fingerprint of the weight's bits, and elsewhere :meth:`expire` has to
-    tell of them, because a device's answer would have to be waited for.
+    leave those alone; on a CPU they are seen by a fingerprint of the weight, and elsewhere :meth:`invalidate` tells of
+    them, because a device's answer would have to be waited for.
 
     Example:
         >>> kept, weight = KeptWeight(), torch.nn.Parameter(torch.ones(4, 4))
@@ -85,7 +85,7 @@ class KeptWeight:
             apply_masks_([gradient], [codes])
         return gradient
 
-    def expire(self) -> None:
+    def invalidate(self) -> None:
         """Have everything renewed before its next use."""
         for made in self._made.copy().values():
             made.weight = None

@@ -144,9 +144,9 @@ class LayerGroup:
     def repack_(self, renewal: Renewal, moment: object = None) -> None:
         """Renew the packed weights by the renewal of these layers."""
         if self._are_matrices:
-            renewal.renew_(self.weights, self.codes, self.known(moment))
+            renewal.repack_(self.weights, self.codes, self.known(moment))
         else:
-            renewal.renew_()
+            renewal.repack_()
 
 
 class LayerGroups:
@@ -197,7 +197,7 @@ class LayerGroups:
             self._chosen = layers, names, chosen
         return chosen
 
-    def expire(self, layers: Mapping[str, MaskedLayer], *, repacks: bool) -> None:
+    def invalidate(self, layers: Mapping[str, MaskedLayer], *, repacks: bool) -> None:
         """Have operands renewed before their next use, as an optimizer has written to their weights.
 
         Args:
@@ -210,7 +210,7 @@ class LayerGroups:
             renewed = {id(layer) for group, _ in self._packed for layer in group.each} if now[1] else set()
             left = [layer.operands for layer in layers.values() if id(layer) not in renewed]
             self._left = layers, now, left
-        Operands.expire_all(left)
+        Operands.invalidate_all(left)
 
     def forget(self) -> None:
         """Look for everything again, and hold nothing of what is packed."""
@@ -234,7 +234,7 @@ class LayerGroups:
                 name: layer for name, layer in layers.items() if layer.soft_scale is None and layer.operands.is_packed
             }
             self._packed = [(group, Renewal(group.each)) for group in self.of(own)]
-            Operands.expire_all([layer.operands for name, layer in layers.items() if name not in own])
+            Operands.invalidate_all([layer.operands for name, layer in layers.items() if name not in own])
         for group, renewal in self._packed:
             group.repack_(renewal, moment)
         self._seen = Operands.generation

@@ -12,7 +12,7 @@ from .backends import resolve_backend
 from .eager import is_eager
 from .eager_linear import eager_product
 from .gradient_rules import GradientRule, resolve_gradient_rule
-from .linear_function import Rules, SparseLinearFunction
+from .linear_function import LinearSpec, SparseLinearFunction
 from .masked_layer import MaskedLayer, has_choice
 from .operands import Execution
 from .tiles import require_tiles
@@ -42,8 +42,8 @@ def sparse_linear(
         codes: int16 ``[O/4, I/4]``; for a bool mask pass ``encode_tiles(mask)``.
         bias: ``[O]`` or None.
         gradient: Rule of the weight gradient: ``"ste"``, ``"masked"`` or ``scaled(kept, pruned)``.
-        backend: Who computes the products with the masked weight: a backend's name, or ``"auto"``: the fastest of
-            those that give right numbers here, by measurement; without a GPU that is ``"masked"``.
+        backend: Matmul backend: a name, or ``"auto"`` (the default): the fastest verified one, benchmarked here;
+            without a GPU that is ``"masked"``.
         transposable: Whether the mask is transposable; if not, and without ``backward_codes``, the input gradient is
             computed densely.
         draws: Counter of a random estimate, int64 ``[2]``: then the weight gradient is computed from an unbiased 2:4
@@ -94,8 +94,8 @@ def sparse_linear(
         )
     if is_transformed():
         return transformed_linear(input, weight, codes, bias, backward_codes, rule)
-    rules = Rules(rule, name, name if transposable or backward_codes is not None else "masked", seed)
-    result = SparseLinearFunction.apply(input, weight, codes, bias, draws, backward_codes, rules)  # type: ignore[no-untyped-call]
+    spec = LinearSpec(rule, name, name if transposable or backward_codes is not None else "masked", seed)
+    result = SparseLinearFunction.apply(input, weight, codes, bias, draws, backward_codes, spec)  # type: ignore[no-untyped-call]
     return cast(Tensor, result)
 
 

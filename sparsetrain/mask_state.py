@@ -129,7 +129,7 @@ class MaskState:
 
     @torch.no_grad()
     def refresh_backward(self) -> None:
-        """Search the masks of input gradients anew, if they are others than those of the forward."""
+        """Search the masks of input gradients again, if they are others than those of the forward."""
         if self.pattern.search_backward is None:
             return
         for layer in self.maskable.values():

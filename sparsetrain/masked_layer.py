@@ -22,7 +22,7 @@ AUTO_DEVICES = ("cuda",)
 
 
 STATE = (
-    "mask_codes", "draws", "backward_codes", "adapter", "soft_scale", "phase", "scheduled", "is_two_of_four",
+    "mask_codes", "draws", "backward_codes", "adapter", "soft_scale", "phase", "scheduled", "is_2_4",
     "gradient", "execution", "operands", "eager_call",
 )  # fmt: skip
 """What a masked layer has beside its dense class."""
@@ -56,7 +56,7 @@ class MaskedLayer(nn.Module):
     soft_scale: Tensor | None  # β of the soft threshold; None for a hard mask
     phase: PhaseKind
     scheduled: bool  # a run made it sparse, whose schedule says in which phase it is
-    is_two_of_four: bool  # False if the mask keeps more somewhere, which no sparse product can use
+    is_2_4: bool  # False if the mask keeps more somewhere, which no sparse product can use
     gradient: GradientRule
     execution: Execution
     operands: Operands
@@ -90,13 +90,13 @@ class MaskedLayer(nn.Module):
     @property
     def has_sparse_products(self) -> bool:
         """Whether its products with the mask have the form of a sparse GEMM."""
-        return self.is_two_of_four
+        return self.is_2_4
 
     @property
     def backend(self) -> str:
-        """Who computes the products: a backend's name, ``"auto"`` where there is a choice, or ``"masked"``."""
+        """The matmul backend: a name, ``"auto"`` where there is a choice, or ``"masked"``."""
         nothing_to_choose = self.execution.backend == "auto" and not has_choice(self.weight.device.type)
-        return "masked" if nothing_to_choose or not self.is_two_of_four else self.execution.backend
+        return "masked" if nothing_to_choose or not self.is_2_4 else self.execution.backend
 
     @property
     def is_masked(self) -> bool:
@@ -148,14 +148,14 @@ class MaskedLayer(nn.Module):
         return self.as_weight(matrix)
 
     def train(self, mode: bool = True) -> "MaskedLayer":
-        """Switch between training and evaluation; weights may be swapped around it, so operands are made anew."""
+        """Switch between training and evaluation; weights may be swapped around it, so operands are made again."""
         if mode != self.training:
-            self.operands.expire()
+            self.operands.invalidate()
         return super().train(mode)
 
     def describe_products(self) -> str:
-        """Say who computes the layer's products, as far as it has been decided."""
-        if not self.is_two_of_four:
+        """Name the backend of each product, as far as it has been decided."""
+        if not self.is_2_4:
             return "masked: its mask keeps more than 2:4"
         undecided = self.execution.backend == "auto" and self.backend == "masked"
         return "masked" if undecided else self.operands.describe()
@@ -195,7 +195,7 @@ class MaskedLayer(nn.Module):
             raise RuntimeError(_foreign_weight(name))
         super().register_parameter(name, param)
         if "operands" in self.__dict__:  # another parameter may have the memory and the version of the last
-            self.operands.expire()
+            self.operands.invalidate()
             self.eager_call = None
             Operands.changed()
 
@@ -217,7 +217,7 @@ class MaskedLayer(nn.Module):
         self.mask_codes = torch.full((rows // 4, columns // 4), KEEP_ALL, dtype=torch.int16, device=device)
         self.phase = phase
         self.scheduled = False
-        self.is_two_of_four = True
+        self.is_2_4 = True
         self.gradient = resolve_gradient_rule("ste")
         self.execution = execution
         self.draws = draw_counter(0, device=device) if execution.weight_product == "mvue" else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends import Operand
-from .backends.filling import Targets
+from .backends.packing import Targets
 from .kernels.pack.operator import DTYPES, search_and_pack_
 from .masked_layer import MaskedLayer
 

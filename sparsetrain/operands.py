@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .backends import BACKENDS, Backend, Operand
-from .backends.filling import Filling, fill_
+from .backends.packing import PackJob, fill_
 from .dispatch import Choice
 from .kept_weight import KeptWeight
 from .tensor_state import Stamp, hold, stamp_of, stamp_of_sources, storage_address
@@ -26,9 +26,9 @@ class Execution:
     """How a layer's products are computed.
 
     Args:
-        backend: A backend's name, or ``"auto"``: the fastest of those that are right, by measurement.
+        backend: A backend's name, or ``"auto"``: the fastest verified one, benchmarked here.
         deterministic: With ``"auto"``, one verified algorithm a layer, the same in every run, whatever the clock says.
-        keep_transposed: Keep Wᵀ packed between steps; False packs it anew in every backward, for 9/16 of a 16-bit
+        keep_transposed: Keep Wᵀ packed between steps; False packs it again in every backward, for 9/16 of a 16-bit
             weight less memory.
         transposable: Whether masks are transposable, so that the input gradient can run sparse.
         weight_product: ``"dense"``, or ``"mvue"``: the weight gradient from an unbiased 2:4 estimate of the output
@@ -86,7 +86,7 @@ class Operands:
 
     A change is seen by the version counters and storages of weight and codes, and an optimizer's step counts as one,
     because fused optimizers leave the counters alone. Other writes without a trace, as those through ``weight.data``,
-    have to be told by :meth:`expire`.
+    have to be told by :meth:`invalidate`.
 
     With backward codes, Wᵀ is packed at the places that they keep, with zeros where the mask prunes.
 
@@ -103,7 +103,7 @@ class Operands:
         self.choices: dict[tuple[bool | None, int, torch.dtype, bool, str], Choice] = {}
         self.owner: weakref.ref[Layer] | None = None
         self._made: dict[Key, Operand] = {}
-        self._fillings: list[Filling] | None = None  # of all that is made, for the tensors that they name
+        self._jobs: list[PackJob] | None = None  # of all that is made, for the tensors that they name
         self._renewals = 0
         self._used: dict[Key, int] = {}  # of what is made, the renewal after which it was used last
         self._captured: set[Key] = set()
@@ -216,9 +216,9 @@ class Operands:
         alone = keep or backward is not None
         first = None if alone else self._made.get((backend.name, False, dtype))  # written as it is
         parts = (first, operand) if transposed else (operand, None)
-        fill_(_fillings(weight, codes, backward, backend, dtype, *parts))
+        fill_(_jobs(weight, codes, backward, backend, dtype, *parts))
         if keep:
-            self._made[key], self._fillings = operand, None
+            self._made[key], self._jobs = operand, None
             self.changed()
         return operand
 
@@ -234,40 +234,40 @@ class Operands:
         stamp = stamp_of(bias)
         capturing = bias.is_cuda and torch.cuda.is_current_stream_capturing()
         if stamp is None or held.stamp != stamp or (capturing and not self.managed):
-            held.renew_(bias)
+            held.repack_(bias)
             held.stamp = None if capturing else stamp
         return held.copy
 
     def describe(self) -> str:
-        """Return who computes which product, as far as it has been decided."""
+        """Return the backend of each product, as far as it has been decided."""
         texts: dict[str, None] = {}  # in order, once each
         for (transposed, tokens, *_), choice in sorted(self.choices.items(), key=lambda item: str(item[0])):
             texts[f"{PRODUCT_NAMES[transposed]} {choice} at {tokens} tokens"] = None
         undecided = "masked" if self.execution.backend == "masked" else "not decided yet"
         return ", ".join(texts) or (f"{undecided}: {self.execution.note}" if self.execution.note else undecided)
 
-    def expire(self) -> None:
+    def invalidate(self) -> None:
         """Have everything renewed before its next use."""
         self._stamp = self._fresh = None
         if self._kept is not None and self._kept.is_made:
-            self._kept.expire()
+            self._kept.invalidate()
         if self.biases:
             for held in self.biases.values():
                 held.stamp = None
 
     @staticmethod
-    def expire_all(every: Iterable["Operands"]) -> None:
-        """Do what :meth:`expire` does to the operands of many layers, which most have nothing else that can be old."""
+    def invalidate_all(every: Iterable["Operands"]) -> None:
+        """Do what :meth:`invalidate` does to the operands of many layers, most of which have no other copies."""
         for operands in every:
             operands._stamp = operands._fresh = None
             kept = operands._kept
             if operands.biases or (kept is not None and kept.is_made):
-                operands.expire()
+                operands.invalidate()
 
     def release(self, captured: bool = False) -> None:
         """Free memory; what CUDA graphs read stays unless ``captured``."""
         kept = set() if captured else self._captured
-        self._made, self._fillings = {key: made for key, made in self._made.items() if key in kept}, None
+        self._made, self._jobs = {key: made for key, made in self._made.items() if key in kept}, None
         self.changed()
         self._used = dict.fromkeys(self._made, self._renewals)
         self._captured = set(kept)
@@ -275,7 +275,7 @@ class Operands:
         if not kept:
             self._shared.clear()
             self.biases.clear()
-        self.expire()
+        self.invalidate()
 
     def packed_alone(self) -> tuple[Operand | None, Operand | None] | None:
         """Return W's and Wᵀ's operand to write now, or None if there are others, or none that the packer writes whole.
@@ -314,7 +314,7 @@ class Operands:
             last = {key: self._renewals if key in self._captured else self._used[key] for key in self._made}
             self._used = {key: used for key, used in last.items() if self._renewals - used <= MAX_IDLE}
             if len(self._used) < len(self._made):
-                self._made, self._fillings = {key: self._made[key] for key in self._used}, None
+                self._made, self._jobs = {key: self._made[key] for key in self._used}, None
                 self.changed()
         return self._made
 
@@ -323,17 +323,17 @@ class Operands:
         """Have renewals look again at the layers: another tensor, operand or soft threshold is there."""
         Operands.generation += 1
 
-    def to_fill(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> list[Filling]:
+    def to_fill(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> list[PackJob]:
         """Count a renewal and return how what is left is filled; the same objects for the same tensors."""
-        made, kept = self._stale(), self._fillings
+        made, kept = self._stale(), self._jobs
         if kept and kept[0].weight is weight and backward is None and kept[0].codes is codes:
             return kept
-        fillings = []
+        jobs = []
         for name, dtype in {(name, dtype): None for name, _, dtype in made}:
             parts = [made.get((name, transposed, dtype)) for transposed in (False, True)]
-            fillings += _fillings(weight, codes, backward, BACKENDS[name], dtype, *parts)
-        self._fillings = fillings if backward is None else None
-        return fillings
+            jobs += _jobs(weight, codes, backward, BACKENDS[name], dtype, *parts)
+        self._jobs = jobs if backward is None else None
+        return jobs
 
     def renewed(self, stamp: Stamp | None, *tensors: Tensor | None) -> None:
         """Take note that everything was filled from tensors whose stamp this is."""
@@ -358,7 +358,7 @@ class Operands:
     def renew_bias_(self, bias: Tensor) -> None:
         """Copy the bias again into its other dtypes."""
         for held in self.biases.values():
-            held.renew_(bias)
+            held.repack_(bias)
 
 
 class _Bias:
@@ -370,7 +370,7 @@ class _Bias:
         self.held: StorageWeakRef | None = None
 
     @torch.no_grad()
-    def renew_(self, bias: Tensor) -> None:
+    def repack_(self, bias: Tensor) -> None:
         with torch.inference_mode(False):
             self.copy.copy_(bias)
         self.stamp, self.held = stamp_of(bias), hold(bias)
@@ -383,7 +383,7 @@ _UNMANAGED: weakref.WeakSet[Operands] = weakref.WeakSet()
 """Those of layers, which every optimizer's step has to be asked about."""
 
 _SHARED: weakref.WeakValueDictionary[tuple[object, ...], Operand] = weakref.WeakValueDictionary()
-"""Operands that are filled anew before every use, one of each shape."""
+"""Operands that are filled again before every use, one of each shape."""
 
 
 def register(layer: Layer) -> None:
@@ -404,23 +404,23 @@ def operands_of(codes: Tensor) -> Operands | None:
 
 @functools.cache
 def _watch_optimizers() -> None:
-    def expire(optimizer: Optimizer, arguments: object, keywords: object) -> None:
+    def invalidate(optimizer: Optimizer, arguments: object, keywords: object) -> None:
         if not _UNMANAGED:
             return
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for operands in list(_UNMANAGED):
             owner = None if operands.owner is None else operands.owner()
             if owner is not None and (id(owner.weight) in owned or id(owner.bias) in owned):
-                operands.expire()
+                operands.invalidate()
 
-    register_optimizer_step_post_hook(expire)
+    register_optimizer_step_post_hook(invalidate)
 
 
-def _fillings(
+def _jobs(
     weight: Tensor, codes: Tensor, backward: Tensor | None, backend: Backend, dtype: torch.dtype,
     operand: Operand | None, transpose: Operand | None,
-) -> list[Filling]:  # fmt: skip
+) -> list[PackJob]:  # fmt: skip
     if backward is None or transpose is None:
-        return [Filling(weight, codes, backend, dtype, operand, transpose)]
-    again = Filling(weight, backward, backend, dtype, None, transpose, within=codes)
-    return [again] if operand is None else [Filling(weight, codes, backend, dtype, operand), again]
+        return [PackJob(weight, codes, backend, dtype, operand, transpose)]
+    again = PackJob(weight, backward, backend, dtype, None, transpose, within=codes)
+    return [again] if operand is None else [PackJob(weight, codes, backend, dtype, operand), again]

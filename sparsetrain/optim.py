@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from .backends.filling import Targets
+from .backends.packing import Targets
 from .kernels.adamw.operator import DTYPES, sparse_adamw_
 from .kernels.adamw.reference import Rule
 from .masked_layer import MaskedLayer

@@ -1,4 +1,4 @@
-"""``masked_product``: a dense matrix times a masked weight, or its transpose, by the backend that dispatch chooses."""
+"""``masked_matmul``: a dense matrix times a masked weight, or its transpose, by the backend that dispatch chooses."""
 
 import logging
 
@@ -17,14 +17,14 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 # define and impl instead of custom_op: it costs 5 microseconds less a call on the host
 _LIBRARY = torch.library.Library("sparsetrain", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "masked_product(Tensor rows, Tensor weight, Tensor codes, Tensor? bias, bool transposed, str backend, "
+    "masked_matmul(Tensor rows, Tensor weight, Tensor codes, Tensor? bias, bool transposed, str backend, "
     "Tensor? backward_codes=None) -> Tensor",
     # it keeps memory of its own, which a pool of recorded graphs must not own
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 
-def masked_product(
+def masked_matmul(
     rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None = None, transposed: bool = False,
     backend: str = "auto", backward_codes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -52,10 +52,10 @@ def masked_product(
 
     Example:
         >>> codes = torch.full((1, 1), 0xF, dtype=torch.int16)  # keeps the first of four rows
-        >>> masked_product(torch.ones(1, 4), torch.ones(4, 4), codes).tolist()
+        >>> masked_matmul(torch.ones(1, 4), torch.ones(4, 4), codes).tolist()
         [[4.0, 0.0, 0.0, 0.0]]
     """
-    result: Tensor = torch.ops.sparsetrain.masked_product(
+    result: Tensor = torch.ops.sparsetrain.masked_matmul(
         rows, weight, codes, bias, transposed, backend, backward_codes
     )  # fmt: skip
     return result
@@ -73,7 +73,7 @@ def multiply_rows(
     operands: Operands, rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, transposed: bool,
     backend: str, backward_codes: Tensor | None = None, stamp: Stamp | None = None,
 ) -> Tensor:  # fmt: skip
-    """Do what :func:`masked_product` does, with operands at hand and without a dispatcher that others can follow.
+    """Do what :func:`masked_matmul` does, with operands at hand and without a dispatcher that others can follow.
 
     Args:
         operands: Of the layer.
@@ -101,7 +101,7 @@ def multiply_rows(
         except RuntimeError as error:
             if backend != "auto" or isinstance(error, torch.OutOfMemoryError):
                 raise
-            give_up(operands, rows, bias is not None, transposed, choice, error)
+            fall_back_to_dense(operands, rows, bias is not None, transposed, choice, error)
     operand = operands.get(weight, codes, BACKENDS["masked"], transposed, dtype, backward_codes)
     return BACKENDS["masked"].product(operand, rows, added)
 
@@ -114,11 +114,11 @@ def _shape_of_product(
 
 
 for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("masked_product", _masked_product, _device)  # type: ignore[no-untyped-call]
-torch.library.register_fake("sparsetrain::masked_product", _shape_of_product, lib=_LIBRARY)
+    _LIBRARY.impl("masked_matmul", _masked_product, _device)  # type: ignore[no-untyped-call]
+torch.library.register_fake("sparsetrain::masked_matmul", _shape_of_product, lib=_LIBRARY)
 
 
-def give_up(
+def fall_back_to_dense(
     operands: Operands, rows: Tensor, bias: bool, transposed: bool | None, choice: Choice, error: Exception
 ) -> None:
     """Compute a product densely from now on, because the choice fails for this number of tokens."""
@@ -136,7 +136,7 @@ def choose(
     operands: Operands, rows: Tensor, shape: tuple[int, int], bias: bool, transposed: bool | None,
     backend: str = "auto",
 ) -> Choice:  # fmt: skip
-    """Return who computes a product of this weight, from memory, the table or a measurement.
+    """Return the backend of a product of this weight, from memory, the table or a benchmark.
 
     Args:
         operands: Of the weight.

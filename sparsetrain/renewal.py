@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .backends.filling import Batches, Filling, fill_
+from .backends.packing import Batches, PackJob, fill_
 from .kernels.launch import Known
 from .operands import Layer, Operands
 from .tensor_state import stamp_of_sources, storage_address
@@ -39,7 +39,7 @@ class Renewal:
     Example:
         >>> from sparsetrain import SparseLinear
         >>> layer = SparseLinear(8, 4)
-        >>> Renewal([layer]).renew_()
+        >>> Renewal([layer]).repack_()
         >>> layer.operands.is_packed  # nothing asked for any yet
         False
     """
@@ -58,7 +58,7 @@ class Renewal:
         self._places_of_codes: Places = [], []
         self._known_places: Hashable = None
 
-    def renew_(
+    def repack_(
         self, matrices: Sequence[Tensor] | None = None, codes: Sequence[Tensor] | None = None,
         known: Known | None = None,
     ) -> None:  # fmt: skip
@@ -77,13 +77,13 @@ class Renewal:
             if batches is not None and known is not None:
                 batches.fill_(known)
             else:
-                fillings = self._look(matrices, codes)
-                fill_(fillings)
-                self._batches = _batches_of(fillings)
+                jobs = self._look(matrices, codes)
+                fill_(jobs)
+                self._batches = _batches_of(jobs)
         except RuntimeError as error:
             lenient = all(operands.may_fall_back for operands, *_ in self._sources)
             if not lenient or isinstance(error, torch.OutOfMemoryError):
-                Operands.expire_all(self._operands)
+                Operands.invalidate_all(self._operands)
                 raise
             LOG.warning("weights cannot be packed now, so the next products pack theirs or are dense: %s", error)
             for operands, *_ in self._sources:
@@ -99,7 +99,7 @@ class Renewal:
         idle = self._turn % LOOK == 0 and any(map(_IS_IDLE, self._operands))
         return self._seen == Operands.generation and not idle
 
-    def _look(self, matrices: Sequence[Tensor] | None, codes: Sequence[Tensor] | None) -> Sequence[Filling]:
+    def _look(self, matrices: Sequence[Tensor] | None, codes: Sequence[Tensor] | None) -> Sequence[PackJob]:
         """Return what is to be filled now, and keep what the next renewals need."""
         given = matrices is not None and codes is not None
         if matrices is None:
@@ -109,15 +109,15 @@ class Renewal:
         self._with_biases = [layer for layer in self._layers if layer.operands.biases]
         every: list[Source] = [*zip(self._operands, matrices, self._codes, map(_BACKWARD, self._layers), strict=True)]
         self._sources = [source for source in every if not source[0].take_fresh(*source[1:])]
-        fillings: list[Filling] = []
+        jobs: list[PackJob] = []
         for operands, matrix, code, again in self._sources:
-            fillings += operands.to_fill(matrix, code, again)
+            jobs += operands.to_fill(matrix, code, again)
         plain = not any(
             again is not None or matrix.is_inference() or code.is_inference() for _, matrix, code, again in every
         )
         stays = given and plain and len(self._sources) == len(every)
         self._seen = Operands.generation if stays else -1
-        return fillings
+        return jobs
 
     def _take_note(self, again: bool, known: Known | None) -> None:
         """Tell the operands of which state of their sources they are."""
@@ -139,8 +139,8 @@ class Renewal:
             operands.renewed(stamp, matrix, code)
 
 
-def _batches_of(fillings: Sequence[Filling]) -> "weakref.ref[Batches] | None":
-    batches = fillings[0].batches if fillings else None
+def _batches_of(jobs: Sequence[PackJob]) -> "weakref.ref[Batches] | None":
+    batches = jobs[0].batches if jobs else None
     return weakref.ref(batches) if batches is not None and batches.stay else None
 
 

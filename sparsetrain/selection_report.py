@@ -31,7 +31,7 @@ class LayerChoice:
         name: The layer's name in the model.
         shape: ``(O, I)``, or ``(O, I, *kernel)`` of a convolution, or ``(E, O, I)`` of stacked experts.
         reason: Why it stays dense; empty for a sparse layer.
-        products: Who computes a sparse layer's products; empty if that is not known yet.
+        products: Backends of a sparse layer's products; empty if they are not chosen yet.
         is_named: Whether the targets ask for this layer rather than for a group of them.
         is_frozen: Whether its weight has ``requires_grad=False``, so that what is pruned in it cannot recover.
     """
@@ -102,7 +102,7 @@ class SelectionReport:
         return f"{line} || stays dense: {first_few(denied)}" if denied else line
 
     def with_products(self, layers: Mapping[str, MaskedLayer]) -> "SelectionReport":
-        """Return the report with who computes the products of these layers, as decided by now."""
+        """Return the report with the backends of these layers' products, as decided by now."""
         choices = (
             replace(choice, products=layers[choice.name].describe_products()) if choice.name in layers else choice
             for choice in self.choices

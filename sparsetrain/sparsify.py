@@ -53,8 +53,8 @@ def sparsify_(
         criterion: What ranks the entries: ``"magnitude"``, ``"random"`` or a :class:`sparsetrain.Criterion`, whose
             statistics, if it needs any, must be there.
         gradient: Rule of the weight gradient: ``"ste"``, ``"masked"`` or ``scaled(kept, pruned)``.
-        backend: Who computes the products with the masked weight: a backend's name, or ``"auto"``: the fastest of
-            those that give right numbers here, by measurement; without a GPU that is ``"masked"``.
+        backend: Matmul backend: a name, or ``"auto"`` (the default): the fastest verified one, benchmarked here;
+            without a GPU that is ``"masked"``.
         deterministic: With ``"auto"``, choose one verified algorithm a layer by name instead of by time.
         keep_transposed: Keep Wᵀ packed between steps; False packs it in every backward and saves 9/16 of a 16-bit
             weight.

@@ -55,8 +55,8 @@ class SparseTraining:
             With several optimizers, rounds in which each that owns sparse layers has stepped at least once.
         targets: Which layers become sparse, as in :func:`sparsetrain.select_layers`.
         exclude: Which do not.
-        backend: Who computes the products with masked weights: a backend's name, or ``"auto"``: the fastest of those
-            that give right numbers here, by measurement; without a GPU that is ``"masked"``.
+        backend: Matmul backend: a name, or ``"auto"`` (the default): the fastest verified one, benchmarked here;
+            without a GPU that is ``"masked"``.
         deterministic: With ``"auto"``, choose one verified algorithm a layer by name instead of by time.
         keep_transposed: Keep Wᵀ packed between steps; False packs it in every backward and saves 9/16 of a 16-bit
             weight.
@@ -197,7 +197,7 @@ class SparseTraining:
 
     @property
     def report(self) -> SelectionReport:
-        """Every linear and convolutional layer: sparse, and who computes its products, or dense with the reason."""
+        """Every linear and convolutional layer: sparse, with its products' backends, or dense, with the reason."""
         return self._report if self.finished else self._report.with_products(self.masks.layers)
 
     @property
@@ -331,7 +331,7 @@ class SparseTraining:
             print(self.ending)
 
     def retime(self, total_steps: int | None) -> None:
-        """Say anew how long the whole run is: phases that have begun stay, later ones move.
+        """Set the length of the whole run: phases that have begun stay, later ones move.
 
         Args:
             total_steps: Of the clock, from its step 0; None if unknown, and what waits for a fraction of it does wait.
@@ -362,7 +362,7 @@ class SparseTraining:
         """Bring weights back under their masks after something else wrote them, as merging adapters does.
 
         Frozen masks write their zeros again, after :meth:`finish` as well; masks that move leave the masters as they
-        are. Packed weights are made anew.
+        are. Weights are packed again.
         """
         if self._final is not None:
             write_zeros_({name: self.masks.layers[name] for name in self._final[1]["active"]}, self._final[1]["codes"])
@@ -371,7 +371,7 @@ class SparseTraining:
         if self.phase == "frozen":
             self._apply_masks()
         for layer in self.masks.layers.values():
-            layer.operands.expire()
+            layer.operands.invalidate()
         self._repack()
 
     @property
@@ -410,7 +410,7 @@ class SparseTraining:
         self.masks.load_state_dict(state)
         run.groups.forget()
         for layer in self.masks.layers.values():
-            layer.operands.expire()
+            layer.operands.invalidate()
         run.clock, run.active = state["clock"], frozenset(state["active"])
         self._last_refresh = state["last_refresh"]
         self._hooks.stepped = set(state["stepped"])
@@ -441,7 +441,7 @@ class SparseTraining:
             packed, masked = modifier.after_update(optimizer)
             self._masked.update(masked)
             left = {name: layer for name, layer in left.items() if name not in packed} if packed else left
-        self._run.groups.expire(left, repacks=len(self._run.optimizers) == 1)
+        self._run.groups.invalidate(left, repacks=len(self._run.optimizers) == 1)
 
     def _advance(self) -> None:
         """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
@@ -512,9 +512,9 @@ class SparseTraining:
         rule = resolve_gradient_rule(self.method.frozen_gradient if run.phase == "frozen" else self.method.gradient)
         for name, layer in self.masks.layers.items():
             layer.phase, layer.gradient = run.phase if name in run.active else "dense", rule
-            layer.is_two_of_four = self.masks.kept == 2 and not self.masks.tile_budget
+            layer.is_2_4 = self.masks.kept == 2 and not self.masks.tile_budget
             layer.operands.managed = True
-            if layer.phase == "dense" or not layer.is_two_of_four:
+            if layer.phase == "dense" or not layer.is_2_4:
                 layer.operands.release()
         self._tell_of_phase(entry)
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..device_functions import (
     load_code,
-    member,
     nibbles_of,
     rounded,
     split_columns,
+    tensor_pointer,
 )
 from ..launch import interpreted, on_device_of
 from ..masked_update.reference import SEED as KEY
@@ -76,7 +76,7 @@ def _launch(
             RULE=RULES.index(rule), ZEROS=zeros, MAXIMIZE=maximize, FROM_END=sums.share >= 0.5,
             FORWARD=side is not None, TRANSPOSED=side_t is not None, ORDER=int(side.orders[0]) if side else 0,
             ORDER_T=int(side_t.orders[0]) if side_t else 0, ALIGNED=are_aligned(*lists, *outputs),
-            BY_HAND=interpreted(), ROWS=rows, COLUMNS=columns, num_warps=warps,
+            EMULATE_ROUNDING=interpreted(), ROWS=rows, COLUMNS=columns, num_warps=warps,
             enable_fp_fusion=False,  # the reference rounds products
         )  # fmt: skip
 
@@ -89,8 +89,8 @@ def adamw_kernel(
     clock, shrink, share, fading, square_share, correction, epsilon, step_size, decay, tile_rows, tile_columns,
     word_rows, word_columns, weight_stride, gradient_stride, moment_stride, DTYPE: tl.constexpr, RULE: tl.constexpr,
     ZEROS: tl.constexpr, MAXIMIZE: tl.constexpr, FROM_END: tl.constexpr, FORWARD: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ORDER: tl.constexpr, ORDER_T: tl.constexpr, ALIGNED: tl.constexpr, BY_HAND: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ORDER: tl.constexpr, ORDER_T: tl.constexpr, ALIGNED: tl.constexpr,
+    EMULATE_ROUNDING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Update ROWS × COLUMNS tiles of the program's weight, a row of the tiles at a time.
 
@@ -103,15 +103,15 @@ def adamw_kernel(
     row, column = top + tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
     element = left * 4 + tl.arange(0, 4 * COLUMNS)[None, :]
     within = (row < tile_rows) & (element < tile_columns * 4)
-    codes = member(code_base, code_offsets, tensor, ALIGNED)
+    codes = tensor_pointer(code_base, code_offsets, tensor, ALIGNED)
     if (RULE != 0) or ZEROS:
         kept = load_code(codes + row * tile_columns + element // 4, within) >> (element % 4)
     else:
         kept = tl.full((ROWS, 4 * COLUMNS), 0, tl.int32)
-    weights = member(weight_base, weight_offsets, tensor, ALIGNED) + row * 4 * weight_stride + element
-    gradients = member(gradient_base, gradient_offsets, tensor, ALIGNED) + row * 4 * gradient_stride + element
-    averages = member(average_base, average_offsets, tensor, ALIGNED) + row * 4 * moment_stride + element
-    squares = member(square_base, square_offsets, tensor, ALIGNED) + row * 4 * moment_stride + element
+    weights = tensor_pointer(weight_base, weight_offsets, tensor, ALIGNED) + row * 4 * weight_stride + element
+    gradients = tensor_pointer(gradient_base, gradient_offsets, tensor, ALIGNED) + row * 4 * gradient_stride + element
+    averages = tensor_pointer(average_base, average_offsets, tensor, ALIGNED) + row * 4 * moment_stride + element
+    squares = tensor_pointer(square_base, square_offsets, tensor, ALIGNED) + row * 4 * moment_stride + element
     pointers, strides = (weights, gradients, averages, squares), (weight_stride, gradient_stride, moment_stride)
     sums = (shrink, share, fading, square_share, correction, epsilon, step_size, decay)
     if (RULE == 1 or RULE == 2) and weights.dtype.element_ty != tl.float32:
@@ -121,10 +121,10 @@ def adamw_kernel(
         draws = tl.philox(SEED, place, number, tl.cast(clock, tl.uint32), above)
     else:
         draws = (kept, kept, kept, kept)  # not read
-    row_a = updated(0, pointers, strides, kept, within, draws, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND)
-    row_b = updated(1, pointers, strides, kept, within, draws, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND)
-    row_c = updated(2, pointers, strides, kept, within, draws, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND)
-    row_d = updated(3, pointers, strides, kept, within, draws, sums, RULE, ZEROS, MAXIMIZE, FROM_END, BY_HAND)
+    row_a = updated(0, pointers, strides, kept, within, draws, sums, RULE, ZEROS, MAXIMIZE, FROM_END, EMULATE_ROUNDING)
+    row_b = updated(1, pointers, strides, kept, within, draws, sums, RULE, ZEROS, MAXIMIZE, FROM_END, EMULATE_ROUNDING)
+    row_c = updated(2, pointers, strides, kept, within, draws, sums, RULE, ZEROS, MAXIMIZE, FROM_END, EMULATE_ROUNDING)
+    row_d = updated(3, pointers, strides, kept, within, draws, sums, RULE, ZEROS, MAXIMIZE, FROM_END, EMULATE_ROUNDING)
     if FORWARD or TRANSPOSED:
         inside = (row < tile_rows) & (column < tile_columns)
         a, b, c, d = nibbles_of(load_code(codes + row * tile_columns + column, inside))
@@ -137,14 +137,14 @@ def adamw_kernel(
             (values_base, values_offsets, meta_base, meta_offsets, table_base, table_offsets),
             (values_t_base, values_t_offsets, meta_t_base, meta_t_offsets, table_t_base, table_t_offsets),
             tensor, top, left, tile_rows, tile_columns, word_rows, word_columns, FORWARD, TRANSPOSED, ORDER, ORDER_T,
-            DTYPE, ALIGNED, BY_HAND, ROWS, COLUMNS,
+            DTYPE, ALIGNED, EMULATE_ROUNDING, ROWS, COLUMNS,
         )  # fmt: skip
 
 
 @triton.jit
 def updated(
     line: tl.constexpr, pointers, strides, kept, within, draws, sums, RULE: tl.constexpr, ZEROS: tl.constexpr,
-    MAXIMIZE: tl.constexpr, FROM_END: tl.constexpr, BY_HAND: tl.constexpr,
+    MAXIMIZE: tl.constexpr, FROM_END: tl.constexpr, EMULATE_ROUNDING: tl.constexpr,
 ):  # fmt: skip
     """Update a row of each tile in memory, and return its weights in float32; rounded after every sum, as torch's."""
     weight_stride, gradient_stride, moment_stride = strides
@@ -166,20 +166,20 @@ def updated(
         gradient = tl.where(own != 0, gradient, 0.0)
     if MAXIMIZE:
         gradient = -gradient
-    weight = narrowed(weight * shrink, weights.dtype.element_ty, BY_HAND)
+    weight = narrowed(weight * shrink, weights.dtype.element_ty, EMULATE_ROUNDING)
     average = gradient - (gradient - average) * (1.0 - share) if FROM_END else average + share * (gradient - average)
-    average = narrowed(average, weights.dtype.element_ty, BY_HAND)
-    square = narrowed(square * fading, weights.dtype.element_ty, BY_HAND)
-    square = narrowed(square + square_share * gradient * gradient, weights.dtype.element_ty, BY_HAND)
-    divisor = narrowed(tl.sqrt_rn(square), weights.dtype.element_ty, BY_HAND)
-    divisor = narrowed(tl.div_rn(divisor, correction), weights.dtype.element_ty, BY_HAND)
-    divisor = narrowed(divisor + epsilon, weights.dtype.element_ty, BY_HAND)
-    weight = narrowed(weight + tl.div_rn(step_size * average, divisor), weights.dtype.element_ty, BY_HAND)
+    average = narrowed(average, weights.dtype.element_ty, EMULATE_ROUNDING)
+    square = narrowed(square * fading, weights.dtype.element_ty, EMULATE_ROUNDING)
+    square = narrowed(square + square_share * gradient * gradient, weights.dtype.element_ty, EMULATE_ROUNDING)
+    divisor = narrowed(tl.sqrt_rn(square), weights.dtype.element_ty, EMULATE_ROUNDING)
+    divisor = narrowed(tl.div_rn(divisor, correction), weights.dtype.element_ty, EMULATE_ROUNDING)
+    divisor = narrowed(divisor + epsilon, weights.dtype.element_ty, EMULATE_ROUNDING)
+    weight = narrowed(weight + tl.div_rn(step_size * average, divisor), weights.dtype.element_ty, EMULATE_ROUNDING)
     if ZEROS:
         weight = tl.where(own != 0, weight, 0.0)
-    tl.store(weights, rounded(weight, weights.dtype.element_ty, BY_HAND), mask=within)
-    tl.store(averages, rounded(average, weights.dtype.element_ty, BY_HAND), mask=within)
-    tl.store(squares, rounded(square, weights.dtype.element_ty, BY_HAND), mask=within)
+    tl.store(weights, rounded(weight, weights.dtype.element_ty, EMULATE_ROUNDING), mask=within)
+    tl.store(averages, rounded(average, weights.dtype.element_ty, EMULATE_ROUNDING), mask=within)
+    tl.store(squares, rounded(square, weights.dtype.element_ty, EMULATE_ROUNDING), mask=within)
     return weight
 
 
@@ -193,9 +193,9 @@ def at_random(total, draw, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def narrowed(value, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
+def narrowed(value, DTYPE: tl.constexpr, EMULATE_ROUNDING: tl.constexpr):
     """A float32 value rounded to DTYPE, in float32."""
     if DTYPE == tl.float32:
         return value
     else:
-        return rounded(value, DTYPE, BY_HAND).to(tl.float32)
+        return rounded(value, DTYPE, EMULATE_ROUNDING).to(tl.float32)

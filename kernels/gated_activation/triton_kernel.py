@@ -36,7 +36,8 @@ def _launch(grad: Tensor, gate: Tensor, up: Tensor, first: Tensor, second: Tenso
     strides = {tensor.stride() for tensor in (grad, gate, up, first, second)}
     dense = len(strides) == 1 and sorted(gate.stride()) in ([1, rows], [1, columns])
     options = {
-        "KIND": kind, "BACKWARD": backward, "BY_HAND": interpreted(), "num_warps": WARPS, "enable_fp_fusion": False
+        "KIND": kind, "BACKWARD": backward, "EMULATE_ROUNDING": interpreted(), "num_warps": WARPS,
+        "enable_fp_fusion": False,
     }  # fmt: skip
     with on_device_of(gate):
         if dense and gate.numel() == _extent(gate):
@@ -56,14 +57,14 @@ def _extent(tensor: Tensor) -> int:
 
 @triton.jit
 def flat_kernel(
-    grad, gate, up, first, second, count, KIND: tl.constexpr, BACKWARD: tl.constexpr, BY_HAND: tl.constexpr,
+    grad, gate, up, first, second, count, KIND: tl.constexpr, BACKWARD: tl.constexpr, EMULATE_ROUNDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK entries of operands that all lie alike, whichever dimension comes first."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     entries(
-        grad + place, gate + place, up + place, first + place, second + place, inside, KIND, BACKWARD, BY_HAND
+        grad + place, gate + place, up + place, first + place, second + place, inside, KIND, BACKWARD, EMULATE_ROUNDING
     )  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def flat_kernel(
 def tile_kernel(
     grad, gate, up, first, second, rows, columns, grad_row, grad_column, gate_row, gate_column, up_row, up_column,
     first_row, first_column, second_row, second_column, KIND: tl.constexpr, BACKWARD: tl.constexpr,
-    BY_HAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EMULATE_ROUNDING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS × COLUMNS entries; every operand is read and written along its own contiguous dimension."""
     blocks = tl.cdiv(columns, COLUMNS)
@@ -81,13 +82,13 @@ def tile_kernel(
     entries(
         grad + row * grad_row + column * grad_column, gate + row * gate_row + column * gate_column,
         up + row * up_row + column * up_column, first + row * first_row + column * first_column,
-        second + row * second_row + column * second_column, inside, KIND, BACKWARD, BY_HAND,
+        second + row * second_row + column * second_column, inside, KIND, BACKWARD, EMULATE_ROUNDING,
     )  # fmt: skip
 
 
 @triton.jit
 def entries(
-    grad, gate, up, first, second, inside, KIND: tl.constexpr, BACKWARD: tl.constexpr, BY_HAND: tl.constexpr
+    grad, gate, up, first, second, inside, KIND: tl.constexpr, BACKWARD: tl.constexpr, EMULATE_ROUNDING: tl.constexpr
 ):  # fmt: skip
     """Load what the kind needs, compute in float32, round once."""
     x = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
@@ -108,8 +109,8 @@ def entries(
         gated = tl.load(up, mask=inside, other=0.0).to(tl.float32)
     if BACKWARD:
         g = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
-        tl.store(first, rounded(g * gated * slope, first.dtype.element_ty, BY_HAND), mask=inside)
+        tl.store(first, rounded(g * gated * slope, first.dtype.element_ty, EMULATE_ROUNDING), mask=inside)
         if KIND != "relu2":
-            tl.store(second, rounded(g * value, second.dtype.element_ty, BY_HAND), mask=inside)
+            tl.store(second, rounded(g * value, second.dtype.element_ty, EMULATE_ROUNDING), mask=inside)
     else:
-        tl.store(first, rounded(value * gated, first.dtype.element_ty, BY_HAND), mask=inside)
+        tl.store(first, rounded(value * gated, first.dtype.element_ty, EMULATE_ROUNDING), mask=inside)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_functions import member, split_columns, spread_nibble
+from ..device_functions import split_columns, spread_nibble, tensor_pointer
 from ..launch import on_device_of
 from ..plan import are_aligned, groups_of_equal_layout
 from ..pointer_tables import members
@@ -123,8 +123,8 @@ def search_kernel(
 ):  # fmt: skip
     """Search ROWS × COLUMNS tiles of the program's tensor; writes codes, and a byte mask if MASK."""
     tensor = tl.program_id(1)
-    scores = member(score_base, score_offsets, tensor, ALIGNED)
-    codes = member(code_base, code_offsets, tensor, ALIGNED)
+    scores = tensor_pointer(score_base, score_offsets, tensor, ALIGNED)
+    codes = tensor_pointer(code_base, code_offsets, tensor, ALIGNED)
     blocks = tl.cdiv(tile_columns, COLUMNS)
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     left = (tl.program_id(0) % blocks) * COLUMNS
@@ -141,7 +141,7 @@ def search_kernel(
     code = (a | (b << 4) | (c << 8) | (d << 12)).to(tl.int16)
     tl.store(codes + row * tile_columns + column, code, mask=inside)
     if MASK:
-        mask = member(mask_base, mask_offsets, tensor, ALIGNED)
+        mask = tensor_pointer(mask_base, mask_offsets, tensor, ALIGNED)
         quads = mask + row * 4 * tile_columns + column  # int32: the four bytes of a tile's row
         tl.store(quads, spread_nibble(a), mask=inside)
         tl.store(quads + tile_columns, spread_nibble(b), mask=inside)

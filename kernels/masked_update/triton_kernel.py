@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_functions import load_code, member
+from ..device_functions import load_code, tensor_pointer
 from ..launch import Known, Launch, launch
 from ..plan import Group, Plan, groups_of_equal_layout
 from .reference import HALF_DTYPES
@@ -130,10 +130,10 @@ def masked_update_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     element = (tl.program_id(0) % blocks) * (4 * COLUMNS) + tl.arange(0, 4 * COLUMNS)[None, :]
     within = (row < tile_rows) & (element < tile_columns * 4)
-    codes = member(code_base, code_offsets, tensor, ALIGNED) + row * tile_columns + (element >> 2)
+    codes = tensor_pointer(code_base, code_offsets, tensor, ALIGNED) + row * tile_columns + (element >> 2)
     bits = load_code(codes, within) >> (element & 3)  # bit 4·line says whether the entry of a line is kept
-    targets = member(target_base, target_offsets, tensor, ALIGNED) + row * 4 * target_stride + element
-    weights = member(weight_base, weight_offsets, tensor, ALIGNED) + row * 4 * weight_stride + element
+    targets = tensor_pointer(target_base, target_offsets, tensor, ALIGNED) + row * 4 * target_stride + element
+    weights = tensor_pointer(weight_base, weight_offsets, tensor, ALIGNED) + row * 4 * weight_stride + element
     if ADD:
         factor = tl.load(decay)
         if AT_RANDOM:

@@ -13,7 +13,7 @@ def mvue(gradient: Tensor, counter: Tensor, seed: int, layer: int, estimator: st
     """Estimate a gradient by two of every four consecutive tokens, unbiased, as the packed operand of its transpose.
 
     The draws are a function of the seed, the layer, the counter and a value's place in the gradient, so they can be
-    repeated. The counter is a tensor, so that a compiled or captured step draws anew.
+    repeated. The counter is a tensor, so that a compiled or captured step draws again.
 
     Args:
         gradient: ``[T, O]`` in float32, float16 or bfloat16, any strides; T a multiple of 4.

@@ -34,7 +34,7 @@ def estimate_into(
         mvue_kernel[grid](
             gradient, counter, values, meta, seed, layer, tokens // 4, meta.shape[1],
             features, gradient.stride(0), DTYPE=TRITON[gradient.dtype], EXACT=estimator == "exact",
-            BY_HAND=interpreted(), WORDS=words, FEATURES=columns, num_warps=warps,
+            EMULATE_ROUNDING=interpreted(), WORDS=words, FEATURES=columns, num_warps=warps,
             enable_fp_fusion=False,  # the reference rounds every product
         )  # fmt: skip
 
@@ -138,7 +138,7 @@ def draw_two(x0, x1, x2, x3, u, v, SHIFT: tl.constexpr):
 
 @triton.jit
 def estimate_four(pointers, stride, inside, bits, more_bits, SHIFT: tl.constexpr, EXACT: tl.constexpr,
-                  DTYPE: tl.constexpr, BY_HAND: tl.constexpr):  # fmt: skip
+                  DTYPE: tl.constexpr, EMULATE_ROUNDING: tl.constexpr):  # fmt: skip
     """Four tokens of every feature to a pair of values ``[FEATURES, WORDS, 2]`` and a nibble ``[WORDS, FEATURES]``."""
     x0 = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     x1 = tl.load(pointers + stride, mask=inside, other=0.0).to(tl.float32)
@@ -149,8 +149,8 @@ def estimate_four(pointers, stride, inside, bits, more_bits, SHIFT: tl.constexpr
     else:
         first, last, nibble = draw_two(x0, x1, x2, x3, uniform(bits), uniform(more_bits), SHIFT)
     pair = tl.permute(tl.join(first, last), (1, 0, 2))
-    if BY_HAND and DTYPE == tl.bfloat16:
-        return rounded_bits(pair, DTYPE, BY_HAND).to(tl.int16).to(DTYPE, bitcast=True), nibble
+    if EMULATE_ROUNDING and DTYPE == tl.bfloat16:
+        return rounded_bits(pair, DTYPE, EMULATE_ROUNDING).to(tl.int16).to(DTYPE, bitcast=True), nibble
     else:
         return pair.to(DTYPE), nibble
 
@@ -158,7 +158,7 @@ def estimate_four(pointers, stride, inside, bits, more_bits, SHIFT: tl.constexpr
 @triton.jit(do_not_specialize=["seed", "layer"])
 def mvue_kernel(
     gradient, counter, values, meta, seed, layer, quads, words, features, stride, DTYPE: tl.constexpr,
-    EXACT: tl.constexpr, BY_HAND: tl.constexpr, WORDS: tl.constexpr, FEATURES: tl.constexpr,
+    EXACT: tl.constexpr, EMULATE_ROUNDING: tl.constexpr, WORDS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """Estimate 16·WORDS tokens of FEATURES features; writes values ``[O, T/2]``, meta ``[O, words]``."""
     blocks = tl.cdiv(features, FEATURES)
@@ -175,13 +175,13 @@ def mvue_kernel(
         s0, s1, s2, s3 = tl.philox(seed, place, layer, clock, batch | 0x80000000)
     pointers = gradient + word.to(tl.int64) * 16 * stride + feature
     quad, within = word * 4, feature < features
-    p0, n0 = estimate_four(pointers, stride, within & (quad < quads), r0, s0, 0, EXACT, DTYPE, BY_HAND)
+    p0, n0 = estimate_four(pointers, stride, within & (quad < quads), r0, s0, 0, EXACT, DTYPE, EMULATE_ROUNDING)
     pointers += 4 * stride
-    p1, n1 = estimate_four(pointers, stride, within & (quad + 1 < quads), r1, s1, 4, EXACT, DTYPE, BY_HAND)
+    p1, n1 = estimate_four(pointers, stride, within & (quad + 1 < quads), r1, s1, 4, EXACT, DTYPE, EMULATE_ROUNDING)
     pointers += 4 * stride
-    p2, n2 = estimate_four(pointers, stride, within & (quad + 2 < quads), r2, s2, 8, EXACT, DTYPE, BY_HAND)
+    p2, n2 = estimate_four(pointers, stride, within & (quad + 2 < quads), r2, s2, 8, EXACT, DTYPE, EMULATE_ROUNDING)
     pointers += 4 * stride
-    p3, n3 = estimate_four(pointers, stride, within & (quad + 3 < quads), r3, s3, 12, EXACT, DTYPE, BY_HAND)
+    p3, n3 = estimate_four(pointers, stride, within & (quad + 3 < quads), r3, s3, 12, EXACT, DTYPE, EMULATE_ROUNDING)
     row = (left + tl.arange(0, FEATURES)[:, None]).to(tl.int64)
     column, place = top * 8 + tl.arange(0, 8 * WORDS)[None, :], top + tl.arange(0, WORDS)[None, :]
     fours = tl.join(tl.join(p0, p2), tl.join(p1, p3))  # [FEATURES, WORDS, entry of a pair, half, quad of a half]

@@ -13,13 +13,13 @@ from ..device_functions import (
     join_columns,
     kept_pair,
     load_code,
-    member,
     metadata_place,
     nibbles_of,
     pair_bits,
     places,
     pruned_pair,
     split_columns,
+    tensor_pointer,
     transposed_nibbles,
 )
 from ..launch import Known, Launch, interpreted, launch, on_device_of
@@ -169,8 +169,8 @@ def _launch(
     options = {
         "DTYPE": TRITON[settings.dtype], "SEARCH": search, "STATISTICS": sums is not None,
         "FORWARD": sides[0] is not None, "TRANSPOSED": sides[1] is not None, "ORDER": settings.orders[0],
-        "ORDER_T": settings.orders[1], "ALIGNED": aligned, "BY_HAND": interpreted(), "ROWS": rows, "COLUMNS": columns,
-        "num_warps": warps,
+        "ORDER_T": settings.orders[1], "ALIGNED": aligned, "EMULATE_ROUNDING": interpreted(), "ROWS": rows,
+        "COLUMNS": columns, "num_warps": warps,
     }  # fmt: skip
     return Launch(pack_kernel, settings.grid, arguments, options)
 
@@ -200,8 +200,8 @@ def pack_kernel(
     table_base, table_offsets, values_t_base, values_t_offsets, meta_t_base, meta_t_offsets, table_t_base,
     table_t_offsets, sums, tile_rows, tile_columns, word_rows, word_columns, blocks_of_sums, stride,
     DTYPE: tl.constexpr, SEARCH: tl.constexpr, STATISTICS: tl.constexpr, FORWARD: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ORDER: tl.constexpr, ORDER_T: tl.constexpr, ALIGNED: tl.constexpr, BY_HAND: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ORDER: tl.constexpr, ORDER_T: tl.constexpr, ALIGNED: tl.constexpr,
+    EMULATE_ROUNDING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Handle ROWS × COLUMNS tiles of the program's weight; codes are written if SEARCH, else read.
 
@@ -216,7 +216,7 @@ def pack_kernel(
 
     element = left * 4 + tl.arange(0, 4 * COLUMNS)[None, :]
     within = (row < tile_rows) & (element < tile_columns * 4)
-    pointers = member(weight_base, weight_offsets, tensor, ALIGNED) + row * 4 * stride + element
+    pointers = tensor_pointer(weight_base, weight_offsets, tensor, ALIGNED) + row * 4 * stride + element
     row_a = tl.load(pointers, mask=within, other=0.0).to(tl.float32)
     row_b = tl.load(pointers + stride, mask=within, other=0.0).to(tl.float32)
     row_c = tl.load(pointers + 2 * stride, mask=within, other=0.0).to(tl.float32)
@@ -226,7 +226,7 @@ def pack_kernel(
     c0, c1, c2, c3 = split_columns(row_c, ROWS, COLUMNS)
     d0, d1, d2, d3 = split_columns(row_d, ROWS, COLUMNS)
 
-    codes = member(code_base, code_offsets, tensor, ALIGNED) + row * tile_columns + column
+    codes = tensor_pointer(code_base, code_offsets, tensor, ALIGNED) + row * tile_columns + column
     if SEARCH:
         a, b, c, d = best_nibbles(
             ranking_key(a0, True), ranking_key(a1, True), ranking_key(a2, True), ranking_key(a3, True),
@@ -261,7 +261,7 @@ def pack_kernel(
         (values_base, values_offsets, meta_base, meta_offsets, table_base, table_offsets),
         (values_t_base, values_t_offsets, meta_t_base, meta_t_offsets, table_t_base, table_t_offsets),
         tensor, top, left, tile_rows, tile_columns, word_rows, word_columns, FORWARD, TRANSPOSED, ORDER, ORDER_T, DTYPE,
-        ALIGNED, BY_HAND, ROWS, COLUMNS,
+        ALIGNED, EMULATE_ROUNDING, ROWS, COLUMNS,
     )  # fmt: skip
 
 
@@ -269,13 +269,13 @@ def pack_kernel(
 def store_sides(
     nibbles, rows_of_tiles, side, side_t, tensor, top, left, tile_rows, tile_columns, word_rows, word_columns,
     FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, ORDER: tl.constexpr, ORDER_T: tl.constexpr, DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr, EMULATE_ROUNDING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Pack ROWS × COLUMNS tiles for the sides that are wanted, from their four rows of nibbles and of entries."""
     if FORWARD:
         store_side(
             nibbles, rows_of_tiles, side, tensor, top, left, tile_rows, tile_columns, word_columns, ORDER, DTYPE,
-            ALIGNED, BY_HAND, ROWS, COLUMNS,
+            ALIGNED, EMULATE_ROUNDING, ROWS, COLUMNS,
         )  # fmt: skip
     if TRANSPOSED:
         a, b, c, d = nibbles
@@ -286,31 +286,32 @@ def store_sides(
         columns_of_tiles = ((a0, b0, c0, d0), (a1, b1, c1, d1), (a2, b2, c2, d2), (a3, b3, c3, d3))
         store_turned_side(
             transposed_nibbles(a, b, c, d), columns_of_tiles, side_t, tensor, top, left, tile_rows, tile_columns,
-            word_rows, ORDER_T, DTYPE, ALIGNED, BY_HAND, ROWS, COLUMNS,
+            word_rows, ORDER_T, DTYPE, ALIGNED, EMULATE_ROUNDING, ROWS, COLUMNS,
         )  # fmt: skip
 
 
 @triton.jit
 def store_side(
     nibbles, entries, side, tensor, top, left, tile_rows, tile_columns, word_columns, ORDER: tl.constexpr,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, EMULATE_ROUNDING: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Pack ROWS × COLUMNS tiles of W: the kept pair of the four entries of every row of a tile, and where it was."""
     values_base, values_offsets, meta_base, meta_offsets, table_base, table_offsets = side
     row, column = top + tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
     inside = (row < tile_rows) & (column < tile_columns)
-    values = member(values_base, values_offsets, tensor, ALIGNED) + row * 4 * tile_columns + column
+    values = tensor_pointer(values_base, values_offsets, tensor, ALIGNED) + row * 4 * tile_columns + column
     for line in tl.static_range(4):
         x0, x1, x2, x3 = entries[line]
         first, last = kept_pair(nibbles[line], x0, x1, x2, x3)
-        tl.store(values + line * tile_columns, pair_bits(first, last, DTYPE, BY_HAND), mask=inside)
+        tl.store(values + line * tile_columns, pair_bits(first, last, DTYPE, EMULATE_ROUNDING), mask=inside)
     # the words of two rows in one integer: half as many exchanges between threads
     a, b, c, d = nibbles
     upper = four_nibbles(tl.where(inside, places(a) | (places(b) << 16), 0), ROWS, COLUMNS)
     lower = four_nibbles(tl.where(inside, places(c) | (places(d) << 16), 0), ROWS, COLUMNS)
     word = left // 4 + tl.arange(0, COLUMNS // 4)[None, :]
     written = (row < tile_rows) & (word < word_columns)
-    meta = member(meta_base, meta_offsets, tensor, ALIGNED)
+    meta = tensor_pointer(meta_base, meta_offsets, tensor, ALIGNED)
     table = table_base + tl.load(table_offsets + tensor)
     store_words(meta, upper, lower, row * 4, word, written, word_columns, tile_rows * 4, ORDER, table)
 
@@ -318,7 +319,8 @@ def store_side(
 @triton.jit
 def store_turned_side(
     nibbles, entries, side, tensor, top, left, tile_rows, tile_columns, word_rows, ORDER: tl.constexpr,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BY_HAND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, EMULATE_ROUNDING: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The same of Wᵀ, from the four entries of every column of a tile."""
     values_base, values_offsets, meta_base, meta_offsets, table_base, table_offsets = side
@@ -326,17 +328,17 @@ def store_turned_side(
     inside = (row < tile_rows) & (column < tile_columns)
     row_t, column_t = top + tl.arange(0, ROWS)[None, :], left.to(tl.int64) + tl.arange(0, COLUMNS)[:, None]
     inside_t = (row_t < tile_rows) & (column_t < tile_columns)
-    values = member(values_base, values_offsets, tensor, ALIGNED) + column_t * 4 * tile_rows + row_t
+    values = tensor_pointer(values_base, values_offsets, tensor, ALIGNED) + column_t * 4 * tile_rows + row_t
     for line in tl.static_range(4):
         x0, x1, x2, x3 = entries[line]
         first, last = kept_pair(nibbles[line], x0, x1, x2, x3)
-        tl.store(values + line * tile_rows, tl.trans(pair_bits(first, last, DTYPE, BY_HAND)), mask=inside_t)
+        tl.store(values + line * tile_rows, tl.trans(pair_bits(first, last, DTYPE, EMULATE_ROUNDING)), mask=inside_t)
     w, x, y, z = nibbles
     upper = four_nibbles(tl.trans(tl.where(inside, places(w) | (places(x) << 16), 0)), COLUMNS, ROWS)
     lower = four_nibbles(tl.trans(tl.where(inside, places(y) | (places(z) << 16), 0)), COLUMNS, ROWS)
     word = top // 4 + tl.arange(0, ROWS // 4)[None, :]
     written = (column_t < tile_columns) & (word < word_rows)
-    meta = member(meta_base, meta_offsets, tensor, ALIGNED)
+    meta = tensor_pointer(meta_base, meta_offsets, tensor, ALIGNED)
     table = table_base + tl.load(table_offsets + tensor)
     store_words(meta, upper, lower, column_t * 4, word, written, word_rows, tile_columns * 4, ORDER, table)
 

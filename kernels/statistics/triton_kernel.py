@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_functions import count_bits, load_code, member, split_columns
+from ..device_functions import count_bits, load_code, split_columns, tensor_pointer
 from ..launch import on_device_of
 from ..plan import are_aligned, groups_of_equal_layout
 from ..pointer_tables import members, table
@@ -60,11 +60,12 @@ def statistics_kernel(
     left = (tl.program_id(0) % blocks) * COLUMNS
     column = left + tl.arange(0, COLUMNS)[None, :]
     inside = (row < tile_rows) & (column < tile_columns)
-    code = load_code(member(code_base, code_offsets, tensor, ALIGNED) + row * tile_columns + column, inside)
-    earlier = load_code(member(previous_base, previous_offsets, tensor, ALIGNED) + row * tile_columns + column, inside)
+    code = load_code(tensor_pointer(code_base, code_offsets, tensor, ALIGNED) + row * tile_columns + column, inside)
+    before = tensor_pointer(previous_base, previous_offsets, tensor, ALIGNED)
+    earlier = load_code(before + row * tile_columns + column, inside)
     element = left * 4 + tl.arange(0, 4 * COLUMNS)[None, :]
     within = (row < tile_rows) & (element < tile_columns * 4)
-    pointers = member(weight_base, weight_offsets, tensor, ALIGNED) + row * 4 * stride + element
+    pointers = tensor_pointer(weight_base, weight_offsets, tensor, ALIGNED) + row * 4 * stride + element
     kept = tl.zeros((ROWS, COLUMNS), tl.float32)
     pruned = tl.zeros((ROWS, COLUMNS), tl.float32)
     nonfinite = tl.zeros((ROWS, COLUMNS), tl.int32)

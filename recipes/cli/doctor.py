@@ -222,7 +222,9 @@ def _show(report: dict[str, Any]) -> None:
     for layout in report["layouts"]["known"]:
         _row("layout", "{name} for {shape[0]}x{shape[1]} in {dtype} on {environment}".format(**layout))
     _row("layouts", f"learned ones on disk: {len(report['layouts']['files'])} (each is proven again before use)")
-    recorded = "table unreadable, it will be measured anew" if decisions is None else f"recorded decisions: {decisions}"
+    recorded = (
+        "table unreadable, it will be measured again" if decisions is None else f"recorded decisions: {decisions}"
+    )
     _row("dispatch", f"{recorded} (backend='auto' follows measurements)")
     _row("cache", cache["folder"] if cache["exists"] else f"{cache['folder']} (not there yet)")
     notes = report["not_probed"] if report["probed"] else ["torch was not imported: --probe asks it and every backend."]

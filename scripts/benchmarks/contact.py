@@ -19,7 +19,7 @@ import torch
 from grid import first_line
 
 from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend
-from sparsetrain.backends.filling import Filling, fill_
+from sparsetrain.backends.packing import PackJob, fill_
 from sparsetrain.dispatch import Decision, DispatchTable, describe_environment
 from sparsetrain.dispatch.faults import FAULTS, device_works
 from sparsetrain.environment import cache_folder
@@ -123,7 +123,7 @@ def attempt(task: Task) -> None:
     exact = rows.double() @ weight.to(dtype).masked_fill(~unpack_codes(codes), 0).double().t()
     names = list(backend.algorithms(task.shape, task.tokens, dtype, device))
     operand = backend.allocate(task.shape, dtype, device)
-    fill_([Filling(weight, codes, backend, dtype, operand)])
+    fill_([PackJob(weight, codes, backend, dtype, operand)])
     for place, name in list(enumerate(names))[task.first :]:
         found: dict[str, Any] = {"algorithm": name, "place": place}
         write(task.out, task, state="begins", **found)

@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from contest import Contest, Provider, set_count, take_turns
+from comparison import Comparison, Provider, set_count, take_turns
 from grid import Grid, Point, first_line, measure_grid
 from measure import milliseconds, quantiles
 from torch import Tensor
 
 from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend
 from sparsetrain.backends.cusparselt.providers import NvmathProvider, TorchProvider
-from sparsetrain.backends.filling import Filling, fill_
+from sparsetrain.backends.packing import PackJob, fill_
 from sparsetrain.dispatch import (
     MASKED,
     Choice,
@@ -45,7 +45,7 @@ def run(grid: Grid, ways: Mapping[str, Backend] | None = None) -> int:
     return measure_grid("gemm", grid, functools.partial(measure, ways=ways))
 
 
-def measure(point: Point, grid: Grid, ways: Mapping[str, Backend]) -> list[Contest]:
+def measure(point: Point, grid: Grid, ways: Mapping[str, Backend]) -> list[Comparison]:
     """Verify the ways that run here and time them beside the dense product, with all of W and with W⊙M."""
     found = {label: verified(label, backend, point, grid) for label, backend in ways.items()}
     sets = [_set(point, grid.place) for _ in range(set_count(point.fewest_bytes, grid.device))]
@@ -54,9 +54,9 @@ def measure(point: Point, grid: Grid, ways: Mapping[str, Backend]) -> list[Conte
     for label, decision in found.items():
         if decision is not None:
             providers += _providers(label, ways[label], _chosen(label, ways[label], decision, point, grid), sets, point)
-    contest = Contest("forward", point.flops, providers)
-    take_turns(contest, grid.repeats, grid.device)
-    return [contest]
+    comparison = Comparison("forward", point.flops, providers)
+    take_turns(comparison, grid.repeats, grid.device)
+    return [comparison]
 
 
 def verified(label: str, backend: Backend, point: Point, grid: Grid) -> Decision | None:
@@ -102,7 +102,7 @@ def _providers(
     operands = []
     for weight, codes, _ in sets:
         operands.append(backend.allocate(point.shape, point.dtype, weight.device))
-        fill_([Filling(weight, codes, backend, point.dtype, operands[-1])])
+        fill_([PackJob(weight, codes, backend, point.dtype, operands[-1])])
 
     def calls(algorithm: str) -> list[Callable[[], Tensor]]:
         pairs = zip(operands, sets, strict=True)

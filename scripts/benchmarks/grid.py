@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from contest import Contest, rows, show
+from comparison import Comparison, rows, show
 from measure import append_csv
 
 from sparsetrain.dispatch import DeviceFaultError, describe_environment
@@ -96,7 +96,7 @@ def why_not(command: str, device: str) -> str | None:
     )
 
 
-def measure_grid(command: str, grid: Grid, measure: Callable[[Point, Grid], list[Contest]]) -> int:
+def measure_grid(command: str, grid: Grid, measure: Callable[[Point, Grid], list[Comparison]]) -> int:
     """Measure, print and store every point there is time for; returns 1 if one failed."""
     torch.manual_seed(0)
     where = describe_environment(grid.place)
@@ -109,7 +109,7 @@ def measure_grid(command: str, grid: Grid, measure: Callable[[Point, Grid], list
             )
             break
         try:
-            contests = measure(point, grid)
+            comparisons = measure(point, grid)
         except DeviceFaultError as error:
             print(error, flush=True)
             return FAULTED
@@ -117,9 +117,9 @@ def measure_grid(command: str, grid: Grid, measure: Callable[[Point, Grid], list
             failed += 1
             print(f"{command} of {point.name} at {point.tokens} tokens fails: {first_line(error)}", flush=True)
             continue
-        show(f"{command}: {point.tokens} tokens, weight {point.name}", contests, grid.device)
+        show(f"{command}: {point.tokens} tokens, weight {point.name}", comparisons, grid.device)
         if grid.csv is not None:
-            append_csv(grid.csv, rows(command, contests, point.tokens, point.name, grid.device), grid.device)
+            append_csv(grid.csv, rows(command, comparisons, point.tokens, point.name, grid.device), grid.device)
     return int(failed > 0)
 
 

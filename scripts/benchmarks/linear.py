@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from contest import Contest, Provider, set_count, take_turns
+from comparison import Comparison, Provider, set_count, take_turns
 from grid import Grid, Point, first_line, measure_grid
 from torch import Tensor, nn
 
@@ -56,7 +56,7 @@ def run(grid: Grid) -> int:
     return measure_grid("linear", grid, measure)
 
 
-def measure(point: Point, grid: Grid) -> list[Contest]:
+def measure(point: Point, grid: Grid) -> list[Comparison]:
     """Time a step, a forward and a backward pass of the layer, dense and by every backend that runs here."""
     rows, columns = point.shape
     inputs = [
@@ -72,7 +72,7 @@ def measure(point: Point, grid: Grid) -> list[Contest]:
         layers = [Layer(_sparse(_dense(point, grid.place), name), *pair) for pair in inputs]
         try:
             layers[0].step(1)
-            reason = what_is_wrong(layers[0])
+            reason = find_mismatch(layers[0])
         except (RuntimeError, ValueError) as error:
             reason = first_line(error)
         if reason is not None:
@@ -85,18 +85,18 @@ def measure(point: Point, grid: Grid) -> list[Contest]:
         "forward": (1, lambda layer: layer.forward),
         "backward": (2, lambda layer: layer.backward),
     }
-    contests = []
+    comparisons = []
     for what, (products, call) in kinds.items():
         providers = [Provider(name, list(map(call, layers))) for name, layers in variants.items()]
-        contests.append(Contest(what, products * point.flops, providers))
-        take_turns(contests[-1], grid.repeats, grid.device)
+        comparisons.append(Comparison(what, products * point.flops, providers))
+        take_turns(comparisons[-1], grid.repeats, grid.device)
     for name, layers in variants.items():
         if isinstance(layers[0].layer, SparseLinear):
             print(f"{name}, {point.name}: {layers[0].layer.operands.describe()}")
-    return contests
+    return comparisons
 
 
-def what_is_wrong(layer: Layer) -> str | None:
+def find_mismatch(layer: Layer) -> str | None:
     """Compare output and gradients with those of the masked weight in float32; return one sentence, or None."""
     sparse = layer.layer
     assert isinstance(sparse, SparseLinear)

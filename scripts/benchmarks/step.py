@@ -64,7 +64,7 @@ class Result:
     memory: float | None = None  # peak of its own, MiB
     loss: float = 0.0
     shares: dict[str, float] = field(default_factory=dict)  # of the time, by what it was spent in
-    products: dict[str, int] = field(default_factory=dict)  # layers, by who computes their products
+    products: dict[str, int] = field(default_factory=dict)  # layers, by the backend of their products
     note: str = ""
 
     @property
@@ -84,17 +84,17 @@ def run(plan: Plan) -> int:
         print(f"--rounds is {plan.rounds}: it must be at most --steps, {plan.steps}, for every turn times a step.")
         return 2
     print(describe_environment(torch.device(plan.device)), flush=True)
-    contest = Contest(plan)
+    comparison = Comparison(plan)
     try:
-        contest.run()
+        comparison.run()
     except DeviceFaultError as error:
         print(error, flush=True)
         return FAULTED
     finally:  # an interrupt too leaves the table of what was measured
-        contest.store_baseline()
-        if contest.results:
-            show(plan, contest.results)
-    return int({variant.is_dense for variant in contest.results} != {True, False})
+        comparison.store_baseline()
+        if comparison.results:
+            show(plan, comparison.results)
+    return int({variant.is_dense for variant in comparison.results} != {True, False})
 
 
 def variants(plan: Plan) -> tuple[Variant, list[Variant]]:
@@ -108,7 +108,7 @@ def variants(plan: Plan) -> tuple[Variant, list[Variant]]:
     return Variant("dense", compiled=plan.compile), [*sparse, *fp8, *eager, *eager_dense]
 
 
-class Contest:
+class Comparison:
     """A baseline that stays on the device, and variants that take turns with it, one after the other."""
 
     def __init__(self, plan: Plan) -> None:

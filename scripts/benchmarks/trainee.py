@@ -158,7 +158,7 @@ class Trainee:
         return found
 
     def products(self) -> dict[str, int]:
-        """Return the number of sparse layers, by who computes their products."""
+        """Return the number of sparse layers, by the backend of their products."""
         return dict(Counter(choice.products for choice in self.training.report.sparse)) if self.training else {}
 
 

@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/gpu_check",
         description="Run what needs a GPU, in parts of at most ten minutes, each in processes with limits. Every part "
-        "writes OUT/PART.tar.gz, after every stage anew. docs/gpu.md says how to send them.",
+        "writes OUT/PART.tar.gz, after every stage again. docs/gpu.md says how to send them.",
         epilog="parts:\n" + "\n".join(f"  {place}. {name}: {TITLES[name]}" for place, name in enumerate(names, 1)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

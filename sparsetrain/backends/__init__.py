@@ -1,4 +1,4 @@
-"""Backends: who computes the products with a layer's masked weight."""
+"""Matmul backends: how products with a layer's masked weight run."""
 
 from ..checks import one_of, require
 from .cusparselt.backend import CuSparseLtBackend

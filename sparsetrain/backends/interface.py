@@ -38,7 +38,7 @@ class Operand:
 
 
 class Backend(Protocol):
-    """Who computes ``Y = X·Aᵀ`` for a masked matrix A: W for the forward product, Wᵀ for the input gradient.
+    """A matmul backend: ``Y = X·Aᵀ`` for a masked matrix A, W for the forward product, Wᵀ for the input gradient.
 
     ``symmetric`` backends hold one matrix for both products.
     """

@@ -269,7 +269,7 @@ def _read(path: Path, key: _Key, compress: Compressor, device: torch.device) -> 
         table = LearnedLayout(rows, columns, unit_bits, source, padding)
         verify_layout(table, compress, *_packed(rows, columns, dtype, device, seed=_CHECKS))
     except (OSError, SafetensorError, ValueError) as error:
-        _log.warning("%s is ignored, and its layout learned anew: %s", path, error)
+        _log.warning("%s is ignored, and its layout learned again: %s", path, error)
         return None
     return table
 
@@ -288,4 +288,4 @@ def _write(path: Path, key: _Key, table: LearnedLayout) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        _log.warning("%s cannot be written, so its layout will be learned anew: %s", path, error)
+        _log.warning("%s cannot be written, so its layout will be learned again: %s", path, error)

@@ -1,4 +1,4 @@
-"""Dispatch: which backend and algorithm computes a product here, by measurement, and the table that remembers it."""
+"""Dispatch: the backend and algorithm of each product, benchmarked here, and the table that stores the choice."""
 
 import functools
 
@@ -10,11 +10,21 @@ from .problem import MASKED, Choice, Problem, Product, bucket
 from .stopwatch import median_milliseconds
 from .table import Decision, DispatchTable
 from .tuner import Tuner
-from .verify import what_is_wrong
+from .verify import find_mismatch
 
 __all__ = [
-    "MASKED", "Choice", "Decision", "DeviceFaultError", "DispatchTable", "Problem", "Product", "Tuner", "bucket",
-    "describe_environment", "tuner_for", "what_is_wrong",
+    "MASKED",
+    "Choice",
+    "Decision",
+    "DeviceFaultError",
+    "DispatchTable",
+    "Problem",
+    "Product",
+    "Tuner",
+    "bucket",
+    "describe_environment",
+    "find_mismatch",
+    "tuner_for",
 ]  # fmt: skip
 
 

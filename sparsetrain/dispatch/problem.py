@@ -54,7 +54,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Choice:
-    """Who computes a product: a backend and one of its algorithms.
+    """The choice for a product: a backend and one of its algorithms.
 
     Example:
         >>> str(Choice("cusparselt", "7")), Choice.parse("masked")

@@ -26,7 +26,7 @@ class Decision:
     """What was measured for a problem, and what was chosen.
 
     Args:
-        choice: Who computes it.
+        choice: Its backend and algorithm.
         milliseconds: Median time of every candidate whose numbers were right.
         denied: Candidates that must not be used, with the reason.
 
@@ -135,5 +135,5 @@ class DispatchTable:
                 raise ValueError(f"version is {content['version']!r}: it must be {VERSION}.")
             return {key: Decision.from_json(entry) for key, entry in content["entries"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            LOG.warning("the dispatch table %s is ignored and measured anew: %s", self.path, error)
+            LOG.warning("the dispatch table %s is ignored and measured again: %s", self.path, error)
             return {}

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import Backend, Operand
-from ..backends.filling import Filling, fill_, operand_of_packed
+from ..backends.packing import PackJob, fill_, operand_of_packed
 from ..kernels.mask_search.operator import search_tiles
 from ..kernels.pack.operator import pack_tiles_
 from ..kernels.tile_codes.reference import unpack_codes
@@ -42,7 +42,7 @@ class Trial:
         return F.linear(rows, self.matrix, self.bias)
 
     def multiplier(self, backend: Backend, algorithm: str) -> Multiply:
-        """Return the product by a backend's algorithm; what a layer does anew for every product is part of it."""
+        """Return the product by a backend's algorithm; what a layer does again for every product is part of it."""
         if self.problem.product == "weight_gradient":
             values, meta = self._packed()
             return lambda rows: backend.product(
@@ -51,7 +51,7 @@ class Trial:
         if self._held is None or self._held[0] is not backend:
             self._held = None  # one operand at a time on the device
             operand = backend.allocate(self.problem.matrix, self.problem.dtype, self._weight.device)
-            fill_([Filling(self._weight, self._codes, backend, self.problem.dtype, operand)])
+            fill_([PackJob(self._weight, self._codes, backend, self.problem.dtype, operand)])
             self._held = backend, operand
         held = self._held[1]
         return lambda rows: backend.product(held, rows, self.bias, algorithm)

@@ -13,7 +13,7 @@ from .faults import DeviceFaultError, device_works, known_faults, record_fault
 from .problem import MASKED, Choice, Problem
 from .table import Decision, DispatchTable
 from .trial import Trial
-from .verify import what_is_wrong
+from .verify import find_mismatch
 
 LOG = logging.getLogger("sparsetrain")
 
@@ -25,7 +25,7 @@ MARGIN = 0.98
 
 
 class Tuner:
-    """Chooses who computes a product in one environment.
+    """Chooses the backend of every product in one environment.
 
     Args:
         table: Where decisions are found and recorded.
@@ -56,7 +56,7 @@ class Tuner:
     def choose(
         self, problem: Problem, device: torch.device, backend: str = "auto", deterministic: bool = False
     ) -> Choice:
-        """Return who computes a problem; measures it if it has not been measured.
+        """Return the choice for a problem; benchmarks it if it has not been benchmarked.
 
         Args:
             problem: What is multiplied.
@@ -126,7 +126,7 @@ class Tuner:
                     multiply = trial.multiplier(self.backends[choice.backend], choice.algorithm)
                     reason = None
                     for run in range(self._runs if choice != MASKED else 0):
-                        reason = reason or what_is_wrong(
+                        reason = reason or find_mismatch(
                             multiply, trial.dense, trial.matrix, trial.rows(run), trial.bias
                         )  # fmt: skip
                     if reason is None:

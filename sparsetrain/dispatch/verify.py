@@ -21,7 +21,7 @@ def exact_product(rows: Tensor, matrix: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def what_is_wrong(
+def find_mismatch(
     multiply: Multiply, dense: Multiply, matrix: Tensor, rows: Tensor, bias: Tensor | None = None
 ) -> str | None:
     """Compare a product with the dense one of the same dtype, and with an exact one on a sample of tokens.
@@ -42,9 +42,9 @@ def what_is_wrong(
 
     Example:
         >>> matrix, rows = torch.randn(8, 16), torch.randn(4, 16)
-        >>> what_is_wrong(lambda x: x @ matrix.t(), lambda x: x @ matrix.t(), matrix, rows) is None
+        >>> find_mismatch(lambda x: x @ matrix.t(), lambda x: x @ matrix.t(), matrix, rows) is None
         True
-        >>> what_is_wrong(lambda x: 2 * x @ matrix.t(), lambda x: x @ matrix.t(), matrix, rows)[:13]
+        >>> find_mismatch(lambda x: 2 * x @ matrix.t(), lambda x: x @ matrix.t(), matrix, rows)[:13]
         'its error is '
     """
     found, expected = multiply(rows), dense(rows)

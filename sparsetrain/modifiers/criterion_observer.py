@@ -5,7 +5,7 @@ kept; whether the layer is in training mode does not matter, because models are 
 The backward of the layer's output adds the summary to ``passing``: under activation checkpointing the graph of only one
 of the two forwards is run backward, in either mode, so each input counts once, and forwards without a backward do not
 count. The weight's gradient, which comes once per backward and after that, moves ``passing`` into ``gathered``, which
-starts anew where the weight has no gradient yet: what a skipped step left behind is forgotten.
+starts again where the weight has no gradient yet: what a skipped step left behind is forgotten.
 """
 
 from collections.abc import Iterable, Mapping

@@ -117,7 +117,7 @@ class FrozenMoments(Modifier):
             optimizer.__dict__.pop(INIT_GROUP, None)
 
     def follow(self, name: str, old: Tensor, new: Tensor) -> None:
-        """Go on with a parameter in another's place; if its moments did not come along, Adam begins anew."""
+        """Go on with a parameter in another's place; if its moments did not come along, Adam begins again."""
         if self._frozen is not None and old in self._frozen:
             self._frozen[new] = self._frozen.pop(old)
 

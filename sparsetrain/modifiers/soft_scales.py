@@ -63,7 +63,7 @@ class SoftScales(Modifier):
                 layer.soft_scale = soft_scale(layer.matrix, layer.mask_codes, layer.execution.transposable)
 
     def forget(self) -> None:
-        """Have products see the hard-masked weight, or β measured anew."""
+        """Have products see the hard-masked weight, or β measured again."""
         for layer in self._layers.values():
             layer.soft_scale = None
 

@@ -85,7 +85,7 @@ class _Allocations(TorchDispatchMode):
         self._living: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.sparsetrain.masked_product.default:
+        if func is torch.ops.sparsetrain.masked_matmul.default:
             with self:  # what is inside of an operator is not dispatched to a mode
                 return _masked_product(*args, **(kwargs or {}))
         given = {_storage(tensor) for tensor in _tensors((args, kwargs))}

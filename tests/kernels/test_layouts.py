@@ -22,7 +22,7 @@ from sparsetrain.kernels.tile_codes.reference import unpack_codes
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32 * 6), (96, 128), (256, 512), (1024, 64)])
 def test_cutlass_equals_torchs_conversion(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    weight = torch.randn(shape) + 3  # no zeros, whose places the conversion would choose anew
+    weight = torch.randn(shape) + 3  # no zeros, whose places the conversion would choose again
     codes, values, meta, values_t, meta_t = search_and_pack(weight, dtype)
     masked = weight.to(dtype) * unpack_codes(codes)
     expected_values, expected_meta = sparse_semi_structured_from_dense_cutlass(masked)

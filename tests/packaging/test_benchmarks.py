@@ -49,27 +49,27 @@ def test_wrong_algorithms_are_reported_and_not_timed(load, capsys: pytest.Captur
         "three": SimulatedBackend(),
         "closed": closed,
     }
-    (contest,) = gemm.measure(*point_and_grid(grid), ways)
-    timed = {provider.name: provider.algorithm for provider in contest.providers}
+    (comparison,) = gemm.measure(*point_and_grid(grid), ways)
+    timed = {provider.name: provider.algorithm for provider in comparison.providers}
     best = timed.pop("one best")
     assert best in ("0", "1")
     # the default of "two" is wrong, and "three" has one algorithm
     assert timed == {"dense": "", "masked": "", "one": "0", "two best": "7", "three": "0"}
-    assert all(len(provider.device_ms) == 2 for provider in contest.providers)
+    assert all(len(provider.device_ms) == 2 for provider in comparison.providers)
     printed = capsys.readouterr().out
     assert "one, 64x128 bfloat16, 64 tokens: flaky not timed: a repetition gives other bits" in printed
     assert "one, 64x128 bfloat16, 64 tokens: broken not timed: operation not supported" in printed
     assert "closed does not run here: there is no such library." in printed
     assert printed.count("wrong not timed: ") == 2
-    rows = load("contest").rows("gemm", [contest], 64, "64x128 bfloat16", "cpu")
+    rows = load("comparison").rows("gemm", [comparison], 64, "64x128 bfloat16", "cpu")
     ids = {row["kernel_provider"]: row["y_value_50"] for row in rows if row["metric_name"] == "algorithm"}
     assert ids == {"one": 0, "one best": int(best), "two best": 7, "three": 0}
 
 
 def test_every_provider_of_a_product_gives_the_same_numbers(load) -> None:
     gemm, grid = load("gemm"), load("grid")
-    (contest,) = gemm.measure(*point_and_grid(grid), {"one": SimulatedBackend()})
-    dense, masked, sparse = (provider.calls[0]() for provider in contest.providers)
+    (comparison,) = gemm.measure(*point_and_grid(grid), {"one": SimulatedBackend()})
+    dense, masked, sparse = (provider.calls[0]() for provider in comparison.providers)
     assert torch.equal(masked, sparse)
     assert not torch.equal(dense, masked)
 
@@ -79,13 +79,13 @@ def test_a_layer_with_wrong_numbers_is_found(load, what: str, factor: float) -> 
     linear = load("linear")
     sparse = linear._sparse(nn.Linear(128, 64, bias=False), "masked")
     layer = linear.Layer(sparse, torch.randn(64, 128).bfloat16(), torch.randn(64, 64).bfloat16())
-    assert linear.what_is_wrong(layer) is None
+    assert linear.find_mismatch(layer) is None
     if what == "output":
         sparse.register_forward_hook(lambda module, inputs, output: output * factor)
     else:
         layer._output = None
         layer.rows.register_hook(lambda gradient: gradient * factor)
-    assert f"its {what} is wrong by" in linear.what_is_wrong(layer)
+    assert f"its {what} is wrong by" in linear.find_mismatch(layer)
 
 
 def test_a_step_writes_the_weight_and_accumulates_micro_batches(load) -> None:
@@ -103,9 +103,9 @@ def test_a_step_writes_the_weight_and_accumulates_micro_batches(load) -> None:
 
 
 def test_turns_are_taken_one_by_one(load) -> None:
-    contest, calls = load("contest"), []
-    providers = [contest.Provider(name, [lambda name=name: calls.append(name)]) for name in "ab"]
-    contest.take_turns(contest.Contest("forward", 1.0, providers), 3, "cpu")
+    comparison, calls = load("comparison"), []
+    providers = [comparison.Provider(name, [lambda name=name: calls.append(name)]) for name in "ab"]
+    comparison.take_turns(comparison.Comparison("forward", 1.0, providers), 3, "cpu")
     assert calls == ["a", "b"] * 4  # the first two warm up
     assert all(len(provider.device_ms) == 3 and not provider.host_ms for provider in providers)
 
@@ -113,13 +113,13 @@ def test_turns_are_taken_one_by_one(load) -> None:
 def test_on_a_gpu_the_host_runs_ahead_and_no_turn_finds_its_inputs_in_the_cache(
     load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contest, events, calls = load("contest"), FakeEvents(), []
-    monkeypatch.setattr(contest, "events_around", events)
+    comparison, events, calls = load("comparison"), FakeEvents(), []
+    monkeypatch.setattr(comparison, "events_around", events)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
     slow = [lambda number=number: (calls.append(number), time.sleep(2e-3)) for number in range(3)]
     fast = [lambda number=number: calls.append(number) for number in range(3)]
-    providers = [contest.Provider("slow", slow), contest.Provider("fast", fast)]
-    contest.take_turns(contest.Contest("forward", 1.0, providers), 5, "cuda")
+    providers = [comparison.Provider("slow", slow), comparison.Provider("fast", fast)]
+    comparison.take_turns(comparison.Comparison("forward", 1.0, providers), 5, "cuda")
     assert min(events.cycles[::2]) >= 2 * 2 * 2_000_000  # twice the host's 2 ms, at 2 GHz
     assert set(events.cycles[1::2]) == {200_000}
     waits = [place for place, call in enumerate(calls) if call == "wait"]
@@ -132,14 +132,14 @@ def test_on_a_gpu_the_host_runs_ahead_and_no_turn_finds_its_inputs_in_the_cache(
 
 
 def test_inputs_are_several_times_the_cache(load, monkeypatch: pytest.MonkeyPatch) -> None:
-    contest = load("contest")
+    comparison = load("comparison")
     cache = type("Properties", (), {"L2_cache_size": 60 << 20})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: cache)
     for size in (4 << 20, 50 << 20, 1 << 30):
-        assert contest.set_count(size, "cuda") >= 2
-        assert contest.set_count(size, "cuda") * size >= 3 * cache.L2_cache_size
-    assert contest.set_count(1, "cuda") == 64
-    assert contest.set_count(1, "cpu") == 1
+        assert comparison.set_count(size, "cuda") >= 2
+        assert comparison.set_count(size, "cuda") * size >= 3 * cache.L2_cache_size
+    assert comparison.set_count(1, "cuda") == 64
+    assert comparison.set_count(1, "cpu") == 1
 
 
 def synthetic_rows(fields: tuple[str, ...], device: str = "some GPU"):

@@ -137,19 +137,19 @@ def test_a_weak_baseline_is_called_one(load, share: float, weak: bool) -> None:
 
 def test_a_variant_without_room_beside_the_baseline_runs_alone(load, monkeypatch: pytest.MonkeyPatch) -> None:
     step = load("step")
-    contest = None
+    comparison = None
 
     class Large(Turns):
         def __init__(self, size, batch, variant, *others) -> None:
-            if variant.kind == "sparse" and contest.baseline is not None:
+            if variant.kind == "sparse" and comparison.baseline is not None:
                 raise torch.OutOfMemoryError("no room")
             super().__init__(size, batch, variant, *others)
 
     monkeypatch.setattr(step, "Trainee", Large)
     Turns.steps, Turns.milliseconds_of = [], {"dense": 12.0, "sparse": 10.0, "fp8 dense": 8.0}
-    contest = step.Contest(plan(step, compile="none"))
-    contest.run()
-    by_name = {variant.name: result for variant, result in contest.results.items()}
+    comparison = step.Comparison(plan(step, compile="none"))
+    comparison.run()
+    by_name = {variant.name: result for variant, result in comparison.results.items()}
     alone = by_name["sparse auto, eager"]
     assert alone.note == "not in turn with the baseline"
     assert alone.ratio == pytest.approx(1.2)

@@ -20,7 +20,7 @@ from sparsetrain.convolution import MaskWeight, TwoWeightConvolution
 from sparsetrain.estimated_gradient import draw_counter
 from sparsetrain.gradient_rules import GRADIENT_RULES, scaled
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
-from sparsetrain.linear import Rules, SparseLinearFunction
+from sparsetrain.linear import LinearSpec, SparseLinearFunction
 from sparsetrain.modifiers.criterion_observer import _AddInBackward
 from sparsetrain.soft_threshold import SoftThreshold
 
@@ -58,7 +58,7 @@ def two_weights(order: torch.memory_format) -> tuple[Callable[..., Tensor], tupl
 
 def linear(rule: str, backward: bool = False, estimated: bool = False) -> Case:
     codes, kept = random_codes(8, 16), random_codes(8, 16) if backward else None
-    rules = Rules(RULES[rule], "masked", "masked", 3)
+    rules = LinearSpec(RULES[rule], "masked", "masked", 3)
 
     def make(order: torch.memory_format) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         dtype = torch.float32 if estimated else torch.float64

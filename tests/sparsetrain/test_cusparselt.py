@@ -186,7 +186,7 @@ def test_the_plans_used_last_stay_and_the_others_are_destroyed_in_order() -> Non
     bench.lt.close()
     bench.fake.assert_clean()
     assert bench.fake.destroyed[-1] == "handle"
-    bench.lt.compress(sparse())  # starts anew
+    bench.lt.compress(sparse())  # starts again
     bench.lt.close()
     bench.fake.assert_clean()
 

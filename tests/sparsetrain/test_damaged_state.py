@@ -63,7 +63,7 @@ class Run:
             name: {
                 "codes": layer.mask_codes.clone(), "phase": layer.phase, "soft": copy.deepcopy(layer.soft_scale),
                 "backward": None if layer.backward_codes is None else layer.backward_codes.clone(),
-                "adapted": layer.adapter is not None, "rule": layer.gradient, "sparse": layer.is_two_of_four,
+                "adapted": layer.adapter is not None, "rule": layer.gradient, "sparse": layer.is_2_4,
             }
             for name, layer in self.training.masks.layers.items()
         }  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sparsetrain as st
 from sparsetrain import masked_layer, products
 from sparsetrain.backends import BACKENDS, MaskedBackend
-from sparsetrain.dispatch import Choice, Decision, DispatchTable, Problem, Tuner, bucket, what_is_wrong
+from sparsetrain.dispatch import Choice, Decision, DispatchTable, Problem, Tuner, bucket, find_mismatch
 
 CPU = torch.device("cpu")
 PROBLEM = Problem("forward", (64, 32), 100, torch.bfloat16, bias=True)
@@ -134,7 +134,7 @@ def test_a_damaged_table_is_measured_anew(tmp_path: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING, "sparsetrain"):
         table = DispatchTable(path)
     assert table.entries() == {}
-    assert "measured anew" in caplog.text
+    assert "measured again" in caplog.text
     table.record("a", "x", Decision("masked"))
     assert set(DispatchTable(path).entries()) == {"a | x"}
 
@@ -170,12 +170,12 @@ def test_verification_sees_a_single_wrong_number_outside_the_sample() -> None:
         result[1234, 5] += 0.01
         return result
 
-    assert what_is_wrong(lambda x: exact, lambda x: exact, matrix, rows) is None
-    assert what_is_wrong(spoilt, lambda x: exact, matrix, rows) == "some of its numbers are wrong"
+    assert find_mismatch(lambda x: exact, lambda x: exact, matrix, rows) is None
+    assert find_mismatch(spoilt, lambda x: exact, matrix, rows) == "some of its numbers are wrong"
     nan = exact.clone()
     nan[0, 0] = float("nan")
-    assert what_is_wrong(lambda x: nan, lambda x: exact, matrix, rows)
-    assert what_is_wrong(lambda x: exact.half(), lambda x: exact, matrix, rows).startswith("it returns")
+    assert find_mismatch(lambda x: nan, lambda x: exact, matrix, rows)
+    assert find_mismatch(lambda x: exact.half(), lambda x: exact, matrix, rows).startswith("it returns")
 
 
 def test_automatic_layers_follow_the_decisions_and_report_them(monkeypatch: pytest.MonkeyPatch) -> None:

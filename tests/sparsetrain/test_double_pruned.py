@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS
 from sparsetrain.patterns import DOUBLE_PRUNED, prune_again
-from sparsetrain.products import masked_product
+from sparsetrain.products import masked_matmul
 
 SLOPE = {"preset": "slope", "refresh_every": 3, "adapter_rank": 0}
 
@@ -156,9 +156,9 @@ def test_the_dense_product_behind_dispatch_sees_both_codes_too() -> None:
     rows, tokens = torch.randn(5, 48), torch.randn(5, 32)
     arguments = (sparse.weight.detach(), sparse.mask_codes)
     for _ in range(2):  # once made, once found
-        found = masked_product(rows, *arguments, None, True, "masked", sparse.backward_codes)
+        found = masked_matmul(rows, *arguments, None, True, "masked", sparse.backward_codes)
         torch.testing.assert_close(found.double(), rows.double() @ dense_of(sparse), rtol=1e-5, atol=1e-5)
-        found = masked_product(tokens, *arguments, None, False, "masked", sparse.backward_codes)
+        found = masked_matmul(tokens, *arguments, None, False, "masked", sparse.backward_codes)
         torch.testing.assert_close(found, F.linear(tokens, sparse.weight * sparse.mask), rtol=1e-5, atol=1e-5)
         with torch.no_grad():
             sparse.weight.mul_(-1)
@@ -178,7 +178,7 @@ def test_the_functional_form_needs_no_layer(backend) -> None:
     torch.testing.assert_close(*results)
     assert backend.calls["product"] == 2
     arguments = (torch.randn(5, 48), weight, codes, None, True, "simulated", again)
-    torch.library.opcheck(torch.ops.sparsetrain.masked_product.default, arguments)
+    torch.library.opcheck(torch.ops.sparsetrain.masked_matmul.default, arguments)
 
 
 def test_a_refresh_neither_recompiles_nor_moves_operands(backend) -> None:
@@ -232,7 +232,7 @@ def test_training_equals_the_masked_backend_and_the_loops(backend, method: str, 
             assert (again.view(-1, 4, 32).sum(1) == 2).all()
             expected = torch.ones(4, 16).double() @ (last.weight.detach().double() * last.mask * again)
             torch.testing.assert_close(x.grad.double(), expected, rtol=1e-5, atol=1e-5)
-            if training.clock % 3 == 0 and method.startswith("frozen"):  # found anew just now
+            if training.clock % 3 == 0 and method.startswith("frozen"):  # found again just now
                 torch.testing.assert_close(last.weight * last.mask * again, dense_of(last).float())
         assert training.sparse_flops_share == pytest.approx(2 / 3)
         results.append([parameter.detach().clone() for parameter in model.parameters()])

@@ -75,7 +75,7 @@ def soft_scale(layer: MaskedLayer) -> None:
 
 
 def more_than_two_of_four(layer: MaskedLayer) -> None:
-    layer.is_two_of_four = False
+    layer.is_2_4 = False
 
 
 def not_transposable(layer: MaskedLayer) -> None:

@@ -337,7 +337,7 @@ def test_threads_share_it() -> None:
     def run() -> None:
         for _ in range(50):
             with torch.no_grad():
-                layer.operands.expire()
+                layer.operands.invalidate()
                 if not torch.equal(layer(x), expected):
                     wrong.append(1)
 
@@ -361,7 +361,7 @@ def test_who_reads_while_the_same_is_made_again_sees_no_other_numbers() -> None:
             seen.append(torch.equal(room, expected))
             return result
 
-    layer.operands.expire()
+    layer.operands.invalidate()
     with Watch(), torch.no_grad():
         layer(x)
     assert len(seen) > 5

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS
 from sparsetrain.operands import Execution, operands_of
-from sparsetrain.products import masked_product
+from sparsetrain.products import masked_matmul
 
 SHAPES = {"1-D": (32,), "2-D": (5, 32), "3-D": (2, 3, 32), "4-D": (2, 2, 3, 32)}
 
@@ -204,7 +204,7 @@ def test_a_product_without_a_layer_is_right_and_keeps_nothing(backend) -> None:
     weight = torch.randn(32, 16)
     codes = st.transposable_codes(weight.abs())
     rows = torch.randn(5, 32)
-    found = masked_product(rows, weight, codes, None, True, "simulated")
+    found = masked_matmul(rows, weight, codes, None, True, "simulated")
     torch.testing.assert_close(found, rows @ (weight * st.decode_tiles(codes)))
     assert operands_of(codes) is None
 
@@ -315,7 +315,7 @@ def test_aot_compilation_gives_the_same_gradients(backend) -> None:
 def test_the_operator_is_well_formed(backend) -> None:
     weight = torch.randn(32, 16)
     arguments = (torch.randn(5, 16), weight, st.transposable_codes(weight.abs()), torch.randn(32), False, "simulated")
-    torch.library.opcheck(torch.ops.sparsetrain.masked_product.default, arguments)
+    torch.library.opcheck(torch.ops.sparsetrain.masked_matmul.default, arguments)
 
 
 def test_training_releases_operands_in_dense_phases_and_repacks_in_place(backend) -> None:

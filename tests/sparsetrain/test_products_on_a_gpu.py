@@ -22,8 +22,8 @@ from sparsetrain import products
 from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend
 from sparsetrain.backends.cusparselt.backend import CompressedOperand
 from sparsetrain.backends.cusparselt.providers import NvmathProvider, TorchProvider
-from sparsetrain.backends.filling import Filling, fill_
-from sparsetrain.dispatch import Choice, DispatchTable, Problem, Product, Tuner, what_is_wrong
+from sparsetrain.backends.packing import PackJob, fill_
+from sparsetrain.dispatch import Choice, DispatchTable, Problem, Product, Tuner, find_mismatch
 from sparsetrain.dispatch.stopwatch import median_milliseconds
 from sparsetrain.masked_layer import MaskedLayer
 from sparsetrain.renewal import Renewal
@@ -131,13 +131,13 @@ def test_every_algorithm_is_right_twenty_times_or_denied(backend: Backend, produ
     codes = st.transposable_codes(weight.abs())
     matrix = (weight * st.decode_tiles(codes)).bfloat16()
     operand = backend.allocate(problem.matrix, torch.bfloat16, DEVICE)
-    fill_([Filling(weight, codes, backend, torch.bfloat16, operand)])
+    fill_([PackJob(weight, codes, backend, torch.bfloat16, operand)])
     for name in decision.milliseconds:
         choice = Choice.parse(name)
         multiply = functools.partial(backend.product, operand, bias=None, algorithm=choice.algorithm)
         for _ in range(runs if choice.backend == backend.name else 0):
             rows = torch.randn(problem.rows, problem.matrix[1], device=DEVICE).bfloat16()
-            reason = what_is_wrong(multiply, functools.partial(F.linear, weight=matrix), matrix, rows)
+            reason = find_mismatch(multiply, functools.partial(F.linear, weight=matrix), matrix, rows)
             assert reason is None, f"{name}: {reason}"
 
 
@@ -156,7 +156,7 @@ def test_our_packing_is_what_the_library_would_compress(backend: Backend) -> Non
         operand = backend.allocate((rows, columns), torch.bfloat16, DEVICE)
         assert isinstance(operand, CompressedOperand)
         assert operand.layout is not None
-        fill_([Filling(weight, codes, backend, torch.bfloat16, operand)])
+        fill_([PackJob(weight, codes, backend, torch.bfloat16, operand)])
         print(rows, columns, operand.layout.name, operand.layout.reason)
         if operand.layout.table is None:
             continue  # the library itself compressed it
@@ -230,7 +230,7 @@ def test_a_captured_step_follows_refreshes_and_repacks(backend: Backend, first_a
             sparse.set_codes_(st.transposable_codes(sparse.weight.abs().float()))
             x.copy_(torch.randn(512, I))
             gradient(x).zero_()
-        Renewal([sparse]).renew_()
+        Renewal([sparse]).repack_()
         replay()
         dense = (sparse.weight.detach() * sparse.mask).double()
         expected = F.linear(x.detach().double(), dense, bias.detach().double())

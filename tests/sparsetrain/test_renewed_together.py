@@ -26,20 +26,20 @@ Renew = Callable[[Layers], None]
 def renewed_alone() -> Renew:
     """Renewals that keep nothing from one to the next."""
 
-    def renew_(layers: Layers) -> None:
-        Renewal(layers).renew_()
+    def repack_(layers: Layers) -> None:
+        Renewal(layers).repack_()
 
-    return renew_
+    return repack_
 
 
 def renewed_in_groups() -> Renew:
     """Renewals as a run has them, which look again only when something has changed."""
     groups = LayerGroups()
 
-    def renew_(layers: Layers) -> None:
+    def repack_(layers: Layers) -> None:
         groups.repack_({str(id(layer)): layer for layer in layers})
 
-    return renew_
+    return repack_
 
 
 RENEWALS = [renewed_alone, renewed_in_groups]
@@ -127,17 +127,17 @@ def test_every_operand_holds_its_weight(
     if by == "kernels":  # in Triton's interpreter
         monkeypatch.setitem(pack.NOW, "cpu", pack.NOW["cuda"])
     torch.manual_seed(0)
-    renew_ = kind()
+    repack_ = kind()
     monkeypatch.setitem(BACKENDS, "stand_in", StandIn())
     layers = [new_layer() for _ in range(3)]
     for _ in range(2):
-        renew_(layers)
+        repack_(layers)
     change(layers)
     for _ in range(2):
         with torch.no_grad():
             for layer in layers:
                 layer.weight.mul_(-1.5)
-        renew_(layers)
+        repack_(layers)
         for layer in layers:
             masked = layer.weight.detach() * unpack_codes(layer.mask_codes)
             for (_, transposed, dtype), operand in layer.operands._made.items():
@@ -150,22 +150,22 @@ def test_every_operand_holds_its_weight(
 
 @pytest.mark.parametrize("kind", RENEWALS)
 def test_an_operand_nobody_uses_is_forgotten(kind: Callable[[], Renew], monkeypatch: pytest.MonkeyPatch) -> None:
-    renew_ = kind()
+    repack_ = kind()
     monkeypatch.setitem(BACKENDS, "stand_in", StandIn())
     layers = [new_layer() for _ in range(2)]
     for _ in range(12):
         use(layers[0])
-        renew_(layers)
+        repack_(layers)
     assert [len(layer.operands._made) for layer in layers] == [2, 0]
 
 
 @pytest.mark.parametrize("kind", RENEWALS)
 def test_a_released_operand_is_freed(kind: Callable[[], Renew], monkeypatch: pytest.MonkeyPatch) -> None:
-    renew_ = kind()
+    repack_ = kind()
     monkeypatch.setitem(BACKENDS, "stand_in", StandIn())
     layers = [new_layer() for _ in range(3)]
-    renew_(layers)
-    renew_(layers)
+    repack_(layers)
+    repack_(layers)
     kept = [weakref.ref(operand) for layer in layers for operand in layer.operands._made.values()]
     for layer in layers:
         layer.operands.release()

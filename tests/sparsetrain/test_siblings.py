@@ -1,6 +1,6 @@
 """Whatever holds a masked layer computes what the masks say, in every phase and mode.
 
-The expectation is a second model, made anew, whose plain layers have weights that were masked here by hand.
+The expectation is a second model, made again, whose plain layers have weights that were masked here by hand.
 """
 
 import copy

@@ -12,7 +12,7 @@ import sparsetrain as st
 from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend, CutlassBackend
 from sparsetrain.backends import metadata_layout as layouts
 from sparsetrain.backends.cusparselt.providers import TorchProvider
-from sparsetrain.backends.filling import Filling, fill_
+from sparsetrain.backends.packing import PackJob, fill_
 
 pytest.importorskip("nvmath.bindings.cusparseLt", reason="the stand-in takes its signatures from nvmath")
 from fake_cusparselt import FakeCuSparseLt
@@ -67,7 +67,7 @@ def test_outputs_come_in_both_orders_from_inputs_of_any_strides(backend, dtype, 
     codes = st.transposable_codes(weight.abs())
     dense = (weight * st.decode_tiles(codes)).to(dtype)
     operand = backend.allocate((64, 128), dtype, torch.device("cpu"))
-    fill_([Filling(weight, codes, backend, dtype, operand)])
+    fill_([PackJob(weight, codes, backend, dtype, operand)])
     bias = torch.randn(64, dtype=dtype)
     whole = torch.randn(48, 272, dtype=dtype)
     for rows in (whole[:16, :128], whole[:, 8:136], whole[:20, 1:129], whole.t()[:128, :24].t(), whole[::2, :128],
@@ -85,7 +85,7 @@ def test_our_packer_writes_the_order_that_was_learned_from_the_compressor(nvmath
     operand = backend.allocate((48, 64), torch.float16, torch.device("cpu"))
     assert operand.layout.name == "learned"
     count = nvmath.calls["sp_mma_compress2"]
-    fill_([Filling(weight, codes, backend, torch.float16, operand)])
+    fill_([PackJob(weight, codes, backend, torch.float16, operand)])
     assert nvmath.calls["sp_mma_compress2"] == count
     expected = backend.provider.compress((weight * st.decode_tiles(codes)).half())
     assert torch.equal(operand.tensors[0].view(torch.int16), expected.view(torch.int16))
@@ -166,7 +166,7 @@ def test_epilogues_follow_the_bias(nvmath, epilogue, function, bias: bool) -> No
     assert isinstance(backend, CuSparseLtBackend)
     codes = st.transposable_codes(weight.abs())
     operand = backend.allocate((32, 64), torch.float16, torch.device("cpu"))
-    fill_([Filling(weight, codes, backend, torch.float16, operand)])
+    fill_([PackJob(weight, codes, backend, torch.float16, operand)])
     rows, added = torch.randn(13, 64, dtype=torch.float16), torch.randn(32, dtype=torch.float16) if bias else None
     dense = (weight * st.decode_tiles(codes)).half().double()
     expected = function(F.linear(rows.double(), dense, added.double() if bias else None))

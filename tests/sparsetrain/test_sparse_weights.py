@@ -54,7 +54,7 @@ def test_a_plain_model_with_the_sparse_state_dict_computes_what_was_evaluated(me
         assert zeros == (0 if method is SLOPE else layer.weight.numel() // 2)
     training.finish()
     assert equal(st.sparse_state_dict(model), model.state_dict())
-    if method != "s_ste":  # which measures its scale anew
+    if method != "s_ste":  # which measures its scale again
         torch.testing.assert_close(dict(model.state_dict()), dict(found))
 
 

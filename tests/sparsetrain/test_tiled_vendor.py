@@ -15,7 +15,7 @@ from sparsetrain.backends import BACKENDS, CuSparseLtBackend
 from sparsetrain.backends import metadata_layout as layouts
 from sparsetrain.backends.cusparselt import CuSparseLt, Library
 from sparsetrain.backends.cusparselt.providers import NvmathProvider
-from sparsetrain.backends.filling import Filling, fill_
+from sparsetrain.backends.packing import PackJob, fill_
 from sparsetrain.dispatch import DispatchTable, Tuner
 
 pytest.importorskip("nvmath.bindings.cusparseLt", reason="the stand-in takes its signatures from nvmath")
@@ -82,7 +82,7 @@ def test_its_order_is_found_and_written_by_the_packer(vendor: TiledCuSparseLt, s
     assert operand.meta is not None  # nothing is re-ordered after packing
     compressed = vendor.calls["sp_mma_compress2"]
     codes = st.transposable_codes(weight.abs())
-    fill_([Filling(weight, codes, backend, torch.float16, operand)])
+    fill_([PackJob(weight, codes, backend, torch.float16, operand)])
     assert vendor.calls["sp_mma_compress2"] == compressed
     matrix = {"rows": shape[0], "cols": shape[1], "dtype": torch.float16}
     found = vendor.read(operand.tensors[0].data_ptr(), matrix)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sparsetrain as st
 from sparsetrain.backends import Backend
-from sparsetrain.backends.filling import Filling, fill_
+from sparsetrain.backends.packing import PackJob, fill_
 from sparsetrain.backends.tilelang import KernelKey, Tile, TilelangBackend, compile_kernel, cuda_source, tiles_for
 from sparsetrain.backends.tilelang import backend as backend_module
 from sparsetrain.backends.tilelang import kernel as kernel_module
@@ -71,7 +71,7 @@ def packed(backend: Backend, shape: tuple[int, int], dtype: torch.dtype):
     weight = torch.randn(shape)
     codes = st.transposable_codes(weight.abs())
     operand = backend.allocate(shape, dtype, CPU)
-    fill_([Filling(weight, codes, backend, dtype, operand)])
+    fill_([PackJob(weight, codes, backend, dtype, operand)])
     return operand, (weight * st.decode_tiles(codes)).to(dtype)
 
 

@@ -11,8 +11,8 @@ COLUMNS = (
     "weight", "gradient", "average", "square", "code", "values", "meta", "table", "values_t", "meta_t", "table_t",
 )  # fmt: skip
 CONSTANTS = (
-    "DTYPE", "RULE", "ZEROS", "MAXIMIZE", "FROM_END", "FORWARD", "TRANSPOSED", "ORDER", "ORDER_T", "ALIGNED", "BY_HAND",
-    "ROWS", "COLUMNS",
+    "DTYPE", "RULE", "ZEROS", "MAXIMIZE", "FROM_END", "FORWARD", "TRANSPOSED", "ORDER", "ORDER_T", "ALIGNED",
+    "EMULATE_ROUNDING", "ROWS", "COLUMNS",
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def case(source: str, rule: Rule, sides: str, zeros: bool = False, order: Order 
         {
             "DTYPE": tl.bfloat16, "RULE": RULES.index(rule), "ZEROS": zeros, "MAXIMIZE": False, "FROM_END": False,
             "FORWARD": sides in ("W", "both"), "TRANSPOSED": sides == "both", "ORDER": int(order),
-            "ORDER_T": int(order), "ALIGNED": True, "BY_HAND": False, "ROWS": rows, "COLUMNS": columns,
+            "ORDER_T": int(order), "ALIGNED": True, "EMULATE_ROUNDING": False, "ROWS": rows, "COLUMNS": columns,
         },
         elements=16 * rows * columns,
         warps=warps,

@@ -8,7 +8,7 @@ OPERANDS = ("grad", "gate", "up", "first", "second")
 
 
 def flat(kind: str, backward: bool) -> Case:
-    constants = {"KIND": kind, "BACKWARD": backward, "BY_HAND": False, "BLOCK": FLAT}
+    constants = {"KIND": kind, "BACKWARD": backward, "EMULATE_ROUNDING": False, "BLOCK": FLAT}
     signature = dict.fromkeys(OPERANDS, "*bf16") | {"count": "i32"} | dict.fromkeys(constants, "constexpr")
     name = f"{kind} {'backward' if backward else 'forward'} bf16"
     return Case(name, flat_kernel, signature, constants, FLAT, WARPS, (*OPERANDS, "count"))
@@ -19,7 +19,7 @@ def mixed(backward: bool) -> Case:
     constants: dict[str, object] = {
         "KIND": "swiglu",
         "BACKWARD": backward,
-        "BY_HAND": False,
+        "EMULATE_ROUNDING": False,
         "ROWS": BLOCK[0],
         "COLUMNS": BLOCK[1],
     }
@@ -32,7 +32,7 @@ def mixed(backward: bool) -> Case:
         }
         constants[f"{name}_row" if by_columns else f"{name}_column"] = 1
     signature = dict.fromkeys(OPERANDS, "*bf16") | {"rows": "i32", "columns": "i32"} | strides
-    signature |= dict.fromkeys(("KIND", "BACKWARD", "BY_HAND", "ROWS", "COLUMNS"), "constexpr")
+    signature |= dict.fromkeys(("KIND", "BACKWARD", "EMULATE_ROUNDING", "ROWS", "COLUMNS"), "constexpr")
     aligned = (*OPERANDS, "rows", "columns", *(name for name, kind in strides.items() if kind == "i32"))
     name = f"swiglu {'backward' if backward else 'forward'} bf16, gate by columns"
     return Case(name, tile_kernel, signature, constants, BLOCK[0] * BLOCK[1], WARPS, aligned)

@@ -22,9 +22,9 @@ def case(kind: str, exact: bool) -> Case:
         {
             "gradient": f"*{kind}", "counter": "*i64", "values": f"*{kind}", "meta": "*i16", "seed": "i64",
             "layer": "i32", "quads": "i32", "words": "i32", "features": "i32", "stride": "i64", "DTYPE": "constexpr",
-            "EXACT": "constexpr", "BY_HAND": "constexpr", "WORDS": "constexpr", "FEATURES": "constexpr",
+            "EXACT": "constexpr", "EMULATE_ROUNDING": "constexpr", "WORDS": "constexpr", "FEATURES": "constexpr",
         },
-        {"DTYPE": entry, "EXACT": exact, "BY_HAND": False, "WORDS": words, "FEATURES": features},
+        {"DTYPE": entry, "EXACT": exact, "EMULATE_ROUNDING": False, "WORDS": words, "FEATURES": features},
         elements=16 * words * features,
         warps=warps,
         vector_bits=128 if kind == "fp32" else 64,  # four entries of 16 rows each in flight

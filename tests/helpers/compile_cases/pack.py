@@ -12,7 +12,7 @@ OUTPUTS = {"fp32": ("i64", tl.float32), "bf16": ("i32", tl.bfloat16), "fp16": ("
 OPERANDS = ("weight", "code", "values", "meta", "table", "values_t", "meta_t", "table_t")
 SIZES = ("tile_rows", "tile_columns", "word_rows", "word_columns", "blocks_of_sums")
 CONSTANTS = (
-    "DTYPE", "SEARCH", "STATISTICS", "FORWARD", "TRANSPOSED", "ORDER", "ORDER_T", "ALIGNED", "BY_HAND", "ROWS",
+    "DTYPE", "SEARCH", "STATISTICS", "FORWARD", "TRANSPOSED", "ORDER", "ORDER_T", "ALIGNED", "EMULATE_ROUNDING", "ROWS",
     "COLUMNS",
 )  # fmt: skip
 
@@ -43,8 +43,8 @@ def case(
         signature(source, target, order),
         {
             "DTYPE": OUTPUTS[target][1], "SEARCH": search, "STATISTICS": statistics, "FORWARD": forward,
-            "TRANSPOSED": transposed, "ORDER": int(order), "ORDER_T": int(order), "ALIGNED": True, "BY_HAND": False,
-            "ROWS": rows, "COLUMNS": columns,
+            "TRANSPOSED": transposed, "ORDER": int(order), "ORDER_T": int(order), "ALIGNED": True,
+            "EMULATE_ROUNDING": False, "ROWS": rows, "COLUMNS": columns,
         },
         elements=16 * rows * columns,
         warps=warps,

@@ -18,7 +18,7 @@ CYCLES_PER_MS = 2_000_000  # no GPU's clock is much faster, so that the host's l
 
 @dataclass
 class Provider:
-    """Who computes a result.
+    """What computes a result.
 
     Args:
         name: In the table and the CSV.
@@ -34,7 +34,7 @@ class Provider:
 
 
 @dataclass
-class Contest:
+class Comparison:
     """Providers of one result; the first is what the others are compared with.
 
     Args:
@@ -59,30 +59,30 @@ def set_count(fewest_bytes: int, device: str) -> int:
     return min(max(2, math.ceil(3 * torch.cuda.get_device_properties(0).L2_cache_size / fewest_bytes)), MOST_SETS)
 
 
-def take_turns(contest: Contest, repeats: int, device: str) -> None:
+def take_turns(comparison: Comparison, repeats: int, device: str) -> None:
     """Time every provider, one call each in turn; on a CPU by the clock, on a GPU by events, and the host's share."""
-    for provider in contest.providers:
+    for provider in comparison.providers:
         for call in provider.calls:
             call()
     if device == "cpu":
         for number in range(repeats):
-            for provider in contest.providers:
+            for provider in comparison.providers:
                 provider.device_ms += _host_milliseconds([provider.calls[number % len(provider.calls)]], 1)
         return
     cycles = []
-    for provider in contest.providers:
+    for provider in comparison.providers:
         host = quantiles(_host_milliseconds(provider.calls, HOST_CALLS[0]))[2]
         cycles.append(max(AHEAD_CYCLES, int(3 * host * CYCLES_PER_MS)))
         torch.cuda.synchronize()
-    pairs: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in contest.providers]
+    pairs: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in comparison.providers]
     turn = 0
     for _ in range(repeats):
-        for place, provider in enumerate(contest.providers):
+        for place, provider in enumerate(comparison.providers):
             # every turn takes the next set, so that no provider finds the rows of the one before it in the cache
             pairs[place].append(events_around(provider.calls[turn % len(provider.calls)], cycles[place]))
             turn += 1
     torch.cuda.synchronize()
-    for place, provider in enumerate(contest.providers):
+    for place, provider in enumerate(comparison.providers):
         provider.device_ms = [start.elapsed_time(end) for start, end in pairs[place]]
         fitting = int(1e3 * HOST_SECONDS / quantiles(provider.device_ms)[1])
         count = min(max(fitting, HOST_CALLS[0]), HOST_CALLS[1])
@@ -90,30 +90,32 @@ def take_turns(contest: Contest, repeats: int, device: str) -> None:
         torch.cuda.synchronize()
 
 
-def show(title: str, contests: Sequence[Contest], device: str) -> None:
-    """Print one table of several contests."""
+def show(title: str, comparisons: Sequence[Comparison], device: str) -> None:
+    """Print one table of several comparisons."""
     table = Table(
         "what", "provider", "algorithm", "ms (20 %)", "ms (median)", "ms (80 %)", "TFLOP/s", "host ms",
         "ratio to dense", title=f"{title}; ratio: dense time / time",
     )  # fmt: skip
-    for contest in contests:
-        for provider in contest.providers:
+    for comparison in comparisons:
+        for provider in comparison.providers:
             low, median, high = quantiles(provider.device_ms)
             host = f"{quantiles(provider.host_ms)[1]:.3f}" if device == "cuda" else "-"
             table.add_row(
-                contest.what, provider.name, provider.algorithm, *(f"{value:.3f}" for value in (low, median, high)),
-                f"{contest.flops / median / 1e9:.3g}", host, f"{contest.ratio(provider):.2f}",
+                comparison.what, provider.name, provider.algorithm, *(f"{value:.3f}" for value in (low, median, high)),
+                f"{comparison.flops / median / 1e9:.3g}", host, f"{comparison.ratio(provider):.2f}",
             )  # fmt: skip
         table.add_section()
     Console(width=140).print(table)
 
 
-def rows(command: str, contests: Sequence[Contest], tokens: int, problem: str, device: str) -> list[dict[str, object]]:
+def rows(
+    command: str, comparisons: Sequence[Comparison], tokens: int, problem: str, device: str
+) -> list[dict[str, object]]:
     """Return the CSV rows of a table; ``problem`` is the weight's shape and the dtype, as in ``4096x4096 bfloat16``."""
     result: list[dict[str, object]] = []
-    for contest in contests:
-        for provider in contest.providers:
-            common = {"kernel_name": f"{command} {contest.what} {problem}", "kernel_provider": provider.name,
+    for comparison in comparisons:
+        for provider in comparison.providers:
+            common = {"kernel_name": f"{command} {comparison.what} {problem}", "kernel_provider": provider.name,
                       "x_name": "tokens", "x_value": tokens}  # fmt: skip
             name = "device time" if device == "cuda" else "wall time"
             metrics = [(name, "ms", provider.device_ms)]

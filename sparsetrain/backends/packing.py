@@ -1,4 +1,4 @@
-"""Filling operands: masked weights packed, or masked and copied, into the forms of backends."""
+"""PackJob operands: masked weights packed, or masked and copied, into the forms of backends."""
 
 import itertools
 from collections.abc import Hashable, Sequence
@@ -16,7 +16,7 @@ from .interface import Backend, Operand
 
 
 @dataclass(eq=False)
-class Filling:
+class PackJob:
     """A backend's operands of one weight that are to be filled: W's, Wᵀ's or both.
 
     Args:
@@ -49,7 +49,7 @@ class Filling:
 
     @cached_property
     def kind(self) -> tuple[object, ...] | None:
-        """What fillings have in common that are packed in one call; None if the packer does not write its operands."""
+        """What jobs have in common that are packed in one call; None if the packer does not write its operands."""
         if any(part is not None and part.values is None for part in (self.operand, self.transpose)):
             return None
         # alone if its source is a copy, so that there is one copy at a time
@@ -57,16 +57,16 @@ class Filling:
         return self.dtype, self.operand is None, self.transpose is None, alone
 
 
-def fill_(fillings: Sequence[Filling]) -> None:
+def fill_(jobs: Sequence[PackJob]) -> None:
     """Mask and pack weights into operands; equal layouts share a launch."""
-    if not fillings:
+    if not jobs:
         return
     with torch.inference_mode(False), torch.no_grad():
-        batches = Batches.of(fillings)
+        batches = Batches.of(jobs)
         for position in batches.alone:
-            _fill_from_matrix(fillings[position])
+            _fill_from_matrix(jobs[position])
         for batch in batches.packed:
-            batch.pack_(fillings)
+            batch.pack_(jobs)
 
 
 def operand_of_packed(backend: Backend, values: Tensor, meta: Tensor) -> Operand:
@@ -92,22 +92,22 @@ class Batch:
     It holds none of them: the first of all holds it.
 
     Args:
-        fillings: All that there are.
+        jobs: All that there are.
         positions: Of those that are packed in this call.
     """
 
-    def __init__(self, fillings: Sequence[Filling], positions: Sequence[int]) -> None:
-        own = [fillings[position] for position in positions]
+    def __init__(self, jobs: Sequence[PackJob], positions: Sequence[int]) -> None:
+        own = [jobs[position] for position in positions]
         self._positions = positions
-        self._weights = [filling.weight for filling in own]
-        self._codes = [filling.codes for filling in own]
-        self._targets = Targets([(filling.operand, filling.transpose) for filling in own])
+        self._weights = [job.weight for job in own]
+        self._codes = [job.codes for job in own]
+        self._targets = Targets([(job.operand, job.transpose) for job in own])
         self._number = next(_NUMBERS)  # an operand's tensors stay as they are, so this tells all but the weights
         self._launches: dict[Hashable, list[Launch]] = {}
-        self.stays = not self._targets.unordered and all(filling.within is None for filling in own)
+        self.stays = not self._targets.unordered and all(job.within is None for job in own)
         """Whether it holds no scratch memory."""
 
-    def pack_(self, fillings: Sequence[Filling], known: Known | None = None) -> None:
+    def pack_(self, jobs: Sequence[PackJob], known: Known | None = None) -> None:
         """Pack the weights as they are now."""
         targets, weights, number = self._targets, self._weights, self._number
         if known is not None and self.stays:
@@ -115,24 +115,24 @@ class Batch:
         else:
             known = Known(number, number, moving=1)
         if not self.stays:
-            weights = [fillings[position].source for position in self._positions]
+            weights = [jobs[position].source for position in self._positions]
         values, meta, values_t, meta_t = targets.columns
         pack_tiles_now_(weights, self._codes, values, meta, values_t, meta_t, targets.tables, targets.orders, known)
         for position, operand, natural in targets.unordered:
-            fillings[self._positions[position]].backend.finish_(operand, natural)
+            jobs[self._positions[position]].backend.finish_(operand, natural)
 
 
 class Batches:
     """Fillings in batches of a kind, and those that the packer does not fill."""
 
-    def __init__(self, fillings: Sequence[Filling]) -> None:
-        self._others = list(fillings[1:])  # not the first, whose this is
-        self.alone = [position for position, filling in enumerate(fillings) if filling.kind is None]
+    def __init__(self, jobs: Sequence[PackJob]) -> None:
+        self._others = list(jobs[1:])  # not the first, whose this is
+        self.alone = [position for position, job in enumerate(jobs) if job.kind is None]
         kinds: dict[tuple[object, ...], list[int]] = {}
-        for position, filling in enumerate(fillings):
-            if filling.kind is not None:
-                kinds.setdefault((filling.weight.device, filling.kind), []).append(position)
-        self.packed = [Batch(fillings, alike) for alike in kinds.values()]
+        for position, job in enumerate(jobs):
+            if job.kind is not None:
+                kinds.setdefault((job.weight.device, job.kind), []).append(position)
+        self.packed = [Batch(jobs, alike) for alike in kinds.values()]
         self.stay = not self.alone and all(batch.stays for batch in self.packed)
         """Whether :meth:`fill_` can fill them again."""
 
@@ -143,13 +143,13 @@ class Batches:
                 batch.pack_((), known)
 
     @classmethod
-    def of(cls, fillings: Sequence[Filling]) -> "Batches":
-        """Return the batches of these fillings: the last ones of the first, if they were of the same."""
-        kept = fillings[0].batches
-        if kept is not None and kept._others == fillings[1:]:
+    def of(cls, jobs: Sequence[PackJob]) -> "Batches":
+        """Return the batches of these jobs: the last ones of the first, if they were of the same."""
+        kept = jobs[0].batches
+        if kept is not None and kept._others == jobs[1:]:
             return kept
-        made = cls(fillings)
-        fillings[0].batches = made if all(batch.stays for batch in made.packed) else None
+        made = cls(jobs)
+        jobs[0].batches = made if all(batch.stays for batch in made.packed) else None
         return made
 
 
@@ -189,15 +189,15 @@ class Targets:
             self.tables.append(operand.places)
 
 
-def _fill_from_matrix(filling: Filling) -> None:
-    first = filling.operand
-    own = first is not None and first.tensors[0].shape == filling.weight.shape
-    matrix = first.tensors[0] if own and first is not None else torch.empty_like(filling.weight, dtype=filling.dtype)
-    matrix.copy_(filling.weight)
-    for codes in (filling.codes, filling.within):
+def _fill_from_matrix(job: PackJob) -> None:
+    first = job.operand
+    own = first is not None and first.tensors[0].shape == job.weight.shape
+    matrix = first.tensors[0] if own and first is not None else torch.empty_like(job.weight, dtype=job.dtype)
+    matrix.copy_(job.weight)
+    for codes in (job.codes, job.within):
         if codes is not None:
             apply_masks_([matrix], [codes])
-    if filling.operand is not None:
-        filling.backend.finish_(filling.operand, matrix)
-    if filling.transpose is not None:
-        filling.backend.finish_(filling.transpose, matrix.t().contiguous())
+    if job.operand is not None:
+        job.backend.finish_(job.operand, matrix)
+    if job.transpose is not None:
+        job.backend.finish_(job.transpose, matrix.t().contiguous())
