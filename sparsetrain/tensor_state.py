@@ -57,7 +57,6 @@ def hold(tensor: Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
-@torch.no_grad()
 def fingerprint(weight: Tensor) -> Tensor:
     """Return numbers that change when a weight is written to; not equal to themselves where the weight has NaN.
 
@@ -76,12 +75,15 @@ def fingerprint(weight: Tensor) -> Tensor:
         >>> torch.equal(before, fingerprint(weight))
         False
     """
-    rows = weight.detach()
+    rows, dtype = weight.detach(), weight.dtype
     if not rows.is_contiguous():  # in the order of the memory, if that is one
         rows = rows.t() if rows.dim() == 2 else rows.movedim(1, -1)
-    if weight.dtype in (torch.float32, torch.float64):
-        rows = rows.flatten(1)  # a copy only if the weight is spread over more memory than it has
-        return torch.mv(rows, _random(rows.shape[1], weight.dtype), out=rows.new_empty(rows.shape[0]))
+    if dtype is torch.float32 or dtype is torch.float64:
+        if rows.dim() > 2:
+            rows = rows.flatten(1)  # a copy only if the weight is spread over more memory than it has
+        count, columns = rows.shape
+        # autocast leaves what has an output as it is
+        return torch.mv(rows, _random(columns, dtype), out=rows.new_empty(count))
     flat = rows.reshape(-1)
     words = flat.view(torch.int16 if flat.storage_offset() % 4 else torch.int64)
     whole = words.numel() // PERIOD * PERIOD
