@@ -336,8 +336,10 @@ class Operands:
         return jobs
 
     def renewed(self, stamp: Stamp | None, *tensors: Tensor | None) -> None:
-        """Take note that everything was filled from tensors whose stamp this is."""
+        """Take note that everything was filled from tensors whose stamp this is; what dense products keep is older."""
         self._stamp = stamp
+        if self._kept is not None and self._kept.is_made:
+            self._kept.invalidate()
         storages = None if stamp is None else stamp[::3]
         if storages is None or storages != self._held_storages:
             self._held = tuple(hold(tensor) for tensor in tensors if tensor is not None)
@@ -349,6 +351,9 @@ class Operands:
         for operands, stamp in zip(every, stamps, strict=True):
             operands._stamp = stamp
             operands._renewals += 1
+            kept = operands._kept
+            if kept is not None and kept.is_made:
+                kept.invalidate()
 
     @property
     def may_fall_back(self) -> bool:

@@ -198,3 +198,24 @@ def test_a_run_that_is_finished_holds_no_packed_weights(
     training.finish()
     assert not any(reference() for reference in kept)
     assert training.finished
+
+
+@pytest.mark.parametrize("method", ["fst", "slope"])
+def test_what_dense_products_keep_is_old_after_every_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer may multiply by both, packed weights and W⊙M, and no version tells of fused updates."""
+    monkeypatch.setitem(BACKENDS, "stand_in", StandIn())
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    optimizer = torch.optim.AdamW(model.parameters())
+    training = SparseTraining(model, optimizer, method, 40, backend="stand_in", verbose=False)
+    for _ in range(6):
+        model(torch.randn(8, 32)).sum().backward()
+        layers = [layer for layer in model if isinstance(layer, MaskedLayer)]
+        for layer in layers:
+            layer.operands.kept.get(layer.weight, layer.matrix, layer.mask_codes, None, torch.float32)
+        optimizer.step()
+        optimizer.zero_grad()
+        for layer in layers:
+            (made,) = layer.operands.kept._made.values()
+            assert made.weight is None
+            assert layer.operands.stamp is not None
+    training.finish()
