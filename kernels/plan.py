@@ -30,6 +30,7 @@ def groups_of_equal_layout(*columns: Sequence[Tensor]) -> list[list[int]]:
         Lists of positions, in the order in which a layout first appears.
 
     Example:
+        >>> import torch
         >>> groups_of_equal_layout([torch.zeros(4), torch.zeros(8), torch.ones(4)])
         [[0, 2], [1]]
     """
@@ -46,6 +47,7 @@ def strides_of(tensors: Sequence[Tensor]) -> Hashable:
     """Return what tells the strides of tensors of known sizes.
 
     Example:
+        >>> import torch
         >>> strides_of([torch.zeros(4, 8)]) == strides_of([torch.ones(4, 8)]) != strides_of([torch.zeros(8, 4).t()])
         True
     """
@@ -56,6 +58,7 @@ def layout_of(*columns: Sequence[Tensor]) -> Hashable:
     """Return all that a plan of launches is made from but the addresses: sizes, strides, dtypes and devices.
 
     Example:
+        >>> import torch
         >>> layout_of([torch.zeros(4)]) == layout_of([torch.ones(4)]) != layout_of([torch.zeros(4, dtype=torch.int64)])
         True
     """
@@ -96,6 +99,7 @@ class Plan(Generic[Settings]):
         groups: With one size for each column.
 
     Example:
+        >>> import torch
         >>> base = torch.zeros(40)
         >>> plan = Plan([Group([0, 1], [4], None)])
         >>> [(offsets[0].tolist(), aligned) for _, offsets, aligned in plan.placed([[base, base[16:]]])]

@@ -133,10 +133,10 @@ def test_what_a_refresh_packed_is_packed_again_after_the_next_step(backend: Orde
 
 
 def test_nothing_is_packed_twice_in_a_refresh(backend: OrderedBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsetrain.backends import filling
+    from sparsetrain.backends import packing
 
     packed = []
-    monkeypatch.setattr(filling, "pack_tiles_now_", lambda weights, *rest: packed.append(len(weights)))
+    monkeypatch.setattr(packing, "pack_tiles_now_", lambda weights, *rest: packed.append(len(weights)))
     model = network(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     training = st.SparseTraining(model, optimizer, METHOD, 20, backend="simulated", verbose=False)

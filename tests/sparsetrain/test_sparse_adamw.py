@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import sparsetrain as st
-from sparsetrain.backends import BACKENDS, filling
+from sparsetrain.backends import BACKENDS, packing
 from sparsetrain.callbacks import SparseTrainingCallback
 from sparsetrain.optim import SparseAdamW
 
@@ -118,8 +118,8 @@ def test_operands_are_packed_once_a_step_and_hold_the_updated_weights(
 ) -> None:
     simulated.native = native
     packs: list[int] = []
-    pack = filling.pack_tiles_now_
-    monkeypatch.setattr(filling, "pack_tiles_now_", lambda *lists: (packs.append(len(lists[0])), pack(*lists))[1])
+    pack = packing.pack_tiles_now_
+    monkeypatch.setattr(packing, "pack_tiles_now_", lambda *lists: (packs.append(len(lists[0])), pack(*lists))[1])
     counts: dict[type, list[int]] = {}
     runs = []
     for kind in (torch.optim.AdamW, SparseAdamW):
