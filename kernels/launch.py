@@ -50,6 +50,13 @@ class Known(NamedTuple):
     moving: int = 0
     kept: dict[Hashable, list[Launch]] | None = None
 
+    def key(self, tensor: Tensor) -> Hashable:
+        """Return by what launches on the tensor's device are kept; None where none are."""
+        if self.moving or self.kept is None:
+            return None
+        stream = stream_of(tensor)
+        return None if stream is None else (self.places, stream)
+
 
 def launch(launches: Iterable[Launch], known: Known | None, tensor: Tensor) -> None:
     """Launch kernels, and keep them for :func:`relaunched` where all that they are told is known.
@@ -62,11 +69,11 @@ def launch(launches: Iterable[Launch], known: Known | None, tensor: Tensor) -> N
     Example:
         >>> launch([], None, torch.zeros(1))
     """
-    stream = None if known is None or known.moving or known.kept is None else stream_of(tensor)
-    if known is not None and known.kept is not None and stream is not None:
+    key = None if known is None else known.key(tensor)
+    if known is not None and known.kept is not None and key is not None:
         launches = [*launches]
         known.kept.clear()
-        known.kept[known.places, stream] = launches
+        known.kept[key] = launches
     for one in launches:
         one.run()
 
@@ -84,7 +91,7 @@ def relaunched(known: Known | None, tensor: Tensor) -> bool:
     """
     if known is None or known.moving or not known.kept:
         return False
-    launches = known.kept.get((known.places, stream_of(tensor)))
+    launches = known.kept.get(known.key(tensor))
     for one in launches or ():
         one.run()
     return launches is not None

@@ -1,7 +1,6 @@
 """What a saved state may hold: rules for tensors and layers, and one sentence for a state that breaks one.
 
-Every part of a run has checks of such rules, so that all of a state is looked at before any of it is
-loaded.
+Every part of a run has checks of such rules, so that all of a state is looked at before any of it is loaded.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +21,7 @@ def require_state(key: str, value: Any, rule: Rule) -> None:
         >>> from .checks import whole
         >>> require_state("clock", 3, whole())
     """
-    if complaint := rule.complaint(f"state[{key!r}]", value):
-        refuse(complaint)
+    _require(f"state[{key!r}]", value, rule)
 
 
 def require_part(name: str, value: Any, rule: Rule) -> None:
@@ -33,8 +31,7 @@ def require_part(name: str, value: Any, rule: Rule) -> None:
         >>> from .checks import whole
         >>> require_part("decay", 3, whole())
     """
-    if complaint := rule.complaint(f"state['modifiers'][{name!r}]", value):
-        refuse(complaint)
+    _require(f"state['modifiers'][{name!r}]", value, rule)
 
 
 def refuse_missing(name: str) -> NoReturn:
@@ -161,3 +158,8 @@ def like(template: Any) -> Rule:
 
 def _is_small(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 64
+
+
+def _require(path: str, value: Any, rule: Rule) -> None:
+    if complaint := rule.complaint(path, value):
+        refuse(complaint)

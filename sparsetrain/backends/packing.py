@@ -1,4 +1,4 @@
-"""PackJob operands: masked weights packed, or masked and copied, into the forms of backends."""
+"""Pack jobs: masked weights packed, or masked and copied, into the operands of backends."""
 
 import itertools
 from collections.abc import Hashable, Sequence

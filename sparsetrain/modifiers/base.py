@@ -43,6 +43,7 @@ class Run:
         clock: Steps taken.
         phase: Of the clock.
         phase_start: The clock when it began.
+        phase_index: Which of the timeline's it is; -1 before the first.
         active: Names of the layers whose mask is in force.
     """
 

@@ -8,7 +8,7 @@ import torch
 from gpu_host import StandIn
 from torch import nn
 
-from sparsetrain import SparseTraining
+from sparsetrain import SparseTraining, operands
 from sparsetrain.backends import BACKENDS
 from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.mask_search import search_tiles
@@ -218,4 +218,34 @@ def test_what_dense_products_keep_is_old_after_every_step(method: str, monkeypat
             (made,) = layer.operands.kept._made.values()
             assert made.weight is None
             assert layer.operands.stamp is not None
+    training.finish()
+
+
+def test_memory_that_another_storage_has_now_is_packed_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that went away and came back: at their address, but in a storage that stamps do not know."""
+    monkeypatch.setitem(BACKENDS, "stand_in", StandIn())
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = {"preset": "fst", "warmup": 0, "dense_tail": 0, "refresh_every": 100}
+    training = SparseTraining(model, optimizer, method, 200, backend="stand_in", verbose=False)
+    in_products: list[int] = []
+
+    def step() -> None:
+        fill_ = operands.fill_
+        with monkeypatch.context() as products:
+            products.setattr(operands, "fill_", lambda jobs: (in_products.append(len(jobs)), fill_(jobs))[1])
+            model(torch.randn(8, 32)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(4):
+        step()
+    address = model[0].weight.data_ptr()
+    model[0].weight.data = torch.from_numpy(model[0].weight.detach().numpy())
+    assert model[0].weight.data_ptr() == address
+    step()
+    in_products.clear()
+    for _ in range(3):
+        step()
+    assert not in_products
     training.finish()
