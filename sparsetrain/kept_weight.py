@@ -20,7 +20,7 @@ class KeptWeight:
     """The masked forms of one weight: by dtype, and by whether backward codes prune it too.
 
     A write is seen by the identities, storages and version counters of weight and codes. Writes through ``weight.data``
-    leave those alone; on a CPU they are seen by a fingerprint of the weight, and elsewhere :meth:`invalidate` tells of
+    leave those alone; on a CPU they are seen by a fingerprint of the weight, and elsewhere :attr:`writes` tells of
     them, because a device's answer would have to be waited for.
 
     Example:
@@ -38,11 +38,8 @@ class KeptWeight:
         self._made: dict[tuple[torch.dtype, bool], _Made] = {}
         self._bits: dict[tuple[bool, int], tuple[Tensor, int, Tensor]] = {}  # codes, their version, the mask
         self._lock = threading.Lock()
-
-    @property
-    def is_made(self) -> bool:
-        """Whether there is anything."""
-        return bool(self._made)
+        self.writes = 0
+        """Another number than before when the weight may have been written to."""
 
     @property
     def bytes(self) -> int:
@@ -66,13 +63,13 @@ class KeptWeight:
         """
         key = dtype, backward is not None
         made = self._made.get(key)
-        if made is None or not made.is_of(weight, codes, backward):
+        if made is None or made.writes != self.writes or not made.is_of(weight, codes, backward):
             with self._lock, torch.inference_mode(False), torch.no_grad():
                 made = self._made.get(key)
-                if made is None or not made.is_of(weight, codes, backward):
+                if made is None or made.writes != self.writes or not made.is_of(weight, codes, backward):
                     masked = _room_for(source, dtype, None if made is None else made.masked)
                     self._mask_(masked, source.detach(), codes, backward)
-                    made = self._made[key] = _Made(masked, weight, codes, backward, made)
+                    made = self._made[key] = _Made(masked, weight, codes, backward, self.writes, made)
         return made.masked
 
     def prune_(self, gradient: Tensor, codes: Tensor) -> Tensor:
@@ -84,11 +81,6 @@ class KeptWeight:
         else:
             apply_masks_([gradient], [codes])
         return gradient
-
-    def invalidate(self) -> None:
-        """Have everything renewed before its next use."""
-        for made in self._made.copy().values():
-            made.weight = None
 
     def release(self) -> None:
         """Free the memory."""
@@ -129,10 +121,10 @@ class _Made:
     """``W⊙M`` and what it was made of; tensors are held, so that no other can be taken for them."""
 
     def __init__(
-        self, masked: Tensor, weight: Tensor, codes: Tensor, backward: Tensor | None, before: "_Made | None"
-    ) -> None:
-        self.masked, self.codes, self.backward = masked, codes, backward
-        self.weight: Tensor | None = weight
+        self, masked: Tensor, weight: Tensor, codes: Tensor, backward: Tensor | None, writes: int,
+        before: "_Made | None",
+    ) -> None:  # fmt: skip
+        self.masked, self.weight, self.codes, self.backward, self.writes = masked, weight, codes, backward, writes
         self._stamp = _stamp(weight, codes, backward)
         self._is_marked = weight.is_cpu
         # where the last was used only once, as in steps of one micro-batch, this one is likely to be

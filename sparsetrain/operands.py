@@ -115,6 +115,7 @@ class Operands:
         self.biases: dict[torch.dtype, _Bias] = {}  # copies in other dtypes
         self._device: torch.device | None = None
         self._kept: KeptWeight | None = None
+        self._writes = 0  # goes up when the weight may have been written to without a trace
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Operands":
         return Operands(self.execution)  # the copy has another weight
@@ -127,6 +128,7 @@ class Operands:
         """The masked weight in the forms that dense products multiply by."""
         if self._kept is None:
             self._kept = KeptWeight()
+        self._kept.writes = self._writes
         return self._kept
 
     @property
@@ -248,21 +250,16 @@ class Operands:
 
     def invalidate(self) -> None:
         """Have everything renewed before its next use."""
-        self._stamp = self._fresh = None
-        if self._kept is not None and self._kept.is_made:
-            self._kept.invalidate()
-        if self.biases:
-            for held in self.biases.values():
-                held.stamp = None
+        self.invalidate_all([self])
 
     @staticmethod
     def invalidate_all(every: Iterable["Operands"]) -> None:
-        """Do what :meth:`invalidate` does to the operands of many layers, most of which have no other copies."""
+        """Do what :meth:`invalidate` does to the operands of many layers."""
         for operands in every:
             operands._stamp = operands._fresh = None
-            kept = operands._kept
-            if operands.biases or (kept is not None and kept.is_made):
-                operands.invalidate()
+            operands._writes += 1
+            for held in operands.biases.values() if operands.biases else ():
+                held.stamp = None
 
     def release(self, captured: bool = False) -> None:
         """Free memory; what CUDA graphs read stays unless ``captured``."""
@@ -338,8 +335,7 @@ class Operands:
     def renewed(self, stamp: Stamp | None, *tensors: Tensor | None) -> None:
         """Take note that everything was filled from tensors whose stamp this is; what dense products keep is older."""
         self._stamp = stamp
-        if self._kept is not None and self._kept.is_made:
-            self._kept.invalidate()
+        self._writes += 1
         storages = None if stamp is None else stamp[::3]
         if storages is None or storages != self._held_storages:
             self._held = tuple(hold(tensor) for tensor in tensors if tensor is not None)
@@ -351,9 +347,7 @@ class Operands:
         for operands, stamp in zip(every, stamps, strict=True):
             operands._stamp = stamp
             operands._renewals += 1
-            kept = operands._kept
-            if kept is not None and kept.is_made:
-                kept.invalidate()
+            operands._writes += 1
 
     @property
     def may_fall_back(self) -> bool:
