@@ -8,15 +8,15 @@ from typing import Any, Self
 
 from torch import nn
 
-from sparsetrain.carried_state import CarriedState, load_apart, take_carried
 from sparsetrain.checkpoint import PRUNED_KEY, pruned_values, restore_pruned_, weight_key
-from sparsetrain.extras import require
+from sparsetrain.checkpoint.carried_state import CarriedState, load_apart, take_carried
+from sparsetrain.checkpoint.sparse_weights import evaluated_in_state_dicts
+from sparsetrain.distributed.wrappers import plain_optimizer
+from sparsetrain.hardware.extras import require
+from sparsetrain.layers.claims import take_over
+from sparsetrain.layers.options import check_options
 from sparsetrain.methods import Method, resolve_method
-from sparsetrain.options import check_options
-from sparsetrain.running import take_over
-from sparsetrain.sparse_weights import evaluated_in_state_dicts
 from sparsetrain.training import SparseTraining
-from sparsetrain.wrappers import plain_optimizer
 
 require("transformers", "hf", "HuggingFaceSparseTraining")
 

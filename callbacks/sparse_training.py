@@ -16,11 +16,11 @@ from sparsetrain.checkpoint import (
     require_same_weights,
     restore_pruned_,
 )
+from sparsetrain.checkpoint.sparse_weights import sparse_state_dict
+from sparsetrain.layers.claims import take_over
+from sparsetrain.layers.options import check_options
 from sparsetrain.methods import Method, resolve_method
-from sparsetrain.options import check_options
-from sparsetrain.running import take_over
-from sparsetrain.schedule import UNKNOWN_LENGTH
-from sparsetrain.sparse_weights import sparse_state_dict
+from sparsetrain.methods.schedule import UNKNOWN_LENGTH
 from sparsetrain.training import SparseTraining
 
 from .distilled_step import DistilledStep

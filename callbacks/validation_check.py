@@ -8,8 +8,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from sparsetrain.selection import sparse_layers
-from sparsetrain.verification import (
+from sparsetrain.layers.selection.select_layers import sparse_layers
+from sparsetrain.layers.verification import (
     blame,
     copied,
     difference,

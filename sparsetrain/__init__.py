@@ -10,21 +10,21 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "backends": ("Backend",),
-    "checkpoint": ("detach_pruned", "read_masks", "restore_pruned_"),
+    "checkpoint": ("detach_pruned", "read_masks", "restore_pruned_", "sparse_state_dict"),
     "criteria": ("Criterion", "Fisher", "Magnitude", "Movement", "Random", "Wanda", "WeightGradient"),
-    "gradient_rules": ("GradientRule", "scaled"),
-    "masks": ("is_nm", "is_transposable", "nm_mask", "transposable_codes", "transposable_mask"),
+    "layers.convolution": ("SparseConv1d", "SparseConv2d"),
+    "layers.linear": ("SparseLinear", "sparse_linear"),
+    "layers.selection.report": ("LayerChoice", "SelectionReport"),
+    "layers.selection.select_layers": ("select_layers",),
+    "layers.sparsify": ("export_dense_", "sparsify_"),
+    "layers.verification": ("VerificationReport", "verify"),
+    "masks.gradient_rules": ("GradientRule", "scaled"),
+    "masks.metrics": ("PruneMetrics", "prune_metrics"),
+    "masks.search": ("is_nm", "is_transposable", "nm_mask", "transposable_codes", "transposable_mask"),
+    "masks.tile_codes": ("count_flips", "decode_tiles", "encode_tiles", "transpose_tiles"),
     "methods": ("Method",),
-    "metrics": ("PruneMetrics", "prune_metrics"),
-    "schedule": ("Phase", "Schedule", "dense_prune_retrain", "from_scratch"),
-    "selection": ("LayerChoice", "SelectionReport", "select_layers"),
-    "convolution": ("SparseConv1d", "SparseConv2d"),
-    "linear": ("SparseLinear", "sparse_linear"),
-    "sparse_weights": ("sparse_state_dict",),
-    "sparsify": ("export_dense_", "sparsify_"),
-    "tiles": ("count_flips", "decode_tiles", "encode_tiles", "transpose_tiles"),
+    "methods.schedule": ("Phase", "Schedule", "dense_prune_retrain", "from_scratch"),
     "training": ("SparseTraining",),
-    "verification": ("VerificationReport", "verify"),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 _SUBMODULES = ("callbacks", "methods", "optim")
@@ -35,11 +35,10 @@ if TYPE_CHECKING:
     from . import methods as methods
     from . import optim as optim
     from .backends import Backend as Backend
-    from .checkpoint import detach_pruned as detach_pruned
-    from .checkpoint import read_masks as read_masks
-    from .checkpoint import restore_pruned_ as restore_pruned_
-    from .convolution import SparseConv1d as SparseConv1d
-    from .convolution import SparseConv2d as SparseConv2d
+    from .checkpoint.pruned_entries import detach_pruned as detach_pruned
+    from .checkpoint.pruned_entries import read_masks as read_masks
+    from .checkpoint.pruned_entries import restore_pruned_ as restore_pruned_
+    from .checkpoint.sparse_weights import sparse_state_dict as sparse_state_dict
     from .criteria import Criterion as Criterion
     from .criteria import Fisher as Fisher
     from .criteria import Magnitude as Magnitude
@@ -47,35 +46,36 @@ if TYPE_CHECKING:
     from .criteria import Random as Random
     from .criteria import Wanda as Wanda
     from .criteria import WeightGradient as WeightGradient
-    from .gradient_rules import GradientRule as GradientRule
-    from .gradient_rules import scaled as scaled
-    from .linear import SparseLinear as SparseLinear
-    from .linear import sparse_linear as sparse_linear
-    from .masks import is_nm as is_nm
-    from .masks import is_transposable as is_transposable
-    from .masks import nm_mask as nm_mask
-    from .masks import transposable_codes as transposable_codes
-    from .masks import transposable_mask as transposable_mask
+    from .layers.convolution import SparseConv1d as SparseConv1d
+    from .layers.convolution import SparseConv2d as SparseConv2d
+    from .layers.linear import SparseLinear as SparseLinear
+    from .layers.linear import sparse_linear as sparse_linear
+    from .layers.selection.select_layers import LayerChoice as LayerChoice
+    from .layers.selection.select_layers import SelectionReport as SelectionReport
+    from .layers.selection.select_layers import select_layers as select_layers
+    from .layers.sparsify import export_dense_ as export_dense_
+    from .layers.sparsify import sparsify_ as sparsify_
+    from .layers.verification import VerificationReport as VerificationReport
+    from .layers.verification import verify as verify
+    from .masks.gradient_rules import GradientRule as GradientRule
+    from .masks.gradient_rules import scaled as scaled
+    from .masks.metrics import PruneMetrics as PruneMetrics
+    from .masks.metrics import prune_metrics as prune_metrics
+    from .masks.search import is_nm as is_nm
+    from .masks.search import is_transposable as is_transposable
+    from .masks.search import nm_mask as nm_mask
+    from .masks.search import transposable_codes as transposable_codes
+    from .masks.search import transposable_mask as transposable_mask
+    from .masks.tile_codes import count_flips as count_flips
+    from .masks.tile_codes import decode_tiles as decode_tiles
+    from .masks.tile_codes import encode_tiles as encode_tiles
+    from .masks.tile_codes import transpose_tiles as transpose_tiles
     from .methods import Method as Method
-    from .metrics import PruneMetrics as PruneMetrics
-    from .metrics import prune_metrics as prune_metrics
-    from .schedule import Phase as Phase
-    from .schedule import Schedule as Schedule
-    from .schedule import dense_prune_retrain as dense_prune_retrain
-    from .schedule import from_scratch as from_scratch
-    from .selection import LayerChoice as LayerChoice
-    from .selection import SelectionReport as SelectionReport
-    from .selection import select_layers as select_layers
-    from .sparse_weights import sparse_state_dict as sparse_state_dict
-    from .sparsify import export_dense_ as export_dense_
-    from .sparsify import sparsify_ as sparsify_
-    from .tiles import count_flips as count_flips
-    from .tiles import decode_tiles as decode_tiles
-    from .tiles import encode_tiles as encode_tiles
-    from .tiles import transpose_tiles as transpose_tiles
-    from .training import SparseTraining as SparseTraining
-    from .verification import VerificationReport as VerificationReport
-    from .verification import verify as verify
+    from .methods.schedule import Phase as Phase
+    from .methods.schedule import Schedule as Schedule
+    from .methods.schedule import dense_prune_retrain as dense_prune_retrain
+    from .methods.schedule import from_scratch as from_scratch
+    from .training.engine import SparseTraining as SparseTraining
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,35 +10,12 @@ from torch.optim import AdamW
 
 from .backends.packing import Targets
 from .kernels.adamw.operator import DTYPES, sparse_adamw_
-from .kernels.adamw.reference import Rule
-from .masked_layer import MaskedLayer
-from .one_pass import Sides, operands_to_write
+from .layers.masked_layer import MaskedLayer
+from .layers.masked_step import MaskedStep
+from .layers.one_pass import Sides, operands_to_write
 
 UNABLE = ("amsgrad", "capturable", "differentiable", "fused")
 """Options of torch's AdamW that this one has not."""
-
-
-@dataclass
-class MaskedStep:
-    """What one step does to weights with masks beside AdamW's update.
-
-    Args:
-        layers: Name to layer whose weight is meant; each has a gradient.
-        rule: What masks do before the update.
-        decay: λ of the rule.
-        clock: Steps since the run began; with the name, it makes the random numbers that round in 16 bits.
-        zeros: Write zeros into what is pruned, after the update.
-        pack: Pack the updated weights into the layers' operands, as masks stay as they are.
-        packed: Names of the layers whose operands the step has renewed.
-    """
-
-    layers: Mapping[str, MaskedLayer]
-    rule: Rule = "none"
-    decay: float = 0.0
-    clock: int = 0
-    zeros: bool = False
-    pack: bool = False
-    packed: set[str] = field(default_factory=set)
 
 
 class SparseAdamW(AdamW):

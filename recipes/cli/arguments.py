@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import NoReturn
 
-from sparsetrain.suggestions import did_you_mean
+from sparsetrain.checks.suggestions import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):

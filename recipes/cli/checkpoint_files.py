@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.suggestions import did_you_mean
+from sparsetrain.checks.suggestions import did_you_mean
 
 
 def read_checkpoint(path: str, argument: str, *, mapped: bool = False) -> dict[str, Any]:

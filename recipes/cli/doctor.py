@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain import __version__
-from sparsetrain.environment import Machine, cache_folder, machine_from_torch, read_machine
-from sparsetrain.requirements import DTYPES, PREFERENCE, why_not
+from sparsetrain.hardware.machine import Machine, cache_folder, machine_from_torch, read_machine
+from sparsetrain.hardware.requirements import DTYPES, PREFERENCE, why_not
 
 from .arguments import Parser
 
@@ -164,7 +164,7 @@ def _probe(
 
 def _known_layouts() -> list[dict[str, Any]]:
     try:
-        from sparsetrain.backends.metadata_layout import known_layouts
+        from sparsetrain.backends.cusparselt.metadata_layout import known_layouts
     except ImportError:
         return []
     return [

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningCLI
 
-from sparsetrain.extras import require
+from sparsetrain.hardware.extras import require
 
 from .recipe_cli import RecipeCLI
 from .recipe_files import find_recipe

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
-from sparsetrain.suggestions import did_you_mean
+from sparsetrain.checks.suggestions import did_you_mean
 
 UNION = "Does not validate against any of the Union subtypes"
 NO_CLASS = "Expected a dot import path string"

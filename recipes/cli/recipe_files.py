@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sparsetrain.suggestions import did_you_mean
+from sparsetrain.checks.suggestions import did_you_mean
 
 
 def recipe_files() -> dict[str, Path]:

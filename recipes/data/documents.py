@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sparsetrain.extras import require
+from sparsetrain.hardware.extras import require
 
 
 class Blocks(Dataset[Tensor]):

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from sparsetrain.extras import require
+from sparsetrain.hardware.extras import require
 
 from .generated_images import CLASSES, generate_images
 from .image_rows import Images, class_count, decode_rows, held_out

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparsetrain.extras import require
+from sparsetrain.hardware.extras import require
 
 from .documents import Blocks, split_documents
 from .resumable import ResumableLoader, as_is

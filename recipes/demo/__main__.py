@@ -12,9 +12,9 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from sparsetrain.callbacks import SparseTrainingCallback
-from sparsetrain.extras import require
+from sparsetrain.hardware.extras import require
 from sparsetrain.methods import Method, asp_one_shot, recommended
-from sparsetrain.schedule import Phase, Schedule
+from sparsetrain.methods.schedule import Phase, Schedule
 
 from ..data import TextDataModule
 from ..gpt import GPTModule

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsetrain import __version__
-from sparsetrain.extras import require
+from sparsetrain.hardware.extras import require
 
 from ..history import History
 

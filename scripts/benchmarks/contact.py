@@ -22,7 +22,7 @@ from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend
 from sparsetrain.backends.packing import PackJob, fill_
 from sparsetrain.dispatch import Decision, DispatchTable, describe_environment
 from sparsetrain.dispatch.faults import FAULTS, device_works
-from sparsetrain.environment import cache_folder
+from sparsetrain.hardware.machine import cache_folder
 from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
 

@@ -24,7 +24,7 @@ from sparsetrain.dispatch import (
     describe_environment,
 )  # fmt: skip
 from sparsetrain.dispatch.stopwatch import median_milliseconds
-from sparsetrain.environment import cache_folder
+from sparsetrain.hardware.machine import cache_folder
 from sparsetrain.kernels.mask_search import search_tiles
 
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)

@@ -25,12 +25,12 @@ from triton.runtime.jit import JITFunction
 from sparsetrain import SparseTraining
 from sparsetrain.backends import BACKENDS, Operand
 from sparsetrain.backends.masked import MaskedBackend
-from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.kernels.masked_update.operator import NOW
 from sparsetrain.kernels.pack.operator import NOW as PACK_NOW
 from sparsetrain.kernels.pack.operator import pack_tiles_
-from sparsetrain.operands import Execution
+from sparsetrain.layers.conversion import to_sparse_
+from sparsetrain.matmul.operands import Execution
 
 STAND_IN = "a stand-in whose product returns an empty output"
 WIDTH = 16

@@ -9,11 +9,11 @@ from grid import Grid, Point, first_line, measure_grid
 from torch import Tensor, nn
 
 from sparsetrain.backends import BACKENDS
-from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
-from sparsetrain.linear import SparseLinear
-from sparsetrain.operands import Execution
+from sparsetrain.layers.conversion import to_sparse_
+from sparsetrain.layers.linear import SparseLinear
+from sparsetrain.matmul.operands import Execution
 
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))

@@ -15,7 +15,7 @@ from grid import first_line
 from torch import Tensor
 
 from sparsetrain.backends import CuSparseLtBackend
-from sparsetrain.environment import cache_folder
+from sparsetrain.hardware.machine import cache_folder
 from sparsetrain.kernels.layouts import LayoutError, learn_layout
 
 SHAPES = ((128, 128), (128, 256), (256, 128), (64, 96), (512, 768), (768, 512), (2048, 5632), (5632, 2048))

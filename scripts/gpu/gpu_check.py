@@ -142,7 +142,7 @@ def environment() -> dict[str, Any]:
     """Return GPU, driver, versions and commit, without the device: only stages make use of it."""
     from repository import commit
 
-    from sparsetrain.environment import read_machine
+    from sparsetrain.hardware.machine import read_machine
 
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm,power.limit,memory.total", "--format=csv,noheader"]
     try:

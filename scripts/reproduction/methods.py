@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from sparsetrain.methods import Method, resolve_method
-from sparsetrain.schedule import Phase, Schedule
+from sparsetrain.methods.schedule import Phase, Schedule
 
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"schedule": [{"kind": "dense"}]},

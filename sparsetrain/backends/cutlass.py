@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..environment import machine_from_torch
+from ..hardware.machine import machine_from_torch
+from ..hardware.requirements import why_not
 from ..kernels.layouts import cutlass_layout
 from ..kernels.metadata_order import Order
-from ..requirements import why_not
 from .interface import Operand
-from .tokens import padded_tokens, readable_rows
+from .padding import padded_tokens, readable_rows
 
 TOKENS = 8
 """The operator wants a multiple of it."""

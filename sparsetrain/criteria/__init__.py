@@ -1,11 +1,11 @@
 """Criteria: how entries of a weight are scored; the mask keeps what scores highest."""
 
+from ..masks.dense_budget import keep_dense_layers, keep_dense_tiles
+from .criterion import Criterion
 from .gradients import Fisher, Movement, WeightGradient
 from .inputs import Wanda
-from .interface import Criterion
-from .plain import Magnitude, Random
 from .registry import CRITERIA, resolve_criterion
-from .scope import keep_dense_layers, keep_dense_tiles
+from .stateless import Magnitude, Random
 
 __all__ = [
     "CRITERIA", "Criterion", "Fisher", "Magnitude", "Movement", "Random", "Wanda", "WeightGradient",

@@ -1,10 +1,10 @@
 """Criteria by name."""
 
-from ..checks import one_of, require
+from ..checks.rules import one_of, require
+from .criterion import Criterion
 from .gradients import Fisher, Movement, WeightGradient
 from .inputs import Wanda
-from .interface import Criterion
-from .plain import Magnitude, Random
+from .stateless import Magnitude, Random
 
 CRITERIA: dict[str, type[Criterion]] = {
     criterion.name: criterion for criterion in (Magnitude, Random, WeightGradient, Movement, Fisher, Wanda)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import DICT, TEXT, mapping, number, require
-from ..state_schema import by_layer, require_state, tensor
-from .interface import Criterion
+from ..checks.rules import DICT, TEXT, mapping, number, require
+from ..checks.states import by_layer, require_state, tensor
+from .criterion import Criterion
 
 
 class StatisticCriterion(Criterion):

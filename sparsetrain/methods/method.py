@@ -3,12 +3,12 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from ..checks import FLAG, NOT_NEGATIVE, TEXT, Rule, either, number, one_of, require, whole
+from ..checks.rules import FLAG, NOT_NEGATIVE, TEXT, Rule, either, number, one_of, require, whole
 from ..criteria import Criterion, resolve_criterion
-from ..gradient_rules import GradientRule, resolve_gradient_rule
-from ..patterns import resolve_pattern
-from ..schedule import Schedule, from_scratch, require_length
+from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
+from ..masks.patterns import resolve_pattern
 from ..types import DecayTarget, WeightProduct
+from .schedule import Schedule, from_scratch, require_length
 
 RULES = {
     "name": TEXT,

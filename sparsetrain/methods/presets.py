@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal
 
-from ..checks import FLAG, require
+from ..checks.rules import FLAG, require
+from ..checks.suggestions import did_you_mean
 from ..criteria import Criterion
-from ..gradient_rules import GradientRule
-from ..schedule import Phase, Schedule, dense_prune_retrain, from_scratch, require_length, rounds
-from ..suggestions import did_you_mean
+from ..masks.gradient_rules import GradientRule
 from ..types import DecayTarget, WeightProduct
 from .method import Method
+from .schedule import Phase, Schedule, dense_prune_retrain, from_scratch, require_length, rounds
 
 
 def fst(

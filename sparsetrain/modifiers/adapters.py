@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
 
-from ..checks import each
-from ..masked_layer import MaskedLayer
-from ..state_schema import by_layer, require_part, tensor
+from ..checks.rules import each
+from ..checks.states import by_layer, require_part, tensor
+from ..layers.masked_layer import MaskedLayer
 from .base import Entry, Modifier, Resumed, Run, Setup, Step
 
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..criteria.interface import Criterion
-from ..layer_group import LayerGroups
-from ..masked_layer import MaskedLayer
+from ..criteria.criterion import Criterion
+from ..layers.layer_group import LayerGroups
+from ..layers.masked_layer import MaskedLayer
 from ..methods.method import Method
-from ..schedule import Timeline
+from ..methods.schedule import Timeline
 from ..types import PhaseKind
 
 

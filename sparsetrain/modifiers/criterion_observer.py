@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..criteria.interface import Criterion
-from ..masked_layer import MaskedLayer
+from ..criteria.criterion import Criterion
+from ..layers.masked_layer import MaskedLayer
 from .base import Modifier, Run, Setup, Step
 
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..checks import DICT, FLAG, Rule, mapping, optional
-from ..sparsify import export_dense_
-from ..state_schema import like, require_part
+from ..checks.rules import DICT, FLAG, Rule, mapping, optional
+from ..checks.states import like, require_part
+from ..distributed.wrappers import plain_model
+from ..layers.sparsify import export_dense_
 from ..types import PhaseKind
-from ..wrappers import plain_model
 from .base import Entry, Modifier, Resumed, Run, Setup, Step
 
 Forward = tuple[tuple[Any, ...], dict[str, Any], Tensor | None, str, tuple[str, torch.dtype, bool]]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
-from ..checks import DICT, mapping, number, optional, sequence
-from ..state_schema import refuse_missing, require_part, tensor
+from ..checks.rules import DICT, mapping, number, optional, sequence
+from ..checks.states import refuse_missing, require_part, tensor
 from .base import Entry, Modifier, Resumed, Run, Setup
 
 INIT_GROUP = "_init_group"

@@ -7,8 +7,8 @@ from typing import Any, Self
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..checks import NOT_NEGATIVE, each, mapping, optional, sequence
-from ..state_schema import like, refuse_missing, require_part
+from ..checks.rules import NOT_NEGATIVE, each, mapping, optional, sequence
+from ..checks.states import like, refuse_missing, require_part
 from .base import Modifier, Resumed, Run, Setup, Step
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from ..layer_group import LayerGroup
+from ..layers.layer_group import LayerGroup
 from ..types import DecayTarget
 
 AUTO_START = 1e-4

@@ -5,20 +5,20 @@ from typing import Any, Self
 
 from torch.optim import Optimizer
 
-from ..checks import NOT_NEGATIVE, mapping
-from ..gradient_rules import resolve_gradient_rule
+from ..checks.rules import NOT_NEGATIVE, mapping
+from ..checks.states import require_part
 from ..kernels.adamw.reference import Rule
-from ..masked_layer import MaskedLayer
+from ..layers.masked_layer import MaskedLayer
+from ..layers.masked_step import MaskedStep, TakesMaskedSteps
+from ..masks.gradient_rules import resolve_gradient_rule
 from ..methods.method import Method
-from ..optim import MaskedStep, SparseAdamW
-from ..state_schema import require_part
 from ..types import PhaseKind
 from .base import Entry, Modifier, Resumed, Run, Setup, Step, Updated
 from .masked_decay import MaskedDecay
 
 
 class MaskedUpdates(Modifier):
-    """Decays or masks gradients before an optimizer's step, or has a :class:`SparseAdamW` do it.
+    """Decays or masks gradients before an optimizer's step, or has the optimizer do it (:class:`TakesMaskedSteps`).
 
     Args:
         method: Of the run.
@@ -63,7 +63,7 @@ class MaskedUpdates(Modifier):
 
     def after_update(self, optimizer: Optimizer) -> Updated:
         """Say which layers the optimizer has packed and masked itself."""
-        if not isinstance(optimizer, SparseAdamW) or optimizer.masked_step is None:
+        if not isinstance(optimizer, TakesMaskedSteps) or optimizer.masked_step is None:
             return Updated()
         done, optimizer.masked_step = optimizer.masked_step, None
         return Updated(done.packed, done.layers if done.zeros else ())
@@ -94,7 +94,7 @@ class MaskedUpdates(Modifier):
         self, run: Run, optimizer: Optimizer, layers: Mapping[str, MaskedLayer]
     ) -> Mapping[str, MaskedLayer]:  # fmt: skip
         """Return the layers that the optimizer decays, masks and packs itself, and tell it to."""
-        if not isinstance(optimizer, SparseAdamW):
+        if not isinstance(optimizer, TakesMaskedSteps):
             return {}
         inside = {name: layer for name, layer in layers.items() if optimizer.takes(layer)}
         decay = self._decay.at(run.age) if run.phase == "sparse" else 0.0

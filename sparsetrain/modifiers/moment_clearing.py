@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..kernels.masked_update.reference import apply_mask_
-from ..masked_layer import MaskedLayer, written_as_matrices
+from ..layers.masked_layer import MaskedLayer, written_as_matrices
 from .base import Entry, Modifier, Run, Setup
 
 

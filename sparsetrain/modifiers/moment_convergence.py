@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..checks import NOT_NEGATIVE, mapping, optional, sequence, whole
-from ..masked_layer import MaskedLayer
-from ..state_schema import refuse_missing, require_part
+from ..checks.rules import NOT_NEGATIVE, mapping, optional, sequence, whole
+from ..checks.states import refuse_missing, require_part
+from ..layers.masked_layer import MaskedLayer
 from .base import Modifier, Resumed, Run, Setup, Step
 
 ASK_EVERY = 10

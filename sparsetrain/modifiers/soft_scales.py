@@ -5,10 +5,10 @@ from typing import Any, Self
 
 import torch
 
-from ..checks import FINITE
-from ..masked_layer import MaskedLayer
-from ..soft_threshold import soft_scale
-from ..state_schema import by_layer, refuse, require_part
+from ..checks.rules import FINITE
+from ..checks.states import by_layer, refuse, require_part
+from ..layers.masked_layer import MaskedLayer
+from ..masks.soft_threshold import soft_scale
 from ..types import PhaseKind
 from .base import Entry, Modifier, Resumed, Run, Setup
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsetrain.masked_layer import MaskedLayer
+from sparsetrain.layers.masked_layer import MaskedLayer
 
 
 def bits(codes: Tensor) -> Tensor:

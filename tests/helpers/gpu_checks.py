@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsetrain.kernels.layouts import LearnedLayout
-from sparsetrain.products import _masked_product
+from sparsetrain.matmul.masked_matmul import _masked_product
 
 WORKSPACE = 64 << 20
 """Bytes that a library may want beside its operands."""

@@ -16,8 +16,8 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsetrain.backends import BACKENDS, CuSparseLtBackend, CutlassBackend
-from sparsetrain.backends import metadata_layout as layouts
 from sparsetrain.backends.cusparselt import CuSparseLt, Library
+from sparsetrain.backends.cusparselt import metadata_layout as layouts
 from sparsetrain.backends.cusparselt.providers import NvmathProvider, TorchProvider
 
 HALVES = [torch.float16, torch.bfloat16]

@@ -9,7 +9,8 @@ import torch
 from script_modules import BENCHMARKS, GPU, importable
 from torch import Tensor
 
-from sparsetrain.backends import CuSparseLtBackend, metadata_layout
+from sparsetrain.backends import CuSparseLtBackend
+from sparsetrain.backends.cusparselt import metadata_layout
 from sparsetrain.kernels.layouts import learn_layout
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sparsetrain.backends import BACKENDS
-from sparsetrain.environment import Machine
+from sparsetrain.hardware.machine import Machine
 from sparsetrain.recipes.cli.main import main
 
 doctor = importlib.import_module("sparsetrain.recipes.cli.doctor")
@@ -218,7 +218,7 @@ def _on_an_h200(monkeypatch: pytest.MonkeyPatch, **answers: str | Exception | No
 
 def test_a_probe_asks_the_backends_themselves(monkeypatch, capsys) -> None:
     backends = _on_an_h200(monkeypatch, cusparselt=None, cutlass="not today.", tilelang=OSError("no nvcc"))
-    module = types.ModuleType("sparsetrain.backends.metadata_layout")
+    module = types.ModuleType("sparsetrain.backends.cusparselt.metadata_layout")
     proven = types.SimpleNamespace(
         name="learned",
         rows=64,
@@ -252,7 +252,7 @@ def test_a_probe_asks_the_backends_themselves(monkeypatch, capsys) -> None:
 
 def test_a_backend_of_another_version_is_judged_by_the_rules_but_does_not_run(monkeypatch) -> None:
     _on_an_h200(monkeypatch)
-    monkeypatch.setitem(sys.modules, "sparsetrain.backends.metadata_layout", None)
+    monkeypatch.setitem(sys.modules, "sparsetrain.backends.cusparselt.metadata_layout", None)
     report = doctor.examine((4096, 4096), "bfloat16", probe=True)
     assert report["will_run"] == "masked"
     assert "9.0" in report["backends"]["cutlass"]["why_not"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from sparsetrain.layers.selection.select_layers import select_layers
 from sparsetrain.recipes.data import TextDataModule
 from sparsetrain.recipes.gpt import GPT, GPTModule
 from sparsetrain.recipes.gpt.module import WarmupCosine
-from sparsetrain.selection import select_layers
 
 SMALL = {"width": 32, "depth": 2, "heads": 2, "context": 16}
 

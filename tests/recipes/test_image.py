@@ -10,12 +10,12 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from sparsetrain.layers.selection.select_layers import select_layers
 from sparsetrain.recipes.cli.main import main
 from sparsetrain.recipes.cli.recipe_files import recipe_files
 from sparsetrain.recipes.data import ImageDataModule
 from sparsetrain.recipes.data.image_rows import Images
 from sparsetrain.recipes.image import ConvNet, ImageModule
-from sparsetrain.selection import select_layers
 
 RECIPES = [name for name in recipe_files() if name.startswith("image_")]
 SMALL: dict[str, Any] = {"widths": (16, 32)}

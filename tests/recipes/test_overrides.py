@@ -13,11 +13,11 @@ from support import Regression
 
 from sparsetrain.callbacks import SparseTrainingCallback
 from sparsetrain.criteria import Random
-from sparsetrain.gradient_rules import GradientRule
+from sparsetrain.masks.gradient_rules import GradientRule
 from sparsetrain.methods import Method, asp_one_shot, fst, iterative, recommended, slope
+from sparsetrain.methods.schedule import Phase, Schedule
 from sparsetrain.recipes.cli.main import main
 from sparsetrain.recipes.cli.recipe_files import recipe_files
-from sparsetrain.schedule import Phase, Schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CALLBACK = "sparsetrain.callbacks.SparseTrainingCallback"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from sparsetrain.checks.suggestions import did_you_mean, nearest
 from sparsetrain.recipes.cli.main import main
 from sparsetrain.recipes.cli.messages import explain
 from sparsetrain.recipes.cli.recipe_files import recipe_files
-from sparsetrain.suggestions import did_you_mean, nearest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

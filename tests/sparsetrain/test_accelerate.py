@@ -11,7 +11,7 @@ from support import mlp
 from torch import Tensor, nn
 
 import sparsetrain as st
-from sparsetrain.wrappers import plain_optimizer
+from sparsetrain.distributed.wrappers import plain_optimizer
 
 MOVING = {"preset": "fst", "refresh_every": 3, "decay": 0.05, "dense_tail": 0, "warmup": 2}
 METHODS = {

@@ -16,13 +16,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsetrain as st
-from sparsetrain.convolution import MaskWeight, TwoWeightConvolution
-from sparsetrain.estimated_gradient import draw_counter
-from sparsetrain.gradient_rules import GRADIENT_RULES, scaled
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
-from sparsetrain.linear import LinearSpec, SparseLinearFunction
+from sparsetrain.layers.convolution import MaskWeight, TwoWeightConvolution
+from sparsetrain.layers.linear import LinearSpec, SparseLinearFunction
+from sparsetrain.masks.gradient_rules import GRADIENT_RULES, scaled
+from sparsetrain.masks.soft_threshold import SoftThreshold
+from sparsetrain.matmul.estimated_weight_gradient import draw_counter
 from sparsetrain.modifiers.criterion_observer import _AddInBackward
-from sparsetrain.soft_threshold import SoftThreshold
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = [torch.contiguous_format, torch.channels_last]

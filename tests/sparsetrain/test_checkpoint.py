@@ -7,7 +7,7 @@ from support import convnet, mlp, train
 
 import sparsetrain as st
 from sparsetrain.checkpoint import require_same_weights
-from sparsetrain.selection import sparse_layers
+from sparsetrain.layers.selection.select_layers import sparse_layers
 
 
 def test_pruned_values_leave_and_return_bit_for_bit() -> None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS
-from sparsetrain.conversion import to_sparse_
-from sparsetrain.masked_layer import MaskedLayer, written_as_matrices
-from sparsetrain.matrices import matrix_of, weight_of
+from sparsetrain.layers.conversion import to_sparse_
+from sparsetrain.layers.masked_layer import MaskedLayer, written_as_matrices
+from sparsetrain.masks.matrices import matrix_of, weight_of
 
 LAYERS: dict[str, Callable[[], Any]] = {
     "2-D": lambda: nn.Conv2d(8, 12, 3, padding=1),

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
-from sparsetrain.conversion import to_sparse_
 from sparsetrain.criteria import (
     CRITERIA,
     Criterion,
@@ -27,8 +26,9 @@ from sparsetrain.criteria import (
     WeightGradient,
     resolve_criterion,
 )
+from sparsetrain.layers.conversion import to_sparse_
 from sparsetrain.modifiers.criterion_observer import Observer
-from sparsetrain.optimizer_hooks import StepHooks
+from sparsetrain.training.step_hooks import StepHooks
 
 STATISTICS = {
     "weight_gradient": WeightGradient(beta=0.75),

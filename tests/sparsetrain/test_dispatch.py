@@ -10,9 +10,10 @@ from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 
 import sparsetrain as st
-from sparsetrain import masked_layer, products
 from sparsetrain.backends import BACKENDS, MaskedBackend
 from sparsetrain.dispatch import Choice, Decision, DispatchTable, Problem, Tuner, bucket, find_mismatch
+from sparsetrain.layers import masked_layer
+from sparsetrain.matmul import masked_matmul as products
 
 CPU = torch.device("cpu")
 PROBLEM = Problem("forward", (64, 32), 100, torch.bfloat16, bias=True)

@@ -10,7 +10,7 @@ from support import mlp
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS
-from sparsetrain.distributed import require_equal_codes
+from sparsetrain.distributed.equal_codes import require_equal_codes
 
 
 def _worker(rank: int, folder: str, backend: str) -> None:

@@ -63,7 +63,7 @@ def test_links_in_the_documents_point_to_files() -> None:
 
 
 def test_a_missing_extra_is_one_sentence_with_the_command() -> None:
-    from sparsetrain.extras import require
+    from sparsetrain.hardware.extras import require
 
     with pytest.raises(ImportError, match=r'the plot needs no_such_module: pip install "sparsetrain\[recipes\]"'):
         require("no_such_module", "recipes", "the plot")

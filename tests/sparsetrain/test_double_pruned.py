@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounter
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS
-from sparsetrain.patterns import DOUBLE_PRUNED, prune_again
-from sparsetrain.products import masked_matmul
+from sparsetrain.masks.patterns import DOUBLE_PRUNED, prune_again
+from sparsetrain.matmul.masked_matmul import masked_matmul
 
 SLOPE = {"preset": "slope", "refresh_every": 3, "adapter_rank": 0}
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.conversion import to_sparse_
-from sparsetrain.eager_linear import Call
-from sparsetrain.estimated_gradient import draw_counter
-from sparsetrain.gradient_rules import scaled
 from sparsetrain.kernels.mask_search import search_tiles
-from sparsetrain.masked_layer import MaskedLayer
-from sparsetrain.operands import Execution
+from sparsetrain.layers.conversion import to_sparse_
+from sparsetrain.layers.eager_linear import Call
+from sparsetrain.layers.masked_layer import MaskedLayer
+from sparsetrain.masks.gradient_rules import scaled
+from sparsetrain.matmul.estimated_weight_gradient import draw_counter
+from sparsetrain.matmul.operands import Execution
 
 
 def codes(seed: int) -> Tensor:

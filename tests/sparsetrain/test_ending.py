@@ -20,7 +20,7 @@ from sparsetrain.methods import (
     sr_ste,
     step,
 )
-from sparsetrain.schedule import Phase, Schedule, dense_prune_retrain, from_scratch
+from sparsetrain.methods.schedule import Phase, Schedule, dense_prune_retrain, from_scratch
 
 Finished = tuple[nn.Sequential, st.SparseTraining]
 

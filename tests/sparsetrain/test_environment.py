@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsetrain import environment
-from sparsetrain.environment import Machine, cache_folder, machine_from_torch, read_machine
+from sparsetrain.hardware import machine as environment
+from sparsetrain.hardware.machine import Machine, cache_folder, machine_from_torch, read_machine
 
 FAILED = """NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest
 NVIDIA driver is installed and running."""

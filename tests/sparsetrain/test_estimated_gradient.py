@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS
-from sparsetrain.estimated_gradient import draw_counter, estimated_weight_gradient
 from sparsetrain.kernels.mvue import mvue
+from sparsetrain.matmul.estimated_weight_gradient import draw_counter, estimated_weight_gradient
 
 
 @pytest.fixture

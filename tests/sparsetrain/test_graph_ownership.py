@@ -8,9 +8,9 @@ from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 
 from sparsetrain.backends import BACKENDS
-from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.mask_search import search_tiles
-from sparsetrain.operands import Execution, Operands
+from sparsetrain.layers.conversion import to_sparse_
+from sparsetrain.matmul.operands import Execution, Operands
 
 
 class OnCuda(Tensor):
@@ -46,7 +46,7 @@ def test_a_shared_operand_that_a_graph_reads_outlives_a_release(capturing: list[
 def test_nothing_that_is_kept_is_read_by_a_graph(capturing: list[bool]) -> None:
     layer = to_sparse_(nn.Linear(16, 16, bias=False), "sparse", Execution("masked"))
     layer.set_codes_(search_tiles(layer.weight.detach(), True))
-    from sparsetrain.kept_weight import may_keep
+    from sparsetrain.matmul.kept_weight import may_keep
 
     assert may_keep(layer.weight)
     capturing[0] = True

@@ -11,9 +11,9 @@ from gpu_host import stand_in
 from torch import nn
 
 import sparsetrain as st
-from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.mask_search import search_tiles
-from sparsetrain.operands import Execution
+from sparsetrain.layers.conversion import to_sparse_
+from sparsetrain.matmul.operands import Execution
 
 
 def calls_of(function: Callable[[], object]) -> int:

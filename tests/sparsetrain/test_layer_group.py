@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from sparsetrain import SparseTraining
-from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.masked_update import operator as masked_update
-from sparsetrain.layer_group import LayerGroup, LayerGroups
-from sparsetrain.masked_layer import MaskedLayer
+from sparsetrain.layers.conversion import to_sparse_
+from sparsetrain.layers.layer_group import LayerGroup, LayerGroups
+from sparsetrain.layers.masked_layer import MaskedLayer
 
 
 def layers(count: int = 3, inputs: int = 8, outputs: int = 4) -> dict[str, MaskedLayer]:

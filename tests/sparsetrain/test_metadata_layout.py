@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsetrain.backends import metadata_layout
-from sparsetrain.backends.metadata_layout import MetadataLayout, known_layouts, prove_layout
+from sparsetrain.backends.cusparselt import metadata_layout
+from sparsetrain.backends.cusparselt.metadata_layout import MetadataLayout, known_layouts, prove_layout
 
 CPU = torch.device("cpu")
 PAIRS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]

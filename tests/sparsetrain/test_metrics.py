@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from sparsetrain import prune_metrics, transposable_mask
-from sparsetrain.metrics import magnitude_sums, total_metrics
-from sparsetrain.patterns import ROW_WISE, TRANSPOSABLE
-from sparsetrain.tiles import encode_tiles
+from sparsetrain.masks.metrics import magnitude_sums, total_metrics
+from sparsetrain.masks.patterns import ROW_WISE, TRANSPOSABLE
+from sparsetrain.masks.tile_codes import encode_tiles
 
 
 def test_every_field_equals_its_definition() -> None:

@@ -13,7 +13,7 @@ from support import brute_force_mask, convnet, mlp, train
 from torch import Tensor, nn
 
 import sparsetrain as st
-from sparsetrain.masked_layer import MaskedLayer
+from sparsetrain.layers.masked_layer import MaskedLayer
 from sparsetrain.methods import PRESETS, resolve_method
 
 STEPS = 14

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparsetrain as st
-from sparsetrain import products
 from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend
 from sparsetrain.backends.cusparselt.backend import CompressedOperand
 from sparsetrain.backends.cusparselt.providers import NvmathProvider, TorchProvider
 from sparsetrain.backends.packing import PackJob, fill_
 from sparsetrain.dispatch import Choice, DispatchTable, Problem, Product, Tuner, find_mismatch
 from sparsetrain.dispatch.stopwatch import median_milliseconds
-from sparsetrain.masked_layer import MaskedLayer
-from sparsetrain.renewal import Renewal
+from sparsetrain.layers.masked_layer import MaskedLayer
+from sparsetrain.matmul import masked_matmul as products
+from sparsetrain.matmul.renewal import Renewal
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:

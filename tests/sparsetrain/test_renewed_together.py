@@ -8,16 +8,17 @@ import torch
 from gpu_host import StandIn
 from torch import nn
 
-from sparsetrain import SparseTraining, operands
+from sparsetrain import SparseTraining
 from sparsetrain.backends import BACKENDS
-from sparsetrain.conversion import to_sparse_
 from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.kernels.pack import operator as pack
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
-from sparsetrain.layer_group import LayerGroups
-from sparsetrain.masked_layer import MaskedLayer
-from sparsetrain.operands import MAX_IDLE, Execution, register
-from sparsetrain.renewal import Renewal
+from sparsetrain.layers.conversion import to_sparse_
+from sparsetrain.layers.layer_group import LayerGroups
+from sparsetrain.layers.masked_layer import MaskedLayer
+from sparsetrain.matmul import operands
+from sparsetrain.matmul.operands import MAX_IDLE, Execution, register
+from sparsetrain.matmul.renewal import Renewal
 
 Layers = list[MaskedLayer]
 Renew = Callable[[Layers], None]

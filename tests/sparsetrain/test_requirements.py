@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from sparsetrain.environment import Machine
-from sparsetrain.requirements import DTYPES, PREFERENCE, why_not
+from sparsetrain.hardware.machine import Machine
+from sparsetrain.hardware.requirements import DTYPES, PREFERENCE, why_not
 
 EVERYTHING = Machine(driver="570.86.15", torch="2.13.0+cu130", triton="3.7.1", cusparselt="0.8.1", nvmath="1.0.0",
                      tilelang="0.1.15", gpu_count=1)  # fmt: skip

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import sparsetrain as st
-from sparsetrain.selection import select_layers
+from sparsetrain.layers.selection.select_layers import select_layers
 
 
 class Attention(nn.Module):
@@ -155,7 +155,7 @@ def test_sparsify_keeps_parameters_hooks_and_keys() -> None:
 
 
 def test_sparsify_undoes_itself_if_a_later_layer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsetrain import sparsify
+    from sparsetrain.layers import sparsify
 
     model = Transformer()
     before = {name: (type(m), dict(m.__dict__).keys(), list(m._buffers)) for name, m in model.named_modules()}

@@ -18,7 +18,7 @@ from by_hand import masked_by_hand
 from torch import Tensor, nn
 
 from sparsetrain import SparseTraining, sparsify_
-from sparsetrain.masked_layer import MaskedLayer
+from sparsetrain.layers.masked_layer import MaskedLayer
 
 PHASES = [{"kind": "dense", "length": 1}, {"kind": "sparse", "length": 1}, {"kind": "frozen"}]
 PRESETS = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend, CutlassBackend
-from sparsetrain.backends import metadata_layout as layouts
+from sparsetrain.backends.cusparselt import metadata_layout as layouts
 from sparsetrain.backends.cusparselt.providers import TorchProvider
 from sparsetrain.backends.packing import PackJob, fill_
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from sparsetrain import SparseTraining, select_layers, sparsify_
-from sparsetrain.selection import LayerChoice, SelectionReport
+from sparsetrain.layers.selection.select_layers import LayerChoice, SelectionReport
 
 
 class Attention(nn.Module):

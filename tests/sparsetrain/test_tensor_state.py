@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.tensor_state import fingerprint, stamp_of
+from sparsetrain.matmul.tensor_state import fingerprint, stamp_of
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS: dict[str, Callable[[torch.dtype], Tensor]] = {

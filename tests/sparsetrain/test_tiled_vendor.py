@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import sparsetrain as st
-from sparsetrain import masked_layer, products
 from sparsetrain.backends import BACKENDS, CuSparseLtBackend
-from sparsetrain.backends import metadata_layout as layouts
 from sparsetrain.backends.cusparselt import CuSparseLt, Library
+from sparsetrain.backends.cusparselt import metadata_layout as layouts
 from sparsetrain.backends.cusparselt.providers import NvmathProvider
 from sparsetrain.backends.packing import PackJob, fill_
 from sparsetrain.dispatch import DispatchTable, Tuner
+from sparsetrain.layers import masked_layer
+from sparsetrain.matmul import masked_matmul as products
 
 pytest.importorskip("nvmath.bindings.cusparseLt", reason="the stand-in takes its signatures from nvmath")
 from fake_cusparselt import FakeDevices

@@ -17,7 +17,7 @@ from sparsetrain.backends.packing import PackJob, fill_
 from sparsetrain.backends.tilelang import KernelKey, Tile, TilelangBackend, compile_kernel, cuda_source, tiles_for
 from sparsetrain.backends.tilelang import backend as backend_module
 from sparsetrain.backends.tilelang import kernel as kernel_module
-from sparsetrain.environment import Machine
+from sparsetrain.hardware.machine import Machine
 
 CPU = torch.device("cpu")
 HALVES = [torch.float16, torch.bfloat16]

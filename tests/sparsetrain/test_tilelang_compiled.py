@@ -8,8 +8,8 @@ import pytest
 from tilelang_compiled import CAPABILITIES, NOW, RECORDED, Row, figures, keys, name_of, recorded
 
 from sparsetrain.backends.tilelang import KernelKey, Tile, hopper, kernel, tiles_for
-from sparsetrain.environment import Machine
-from sparsetrain.requirements import why_not
+from sparsetrain.hardware.machine import Machine
+from sparsetrain.hardware.requirements import why_not
 
 installed = pytest.mark.skipif(importlib.util.find_spec("tilelang") is None, reason="needs tilelang")
 ROWS = {tuple(name_of(key).values()): key for key in keys()}

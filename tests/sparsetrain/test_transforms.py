@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from sparsetrain import SparseTraining, export_dense_, select_layers, sparsify_
-from sparsetrain.masked_layer import MaskedLayer
+from sparsetrain.layers.masked_layer import MaskedLayer
 
 PHASES = [{"kind": "dense", "length": 1}, {"kind": "sparse", "length": 1}, {"kind": "frozen"}]
 PRESETS = {

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS
-from sparsetrain.conversion import to_sparse_
-from sparsetrain.masked_layer import MaskedLayer
+from sparsetrain.layers.conversion import to_sparse_
+from sparsetrain.layers.masked_layer import MaskedLayer
 
 
 def transposed(model: nn.Module) -> nn.Module:
@@ -356,7 +356,7 @@ def test_everything_else_works_without_the_library(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ImportError, match=r"transformers\.pytorch_utils"):
         pickle.loads(written)
     with pytest.raises(AttributeError, match="nonsense"):
-        importlib.import_module("sparsetrain.transposed_linear").nonsense  # noqa: B018
+        importlib.import_module("sparsetrain.layers.transposed_linear").nonsense  # noqa: B018
 
 
 def test_one_step_by_hand() -> None:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...environment import cache_folder, machine_from_torch
+from ...hardware.machine import cache_folder, machine_from_torch
+from ...hardware.requirements import why_not
 from ...kernels.metadata_order import Order
-from ...requirements import why_not
 from ..interface import Operand
-from ..metadata_layout import MetadataLayout, prove_layout
-from ..tokens import padded_tokens, readable_rows, without_padding
+from ..padding import padded_tokens, readable_rows, without_padding
 from .library import Epilogue
+from .metadata_layout import MetadataLayout, prove_layout
 from .providers import NvmathProvider, Provider, TorchProvider
 
 TOKENS = 8

@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from ...extras import require
+from ...hardware.extras import require
 
 Order: TypeAlias = Literal["rows", "columns"]
 """rows: a row is contiguous (row-major); columns: a column is."""

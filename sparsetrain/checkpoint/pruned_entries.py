@@ -1,0 +1,217 @@
+"""Checkpoints that hold the sparse model and everything needed to go on training it.
+
+In a sparse phase the model computes with ``W⊙M`` while the optimizer owns a dense ``W``. :func:`detach_pruned` puts
+what the products see into a state dict, so that whoever loads it has the model that was evaluated, and returns the
+rest; :func:`restore_pruned_` puts it back, bit for bit.
+"""
+
+import math
+from collections.abc import Collection, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..checks.rules import DICT, TEXT, Rule, mapping, sequence, shown, whole
+from ..checks.states import refuse, tensor
+from ..kernels.tile_codes.reference import unpack_codes
+from ..layers.masked_layer import MaskedLayer
+from ..masks.matrices import weight_of
+
+CHECKPOINT_KEY = "sparsetrain"
+"""Where a Lightning checkpoint holds the state of sparse training."""
+
+PRUNED_KEY = "pruned_weights"
+"""Where that state holds what :func:`detach_pruned` returned."""
+
+
+@torch.no_grad()
+def pruned_values(
+    state_dict: Mapping[str, Any], layers: Mapping[str, MaskedLayer], merge_adapters: bool = False
+) -> dict[str, Tensor]:
+    """Return what a state dict loses when :func:`sparsetrain.sparse_state_dict` replaces the masters in it.
+
+    Args:
+        state_dict: Holds masters.
+        layers: Layer name to layer; those whose mask is not in force lose nothing.
+        merge_adapters: Whether adapters that are in use are added.
+
+    Returns:
+        As :func:`detach_pruned`.
+    """
+    pruned = {}
+    for name, layer in layers.items():
+        if layer.is_masked and (key := weight_key(name)) in state_dict:
+            master = state_dict[key]
+            changed = layer.soft_scale is not None or (merge_adapters and layer.adapter is not None)
+            pruned[name] = (master.flatten() if changed else master[~layer.mask.to(master.device)]).clone()
+    return pruned
+
+
+def detach_pruned(
+    state_dict: MutableMapping[str, Any], layers: Mapping[str, MaskedLayer], merge_adapters: bool = False
+) -> dict[str, Tensor]:
+    """Replace the masters of masked layers in a state dict by what products see, and return what is lost by that.
+
+    Args:
+        state_dict: Changed in place; its tensors are not.
+        layers: Layer name to layer; those whose mask is not in force are left alone.
+        merge_adapters: Add the adapters that are in use.
+
+    Returns:
+        Layer name to the pruned entries of its weight, in row-major order; to all entries where those that are kept
+        differ too, by a soft threshold or an adapter.
+    """
+    pruned = pruned_values(state_dict, layers, merge_adapters)
+    for name in pruned:
+        state_dict[weight_key(name)] = layers[name].effective_weight(state_dict[weight_key(name)], merge_adapters)
+    return pruned
+
+
+@torch.no_grad()
+def restore_pruned_(
+    layers: Mapping[str, MaskedLayer], codes: Mapping[str, Tensor], pruned: Mapping[str, Tensor]
+) -> None:
+    """Put pruned values back into the weights.
+
+    Args:
+        layers: Layer name to layer.
+        codes: Layer name to the tile codes under which the values were pruned.
+        pruned: What :func:`detach_pruned` returned.
+
+    Raises:
+        ValueError: If the values do not fit the layers; nothing is changed then.
+    """
+    check_pruned(layers, codes, pruned)
+    for name, values in pruned.items():
+        layer, weight = layers[name], layers[name].weight
+        weight[_places(codes[name], values, layer).to(weight.device)] = values.to(weight.device, weight.dtype)
+
+
+def check_pruned(layers: Mapping[str, MaskedLayer], codes: Any, pruned: Any) -> None:
+    """Raise ``ValueError`` unless pruned values can be put back; changes nothing.
+
+    Args:
+        layers: As for :func:`restore_pruned_`.
+        codes: Likewise.
+        pruned: Likewise.
+
+    Example:
+        >>> check_pruned({}, {}, {})
+    """
+    _require("codes", codes, DICT)
+    _require("pruned values", pruned, DICT)
+    for name, values in pruned.items():
+        if name not in layers or name not in codes:
+            raise ValueError(
+                f"checkpoint holds pruned values of {shown(name)}, which is no sparse layer here: use the same targets."
+            )
+        layer = layers[name]
+        _require(f"codes of layer {name!r}", codes[name], tensor(torch.int16, layer.mask_codes.shape))
+        _require(f"pruned values of layer {name!r}", values, tensor(None, None))
+        if int(_places(codes[name], values, layer).sum()) != values.numel() or values.dim() != 1:
+            raise ValueError(f"checkpoint's pruned values of {name!r} do not fit its mask: the checkpoint is damaged.")
+
+
+def require_pruned(state: Any, weights: Collection[str]) -> None:
+    """Raise ``ValueError`` if a checkpoint lacks pruned values of weights that it holds without them.
+
+    Args:
+        state: What the checkpoint holds under ``"sparsetrain"``; None if it holds nothing.
+        weights: Names of the weights in it.
+
+    Example:
+        >>> require_pruned({"active": ["fc"], "pruned_weights": {}}, ["head.weight"])
+    """
+    if state is None:
+        return
+    _require(f"{CHECKPOINT_KEY!r}", state, mapping({"active": sequence(TEXT), PRUNED_KEY: DICT}, others=True))
+    for name in state["active"]:
+        if weight_key(name) in weights and name not in state[PRUNED_KEY]:
+            refuse(f"checkpoint's pruned values have no {name!r}, whose weight it holds")
+
+
+def _require(name: str, value: Any, rule: Rule) -> None:
+    if complaint := rule.complaint(f"checkpoint's {name}", value):
+        refuse(complaint)
+
+
+def _places(codes: Tensor, values: Tensor, layer: MaskedLayer) -> Tensor:
+    """Return where values belong, bool, shaped like the weight: where the mask prunes, or everywhere."""
+    out = ~unpack_codes(codes)
+    return layer.as_weight(torch.ones_like(out) if values.numel() == layer.weight.numel() else out)
+
+
+def weight_key(name: str) -> str:
+    """Return the name of a layer's weight in a state dict; the model itself has no name.
+
+    Example:
+        >>> weight_key("fc"), weight_key("")
+        ('fc.weight', 'weight')
+    """
+    return f"{name}.weight" if name else "weight"
+
+
+def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read the masks out of a checkpoint of a run with ``SparseTrainingCallback``.
+
+    Args:
+        checkpoint: What ``torch.load(path)`` returned.
+
+    Returns:
+        Layer name to bool mask, shaped like the layer's weight.
+
+    Raises:
+        ValueError: If the checkpoint holds no state of sparse training, or a damaged one.
+
+    Example:
+        >>> codes = {"fc": torch.full((1, 1), 0x3C3C, dtype=torch.int16)}
+        >>> state = {"codes": codes, "shapes": {"fc": [4, 4]}, "transposed": []}
+        >>> read_masks({"sparsetrain": state})["fc"].sum().item()
+        8
+    """
+    if not isinstance(checkpoint, Mapping) or CHECKPOINT_KEY not in checkpoint:
+        raise ValueError(
+            f"checkpoint has no key {CHECKPOINT_KEY!r}: it must come from a run with SparseTrainingCallback "
+            "that saved more than weights."
+        )
+    state = checkpoint[CHECKPOINT_KEY]
+    _require(
+        f"{CHECKPOINT_KEY!r}",
+        state,
+        mapping({"codes": DICT, "shapes": DICT, "transposed": sequence(TEXT)}, others=True),
+    )
+    codes, shapes, transposed = state["codes"], state["shapes"], state["transposed"]
+    for name in codes:
+        _require(f"shape of layer {name!r}", shapes.get(name), sequence(whole(1), least=2))
+        rows, columns = shapes[name][0], math.prod(shapes[name][1:])
+        size = (columns // 4, rows // 4) if name in transposed else (rows // 4, columns // 4)
+        _require(f"codes of layer {name!r}", codes[name], tensor(torch.int16, size))
+    return {name: weight_of(unpack_codes(codes[name]), shapes[name], name in transposed) for name in codes}
+
+
+def require_same_weights(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+    """Check that a state dict is of this model, before anything is loaded.
+
+    Args:
+        model: Any module.
+        state_dict: What would be loaded into it.
+        strict: Names must be the same too.
+
+    Raises:
+        ValueError: If a shape differs or, with ``strict``, a name is only on one side.
+    """
+    own = {name: value for name, value in model.state_dict().items() if not is_lazy(value)}
+    for name, value in state_dict.items():
+        if name in own and isinstance(value, Tensor) and value.shape != own[name].shape:
+            raise ValueError(
+                f"checkpoint is of another model: {name!r} is {tuple(value.shape)} there and {tuple(own[name].shape)} "
+                "here; build the model with the checkpoint's hyper-parameters."
+            )
+    if strict and (lonely := set(state_dict) ^ set(own)):
+        name = min(lonely)
+        raise ValueError(
+            f"checkpoint is of another model: {name!r} is only in the {'model' if name in own else 'checkpoint'}; "
+            "build the model with the checkpoint's hyper-parameters."
+        )

@@ -1,0 +1,1 @@
+"""What values are allowed, and the one sentence that refuses another: arguments, tensors, saved states."""

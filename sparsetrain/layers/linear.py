@@ -1,0 +1,160 @@
+"""``sparse_linear`` and ``SparseLinear``: a linear layer whose products see the masked weight."""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from ..backends import resolve_backend
+from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
+from ..masks.tile_codes import require_tiles
+from ..matmul.autocast import as_autocast
+from ..matmul.eager import is_eager
+from ..matmul.linear_function import LinearSpec, SparseLinearFunction
+from ..matmul.operands import Execution
+from ..matmul.transforms import as_constants, as_leaf, is_transformed, transformed_linear
+from .eager_linear import eager_product
+from .masked_layer import MaskedLayer, has_choice
+
+
+def sparse_linear(
+    input: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gradient: str | GradientRule = "ste",
+    backend: str = "auto",
+    transposable: bool = True,
+    draws: Tensor | None = None,
+    seed: int = 0,
+    backward_codes: Tensor | None = None,
+) -> Tensor:
+    """Apply a linear layer with the weight masked by tile codes; differentiable in input, weight and bias.
+
+    Under autocast the operands are cast as ``torch.nn.functional.linear`` casts them.
+
+    Args:
+        input: ``[..., I]``.
+        weight: ``[O, I]``, the dense master.
+        codes: int16 ``[O/4, I/4]``; for a bool mask pass ``encode_tiles(mask)``.
+        bias: ``[O]`` or None.
+        gradient: Rule of the weight gradient: ``"ste"``, ``"masked"`` or ``scaled(kept, pruned)``.
+        backend: Matmul backend: a name, or ``"auto"`` (the default): the fastest verified one, benchmarked here;
+            without a GPU that is ``"masked"``.
+        transposable: Whether the mask is transposable; if not, and without ``backward_codes``, the input gradient is
+            computed densely.
+        draws: Counter of a random estimate, int64 ``[2]``: then the weight gradient is computed from an unbiased 2:4
+            estimate of the output gradient, and the counter goes up by one in every backward.
+        seed: Of the estimate.
+        backward_codes: int16 ``[O/4, I/4]`` that keep two of every four along ``out_features``: then the input
+            gradient's product sees what both codes keep.
+
+    Returns:
+        ``[..., O]``.
+
+    Raises:
+        ValueError: If the codes do not fit the weight, or a name is unknown.
+
+    Example:
+        >>> codes = torch.full((1, 1), 0xF, dtype=torch.int16)  # keeps the first of four rows
+        >>> sparse_linear(torch.ones(4), torch.ones(4, 4), codes).tolist()
+        [4.0, 0.0, 0.0, 0.0]
+
+    Source: straight-through gradients as in SR-STE, arXiv 2102.04010; transposable masks make the input gradient
+    sparse too, arXiv 2102.08124.
+    """
+    # a nested tensor has sizes, but no shape
+    if weight.dim() != 2 or input.dim() == 0 or input.size(-1) != weight.size(1):
+        raise ValueError(
+            f"input is {tuple(input.shape)} and weight {tuple(weight.shape)}: they must be [..., I] and [O, I] "
+            "with the same I."
+        )
+    expected = (weight.shape[0] // 4, weight.shape[1] // 4)
+    if codes.dtype != torch.int16 or tuple(codes.shape) != expected:
+        raise ValueError(
+            f"codes is {codes.dtype} {tuple(codes.shape)} but weight is {tuple(weight.shape)}: "
+            f"codes must be int16 {expected}, as encode_tiles(mask) gives."
+        )
+    rule = resolve_gradient_rule(gradient)
+    name = resolve_backend(backend)
+    device = input.device.type
+    if (name == "auto" and not has_choice(device)) or input.is_nested:
+        name = "masked"
+    if torch.is_autocast_enabled(device):
+        input = as_autocast(input)
+        if name == "masked":  # others read the master itself
+            weight, bias = as_autocast(weight), None if bias is None else as_autocast(bias)
+    elif name != "masked" and input.dtype != weight.dtype:
+        raise ValueError(
+            f"input is {input.dtype} but weight is {weight.dtype}: they must be alike outside of autocast, so cast one "
+            "of them or use autocast."
+        )
+    if is_transformed():
+        return transformed_linear(input, weight, codes, bias, backward_codes, rule)
+    spec = LinearSpec(rule, name, name if transposable or backward_codes is not None else "masked", seed)
+    result = SparseLinearFunction.apply(input, weight, codes, bias, draws, backward_codes, spec)  # type: ignore[no-untyped-call]
+    return cast(Tensor, result)
+
+
+class SparseLinear(MaskedLayer, nn.Linear):
+    """An ``nn.Linear`` with a mask: same parameters, same ``state_dict``, and tile codes beside them.
+
+    Usually made in place by :func:`sparsetrain.sparsify_`. A forward never changes the mask.
+
+    Args:
+        in_features: I, a multiple of 4.
+        out_features: O, a multiple of 4.
+        bias: Whether there is a bias.
+        device: As in ``nn.Linear``.
+        dtype: As in ``nn.Linear``.
+
+    Raises:
+        ValueError: If a size is not a multiple of 4.
+
+    Example:
+        >>> layer = SparseLinear(8, 4)
+        >>> layer.set_codes_(torch.full((1, 2), 0x3C3C, dtype=torch.int16))
+        >>> layer.mask.sum().item(), sorted(layer.state_dict())
+        (16, ['bias', 'weight'])
+    """
+
+    dense_class = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        require_tiles("weight", (out_features, in_features))
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._add_mask("sparse", Execution())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer: ``[..., I]`` to ``[..., O]``."""
+        if isinstance(input, Proxy):
+            return as_leaf(self, input)
+        if self.phase == "dense":
+            return F.linear(input, self.weight, self.bias)
+        return multiply(self, input)
+
+
+def multiply(layer: MaskedLayer, input: Tensor) -> Tensor:
+    """Multiply tokens ``[..., K]`` by a masked layer's matrix, add bias and adapter: ``[..., O]``."""
+    output = eager_product(layer, input) if is_eager(input) else None
+    if output is None:
+        execution = layer.execution
+        output = sparse_linear(
+            input, layer.thresholded_matrix(), layer.mask_codes, layer.bias, gradient=layer.gradient,
+            backend=layer.backend, transposable=execution.transposable, draws=layer.draws, seed=execution.seed,
+            backward_codes=layer.backward_codes,
+        )  # fmt: skip
+    if layer.adapter is None:
+        return output
+    down, up = as_constants(layer.adapter)
+    return output + F.linear(F.linear(input, down), up)

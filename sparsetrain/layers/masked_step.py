@@ -1,0 +1,42 @@
+"""``MaskedStep``: what masks do in an optimizer's step, told to an optimizer that can do it itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from ..kernels.adamw.reference import Rule
+from .masked_layer import MaskedLayer
+
+
+@dataclass
+class MaskedStep:
+    """What one step does to weights with masks beside AdamW's update.
+
+    Args:
+        layers: Name to layer whose weight is meant; each has a gradient.
+        rule: What masks do before the update.
+        decay: λ of the rule.
+        clock: Steps since the run began; with the name, it makes the random numbers that round in 16 bits.
+        zeros: Write zeros into what is pruned, after the update.
+        pack: Pack the updated weights into the layers' operands, as masks stay as they are.
+        packed: Names of the layers whose operands the step has renewed.
+    """
+
+    layers: Mapping[str, MaskedLayer]
+    rule: Rule = "none"
+    decay: float = 0.0
+    clock: int = 0
+    zeros: bool = False
+    pack: bool = False
+    packed: set[str] = field(default_factory=set)
+
+
+@runtime_checkable
+class TakesMaskedSteps(Protocol):
+    """An optimizer that decays, masks and packs the weights of layers that it takes."""
+
+    masked_step: MaskedStep | None
+    """What its next step is to do beside its update; it fills in ``packed``, and whoever set it takes it back."""
+
+    def takes(self, layer: MaskedLayer) -> bool:
+        """Say whether a step can do it to this layer's weight."""

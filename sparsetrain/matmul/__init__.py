@@ -1,0 +1,1 @@
+"""Products with masked weights: operands kept packed, the backend's product, and its gradients."""

@@ -1,0 +1,136 @@
+"""What a saved state is refused for, before anything is changed."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..checkpoint.pruned_entries import PRUNED_KEY, check_pruned
+from ..checks.rules import DICT, Rule, either, optional, sequence, shown, whole
+from ..checks.states import PLAIN, names_of, refuse, require_keys, require_part, require_state
+from ..criteria.statistics import StatisticCriterion
+from ..methods.method import Method
+from ..methods.schedule import Timeline
+from ..modifiers.base import Modifier, Resumed, Run
+from .mask_state import MaskState
+from .setup_checks import STATE_VERSION
+from .state_versions import FIRST_VERSION
+
+UNUSED = optional(either(DICT, sequence(Rule("anything", lambda value: True))))
+"""What another method's part may have left."""
+
+
+def check_state(
+    state: Any, masks: MaskState, modifiers: Sequence[Modifier], run: Run, optimizers: int
+) -> None:  # fmt: skip
+    """Raise ``ValueError`` if a state is damaged or of another model, and warn if it is of another method.
+
+    Keys that are not known are the caller's own.
+
+    Args:
+        state: What :meth:`sparsetrain.SparseTraining.state_dict` returned, or what has become of it.
+        masks: The run's masks.
+        modifiers: The run's.
+        run: As it is by now.
+        optimizers: How many of them own sparse weights.
+    """
+    method, total_steps, timeline = run.method, run.total_steps, run.timeline
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state is {shown(state)}: it must be what SparseTraining.state_dict() returned.")
+    version = state.get("version", STATE_VERSION)
+    if type(version) is not int or version != STATE_VERSION:
+        raise ValueError(
+            f"state has version {shown(version)} but this sparsetrain reads {FIRST_VERSION} to {STATE_VERSION}: use "
+            "the version that wrote it."
+        )
+    rules = {
+        "version": whole(),
+        "clock": whole(),
+        "total_steps": optional(whole(1)),
+        "method": PLAIN,
+        "modifiers": DICT,
+    }
+    require_keys(state, (*rules, "stepped", "last_refresh", "active", "starts"))
+    for key, rule in rules.items():
+        require_state(key, state[key], rule)
+    masks.check_state_dict(state)
+    maskable = [name for name in masks.layers if name not in (state["dense"] or ())]
+    for key, rule in {
+        "stepped": sequence(whole(0, optimizers - 1), unique=True),
+        "last_refresh": whole(-1, state["clock"]),
+        "active": names_of(maskable),
+        "starts": sequence(whole(), least=1),
+    }.items():
+        require_state(key, state[key], rule)
+    if state["active"] and not state["exists"]:
+        refuse("state['exists'] is False but state['active'] has layers")
+    if PRUNED_KEY in state:
+        check_pruned({name: masks.layers[name] for name in state["active"]}, state["codes"], state[PRUNED_KEY])
+    timeline = saved_timeline(state, method, timeline)
+    if state["kept"] != (kept := timeline.kept_at(state["clock"])):
+        raise ValueError(
+            f"state has masks that keep {state['kept']!r} of four but the schedule says {kept} at step "
+            f"{state['clock']}: resume with the same schedule."
+        )
+    described = method.describe()
+    same = state["method"] == described and state["total_steps"] == total_steps
+    if same:
+        _check_agreement(state, masks, method, timeline, len(maskable))
+    _check_parts(state, modifiers, Resumed(timeline.at(state["clock"])[0], state["active"], same))
+    for what, saved, here in (
+        ("method", state["method"], described),
+        ("total_steps", state["total_steps"], total_steps),
+    ):
+        if saved != here:
+            warnings.warn(f"resuming with another {what}: {here} instead of {saved}.", stacklevel=5)
+
+
+def saved_timeline(state: Mapping[str, Any], method: Method, timeline: Timeline) -> Timeline:
+    """Return the timeline that a state was saved with; the one here if that is of another schedule.
+
+    Phases begin elsewhere than planned where one ended early, or where the length of the run was changed.
+
+    Raises:
+        ValueError: If the state's phases are damaged.
+    """
+    if state["method"].get("schedule") != method.describe()["schedule"]:
+        return timeline
+    starts = state["starts"]
+    if len(starts) != len(timeline.starts) or starts[0] != 0 or sorted(starts) != list(starts):
+        refuse(
+            f"state['starts'] is {shown(starts)}: it must be {len(timeline.starts)} steps that increase from 0, one "
+            "for every phase of the schedule"
+        )
+    return replace(timeline, starts=tuple(starts))
+
+
+def _check_agreement(
+    state: Mapping[str, Any], masks: MaskState, method: Method, timeline: Timeline, maskable: int
+) -> None:  # fmt: skip
+    """Raise ``ValueError`` if parts of a state of this very method and length contradict each other."""
+    kind, _ = timeline.at(state["clock"])
+    masked, active = kind != "dense", state["active"]
+    least = max(1, round(timeline.share_at(state["clock"]) * maskable)) if masked else 0
+    if len(active) < least or (active and not masked):
+        refuse(
+            f"state['active'] has {len(active)} layers but the {kind} phase at step {state['clock']} has "
+            f"{f'at least {least}' if masked else 'none'}"
+        )
+    if state["dense"] and not (method.dense_budget and method.dense_unit == "layers"):
+        refuse(f"state['dense'] has {shown(state['dense'][0])} but the method has no dense_budget of layers")
+    own, saved = masks.criterion.name, state["criterion"].get("criterion")
+    if isinstance(masks.criterion, StatisticCriterion) and saved != own:
+        refuse(f"state['criterion'] is of {shown(saved)} but the method's is {own!r}")
+
+
+def _check_parts(state: Mapping[str, Any], modifiers: Sequence[Modifier], resumed: Resumed) -> None:
+    """Raise ``ValueError`` if what a state holds of modifiers is damaged, or not what this very method leaves."""
+    parts: Mapping[str, Any] = state["modifiers"]
+    for modifier in modifiers:
+        modifier.check_state(parts.get(modifier.name), resumed)
+    own = {modifier.name for modifier in modifiers}
+    for name, part in parts.items():
+        if name not in own:
+            require_part(name, part, UNUSED)
+            if resumed.same and part:
+                refuse(f"state['modifiers'] has {name!r} but the method does not")

@@ -1,0 +1,58 @@
+"""States of earlier versions, brought into the form that this version reads."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..checks.states import require_keys
+
+PARTS = ("lr_restart", "adapters", "moments", "decay", "frozen_moments", "distillation", "soft_scales")
+"""What is under ``modifiers`` since version 5."""
+
+
+def in_this_version(state: Any) -> Any:
+    """Return a state of an earlier version as this version writes it; anything else as it is.
+
+    Raises:
+        ValueError: If a key of that version is missing.
+
+    Example:
+        >>> in_this_version({"version": 3, "clock": 7, **dict.fromkeys(PARTS)})["modifiers"]
+        {}
+    """
+    while isinstance(state, Mapping):
+        version = state.get("version")
+        if type(version) is not int or version not in NEXT:
+            break
+        state = {**NEXT[version](state), "version": version + 1}
+    return state
+
+
+def _from_3(state: Mapping[str, Any]) -> dict[str, Any]:
+    """No layer stored its weight transposed then, frozen second moments were corrections, sums were of all layers."""
+    require_keys(state, ("frozen_moments",))
+    frozen = state["frozen_moments"]
+    if isinstance(frozen, list):
+        frozen = [_with_going(entries) for entries in frozen]
+    return {**state, "transposed": [], "frozen_moments": frozen, "sums_at_refresh": {}}
+
+
+def _from_4(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method switches on had keys beside all others, also where it was off."""
+    require_keys(state, PARTS)
+    parts = {name: state[name] for name in PARTS if state[name] is not None}
+    if isinstance(scales := parts.get("soft_scales"), dict) and not scales:  # as of a hard mask
+        del parts["soft_scales"]
+    return {**{name: value for name, value in state.items() if name not in PARTS}, "modifiers": parts}
+
+
+def _with_going(entries: Any) -> Any:
+    if not isinstance(entries, list):
+        return entries
+    return [{"correction": entry, "going": None} if isinstance(entry, float) else entry for entry in entries]
+
+
+NEXT: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4}
+"""By version, what brings a state into the form of the one after it."""
+
+FIRST_VERSION = min(NEXT)
+"""The earliest that can be read."""
