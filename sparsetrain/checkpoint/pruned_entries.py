@@ -69,7 +69,6 @@ def detach_pruned(
     return pruned
 
 
-@torch.no_grad()
 def restore_pruned_(
     layers: Mapping[str, MaskedLayer], codes: Mapping[str, Tensor], pruned: Mapping[str, Tensor]
 ) -> None:
@@ -84,6 +83,12 @@ def restore_pruned_(
         ValueError: If the values do not fit the layers; nothing is changed then.
     """
     check_pruned(layers, codes, pruned)
+    put_back_(layers, codes, pruned)
+
+
+@torch.no_grad()
+def put_back_(layers: Mapping[str, MaskedLayer], codes: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+    """Do what :func:`restore_pruned_` does with values that :func:`check_pruned` let pass."""
     for name, values in pruned.items():
         layer, weight = layers[name], layers[name].weight
         weight[_places(codes[name], values, layer).to(weight.device)] = values.to(weight.device, weight.dtype)

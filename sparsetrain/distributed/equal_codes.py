@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .world import world_size
+
 
 @torch.no_grad()
 def require_equal_codes(codes: Mapping[str, Tensor]) -> None:
@@ -19,7 +21,7 @@ def require_equal_codes(codes: Mapping[str, Tensor]) -> None:
     Raises:
         RuntimeError: If a layer's codes differ between ranks; raised on every rank, naming the layers.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1) or not codes:
+    if world_size() == 1 or not codes:
         return
     hashes = torch.stack([_hash(layer) for layer in codes.values()])
     lowest, highest = hashes.clone(), hashes.clone()

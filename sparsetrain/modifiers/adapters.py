@@ -12,6 +12,7 @@ from torch.optim import Adagrad, Optimizer
 
 from ..checks.rules import each
 from ..checks.states import by_layer, require_part, tensor
+from ..distributed.world import world_size
 from ..layers.masked_layer import MaskedLayer
 from .base import Entry, Modifier, Resumed, Run, Setup, Step
 
@@ -93,13 +94,13 @@ class Adapters(Modifier):
 
     def average_gradients(self, optimizer: Optimizer) -> None:
         """Average gradients over data-parallel ranks, which wrap the model's own parameters alone."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if world_size() == 1:
             return
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for pair in self.parts.values():
             for part in pair:
                 if id(part) in owned and part.grad is not None:
-                    dist.all_reduce(part.grad.div_(dist.get_world_size()))
+                    dist.all_reduce(part.grad.div_(world_size()))
 
     def clear_gradients(self) -> None:
         """Do what ``zero_grad()`` of the model does for its own parameters: trainers may call no other."""

@@ -17,7 +17,7 @@ from ..types import PhaseKind
 
 
 class Setup(NamedTuple):
-    """What a run is to be made of; nothing is changed yet."""
+    """What a run is to be made of, as :class:`sparsetrain.SparseTraining` takes it; nothing is changed yet."""
 
     model: nn.Module
     method: Method
@@ -26,6 +26,9 @@ class Setup(NamedTuple):
     lr_schedulers: Sequence[LRScheduler] = ()
     teacher: nn.Module | None = None
     logits_from: str = ""
+    total_steps: int | None = None
+    watch_dense: bool = True
+    track_age: bool = False
 
 
 @dataclass

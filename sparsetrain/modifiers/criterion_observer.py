@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..criteria.criterion import Criterion
+from ..distributed.world import world_size
 from ..layers.masked_layer import MaskedLayer
 from .base import Modifier, Run, Setup, Step
 
@@ -188,7 +189,7 @@ class _AddInBackward(torch.autograd.Function):
 
 def _sum_over_ranks(totals: list[Tensor]) -> list[Tensor]:
     """Add the totals of data-parallel ranks, which see different inputs but must find the same masks."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if world_size() == 1:
         return totals
     found: dict[int, Tensor] = {}
     for device in dict.fromkeys(total.device for total in totals):

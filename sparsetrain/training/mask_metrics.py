@@ -2,6 +2,7 @@
 
 from ..masks.metrics import PruneMetrics, total_metrics
 from .mask_state import MaskState
+from .mask_statistics import magnitude_sums
 
 
 def mask_metrics(masks: MaskState, per_layer: bool = False) -> dict[str, float | None]:
@@ -18,12 +19,13 @@ def mask_metrics(masks: MaskState, per_layer: bool = False) -> dict[str, float |
     Example:
         >>> from sparsetrain import Magnitude, SparseLinear
         >>> from sparsetrain.masks.patterns import TRANSPOSABLE
-        >>> masks = MaskState({"fc": SparseLinear(8, 4)}, TRANSPOSABLE, Magnitude())
+        >>> from sparsetrain.training.mask_search import MaskSearch
+        >>> masks = MaskState({"fc": SparseLinear(8, 4)}, MaskSearch(TRANSPOSABLE, Magnitude()))
         >>> masks.refresh(0, virtual=False)
         >>> mask_metrics(masks)["pruned_count"]
         16
     """
-    sums = masks.magnitude_sums()
+    sums = magnitude_sums(masks.maskable)
     at_refresh = masks.sums_at_refresh
     values: dict[str, float | None] = {
         **total_metrics(sums.values()).as_dict(),

@@ -1,25 +1,21 @@
-"""The masks of a run and what is known of their history: refresh, flips, ages, violations."""
+"""``MaskState``: the masks of a run and what is known of their history: refresh, flips, ages."""
 
 import time
-import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks.rules import DICT, EMPTY, FLAG, NOT_NEGATIVE, TEXT, either, optional, sequence, shown, whole
-from ..checks.states import by_layer, names_of, refuse, require_keys, require_state, tensor
-from ..criteria import Criterion, Magnitude
-from ..criteria.criterion import scores_of
 from ..distributed.equal_codes import require_equal_codes
-from ..kernels.statistics.operator import tile_statistics
 from ..kernels.tile_codes.reference import unpack_codes
 from ..layers.masked_layer import MaskedLayer
-from ..layers.one_pass import fits_one_pass, search_in_one_pass_
-from ..masks.dense_budget import dense_layers, dense_tiles
-from ..masks.patterns import TRANSPOSABLE, Pattern
+from ..layers.one_pass import search_in_one_pass_
+from ..masks.dense_budget import dense_layers
+from ..masks.matrices import by_device
 from ..masks.tile_codes import KEEP_ALL
+from .mask_search import MaskSearch
+from .mask_statistics import kept_fractions, layer_statistics
 
 MAX_AGE = 255
 
@@ -35,26 +31,25 @@ class MaskState:
 
     Args:
         layers: Layer name to layer.
-        pattern: What the masks look like.
-        criterion: What ranks the entries.
+        search: What finds the masks.
         track_age: Keep for every entry the refreshes since it last flipped (one byte a weight, up to 255).
-        hysteresis: Added to the scores of entries that are kept now, as a fraction of the layer's mean score.
-        tile_budget: The fraction of the tiles, over all layers that are searched together, that keep everything.
+
+    Example:
+        >>> from sparsetrain import Magnitude, SparseLinear
+        >>> from sparsetrain.masks.patterns import TRANSPOSABLE
+        >>> masks = MaskState({"fc": SparseLinear(8, 4)}, MaskSearch(TRANSPOSABLE, Magnitude()))
+        >>> masks.refresh(0, virtual=False)
+        >>> masks.exists, masks.violations()
+        (True, 0)
     """
 
-    def __init__(
-        self, layers: Mapping[str, MaskedLayer], pattern: Pattern, criterion: Criterion, track_age: bool = False,
-        hysteresis: float = 0.0, tile_budget: float = 0.0,
-    ) -> None:  # fmt: skip
+    def __init__(self, layers: Mapping[str, MaskedLayer], search: MaskSearch, track_age: bool = False) -> None:
         self.layers = dict(layers)
-        self.pattern = pattern
-        self.criterion = criterion
-        self.hysteresis = hysteresis
-        self.tile_budget = tile_budget
+        self.search = search
+        self.pattern, self.criterion = search.pattern, search.criterion
         self.kept = 2  # of every four entries
         self.dense: frozenset[str] | None = None  # layers that a budget keeps dense, once they are chosen
         self.exists = False
-        self._warned: set[str] = set()
         self.refresh_ms = 0.0
         self.flips: dict[str, Tensor] = {}
         self.virtual_flips: dict[str, Tensor] = {}
@@ -69,15 +64,6 @@ class MaskState:
     def maskable(self) -> dict[str, MaskedLayer]:
         """The layers that get masks: all but those that stay dense."""
         return {name: layer for name, layer in self.layers.items() if name not in (self.dense or ())}
-
-    def keep_dense_(self, names: Collection[str]) -> None:
-        """Give these layers no masks any more; their codes keep everything."""
-        self.dense = frozenset(names)
-        for name in self.dense:
-            self.layers[name].mask_codes.fill_(KEEP_ALL)
-            self.flips.pop(name, None)
-            self.virtual_flips.pop(name, None)
-            self.sums_at_refresh.pop(name, None)
 
     @property
     def is_observed(self) -> bool:
@@ -102,27 +88,24 @@ class MaskState:
             RuntimeError: If data-parallel ranks found different masks.
         """
         start = time.perf_counter()
-        wanted = set(self.maskable).intersection(self.layers if names is None else names)
-        once = self._in_one_pass(wanted)
+        wanted = {name: layer for name, layer in self.maskable.items() if names is None or name in names}
+        once = self.search.takes_one_pass([*wanted.values()], self.kept, self.exists)
         compared = self.ages if once else self.codes  # one pass counts flips itself
         old = {name: self.codes[name].clone() for name in compared} if self.exists else {}
         if not virtual:
-            self._warn_of_missing(clock, wanted)
+            self.search.warn_of_missing(wanted, clock)
         if once:
             statistics = self._search_in_one_pass(wanted, pack=not virtual)
         else:
-            for name, codes in self._search(clock, wanted).items():
+            for name, codes in self.search.codes(wanted, self.kept, clock, self.exists).items():
                 self.layers[name].set_codes_(codes)
-            statistics = self._statistics(old)
-        for name in wanted.intersection(old, self.ages):
-            codes = self.layers[name].mask_codes
-            age = self.ages[name] = self.ages[name].to(codes.device)  # the model may have moved
-            age.add_(age < MAX_AGE).masked_fill_(self.layers[name].as_weight(unpack_codes(old[name] ^ codes)), 0)
+            statistics = layer_statistics(self.maskable, old)
+        self._count_ages(old, wanted)
         if self.exists:
             flips = {name: row[5] for name, row in statistics.items()}
             self.flips, self.virtual_flips = (self.flips, flips) if virtual else (flips, self.virtual_flips)
         self.exists = True
-        self.sums_at_refresh.update((name, statistics[name][:5]) for name in self.maskable if name in wanted)
+        self.sums_at_refresh.update((name, statistics[name][:5]) for name in wanted)
         self.refresh_ms = 1e3 * (time.perf_counter() - start)
         self.refresh_backward()
         require_equal_codes(self.codes)
@@ -135,94 +118,44 @@ class MaskState:
         for layer in self.maskable.values():
             layer.set_backward_codes_(self.pattern.search_backward(layer.matrix, layer.mask_codes))
 
-    def _warn_of_missing(self, clock: int, wanted: set[str]) -> None:
-        missing = self.criterion.missing(name for name in self.layers if name in wanted)
-        if set(missing) <= self._warned:
-            return
-        self._warned.update(missing)
-        names = ", ".join(map(repr, missing[:3])) + (", …" if len(missing) > 3 else "")
-        warnings.warn(
-            f"criterion {self.criterion.name!r} has no statistics of {len(missing)} of {len(wanted)} layers ({names}) "
-            f"at step {clock}, so magnitudes rank their weights: no backward ran through them since the start; "
-            "lengthen the dense head, exclude them, or use criterion='magnitude'.",
-            stacklevel=2,
-        )
-
-    def _in_one_pass(self, wanted: set[str]) -> bool:
-        """Whether masks are those of largest magnitude alone, which the packer finds itself."""
-        more = self.tile_budget or self.kept != 2 or (self.hysteresis and self.exists)
-        plain = self.pattern is TRANSPOSABLE and type(self.criterion) is Magnitude and not more
-        return plain and fits_one_pass([self.layers[name] for name in wanted])
-
-    def _search_in_one_pass(self, wanted: set[str], pack: bool) -> dict[str, Tensor]:
+    def _search_in_one_pass(self, wanted: Mapping[str, MaskedLayer], pack: bool) -> dict[str, Tensor]:
+        """Search masks, one launch a layout; layers that are not wanted have no flips."""
         found: dict[str, Tensor] = {}
-        for every in self._by_device():  # all of a device in one call, so that equal layouts share a launch
-            names = [name for name in every if name in wanted]
-            if names:
-                found.update(zip(names, search_in_one_pass_([self.layers[name] for name in names], pack), strict=True))
+        for names in by_device({name: layer.weight for name, layer in wanted.items()}):
+            found.update(zip(names, search_in_one_pass_([wanted[name] for name in names], pack), strict=True))
         return {
             name: found[name] if name in found else torch.zeros(6, dtype=torch.float64, device=layer.weight.device)
             for name, layer in self.maskable.items()
         }
 
-    def _search(self, clock: int, wanted: set[str]) -> dict[str, Tensor]:
-        bonus = self.hysteresis if self.exists else 0.0
-        if not self.tile_budget:
-            return {
-                name: self.pattern.search(self._scores(name, layer, clock, bonus), self.kept)
-                for name, layer in self.layers.items()
-                if name in wanted
-            }
-        scores = {name: self._scores(name, self.layers[name], clock, bonus) for name in self.layers if name in wanted}
-        masks = {name: self.pattern.search(matrix, self.kept) for name, matrix in scores.items()}
-        dense = dense_tiles(scores, masks, self.tile_budget)
-        return {name: codes.masked_fill_(dense[name], KEEP_ALL) for name, codes in masks.items()}
+    def _count_ages(self, old: Mapping[str, Tensor], wanted: Mapping[str, MaskedLayer]) -> None:
+        for name, layer in wanted.items():
+            if name in old and name in self.ages:
+                age = self.ages[name] = self.ages[name].to(layer.mask_codes.device)  # the model may have moved
+                flipped = layer.as_weight(unpack_codes(old[name] ^ layer.mask_codes))
+                age.add_(age < MAX_AGE).masked_fill_(flipped, 0)
+
+    def keep_dense_(self, names: Collection[str]) -> None:
+        """Give these layers no masks any more; their codes keep everything."""
+        self.dense = frozenset(names)
+        for name in self.dense:
+            self.layers[name].mask_codes.fill_(KEEP_ALL)
+            for history in (self.flips, self.virtual_flips, self.sums_at_refresh):
+                history.pop(name, None)
 
     def costliest_layers(self, clock: int, budget: float) -> list[str]:
         """Return the layers that masks would cost most by the criterion's scores, within a budget of weights."""
-        scores = {name: self._scores(name, layer, clock, 0.0) for name, layer in self.layers.items()}
+        scores = {name: self.search.scores(name, layer, clock) for name, layer in self.layers.items()}
         return dense_layers(scores, self.codes, budget)
 
     def least_costly_layers(self, held: Collection[str], share: float) -> set[str]:
         """Return a share of the maskable layers: those that are held, then those that lose the least magnitude."""
-        count = max(len(held), round(share * len(self.maskable)), 1)
-        if count == len(self.maskable):
-            return set(self.maskable)
-        fractions = self.kept_fractions()
+        maskable = self.maskable
+        count = max(len(held), round(share * len(maskable)), 1)
+        if count == len(maskable):
+            return set(maskable)
+        fractions = kept_fractions(maskable)
         return set(sorted(fractions, key=lambda name: (name not in held, -fractions[name]))[:count])
-
-    def _scores(self, name: str, layer: MaskedLayer, clock: int, bonus: float) -> Tensor:
-        scores = scores_of(self.criterion, layer.matrix, layer=name, clock=clock)
-        if not bonus:
-            return scores
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # a small bonus is lost in 16 bits
-        mean = torch.where(scores.isfinite(), scores, 0).abs().mean()
-        return scores + bonus * mean * unpack_codes(layer.mask_codes)
-
-    def kept_fractions(self) -> dict[str, float]:
-        """Return ``Σ|W⊙M| / Σ|W|`` of every layer, from one transfer."""
-        rows = self.magnitude_sums()
-        values = torch.stack([row.cpu() for row in rows.values()]).tolist()
-        return {name: kept / (kept + pruned or 1.0) for name, (kept, pruned, *_) in zip(rows, values, strict=True)}
-
-    def _statistics(self, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the six numbers of ``tile_statistics`` for every layer, on its device."""
-        found: dict[str, Tensor] = {}
-        for names in self._by_device():
-            layers = [self.layers[name] for name in names]
-            rows = tile_statistics(
-                [layer.matrix.detach() for layer in layers],
-                [layer.mask_codes for layer in layers],
-                [previous[name] for name in names] if previous else [],
-            )
-            found.update(zip(names, rows, strict=True))
-        return {name: found[name] for name in self.maskable}
-
-    def _by_device(self) -> list[list[str]]:
-        devices: dict[torch.device, list[str]] = {}
-        for name, layer in self.maskable.items():
-            devices.setdefault(layer.weight.device, []).append(name)
-        return list(devices.values())
 
     def flip_rate(self, layer: str | None = None, virtual: bool = False) -> float | None:
         """Return the last refresh's flips as a fraction of the entries, of one layer or of all; None before one."""
@@ -241,17 +174,7 @@ class MaskState:
     def violations(self) -> int:
         """Count the groups of four, in masks that are in force, that do not keep what they should; must be 0."""
         codes = [layer.mask_codes for layer in self.layers.values() if layer.is_masked]
-        return self._count_violations(codes, self.kept)
-
-    def _count_violations(self, codes: Sequence[Tensor], kept: int) -> int:
-        if self.tile_budget:
-            codes = [layer[layer != KEEP_ALL][None] for layer in codes]  # the other tiles, in a row
-        counts = [self.pattern.count_violations(layer, kept) for layer in codes]
-        return int(torch.stack(counts).sum()) if counts else 0
-
-    def magnitude_sums(self) -> dict[str, Tensor]:
-        """Return the five sums of :func:`sparsetrain.masks.metrics.magnitude_sums` for every layer."""
-        return {name: row[:5] for name, row in self._statistics({}).items()}
+        return self.search.count_violations(codes, self.kept)
 
     def age_mean(self) -> float | None:
         """Return the mean number of refreshes since an entry last flipped, or None if ages are not tracked."""
@@ -262,123 +185,32 @@ class MaskState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything that the next refresh and the metrics depend on."""
-
-        def plain(flips: dict[str, Tensor]) -> dict[str, int]:
-            return {name: int(count) for name, count in flips.items()}
-
+        layers = self.layers.items()
         return {
             "pattern": self.pattern.name,
             "exists": self.exists,
             "kept": self.kept,
             "dense": None if self.dense is None else sorted(self.dense),
             "codes": {name: codes.detach().cpu().clone() for name, codes in self.codes.items()},
-            "shapes": {name: list(layer.weight.shape) for name, layer in self.layers.items()},
-            "transposed": sorted(name for name, layer in self.layers.items() if layer.transposed),
-            "flips": plain(self.flips),
-            "virtual_flips": plain(self.virtual_flips),
+            "shapes": {name: list(layer.weight.shape) for name, layer in layers},
+            "transposed": sorted(name for name, layer in layers if layer.transposed),
+            "flips": {name: int(count) for name, count in self.flips.items()},
+            "virtual_flips": {name: int(count) for name, count in self.virtual_flips.items()},
             "sums_at_refresh": {name: sums.tolist() for name, sums in self.sums_at_refresh.items()},
             "ages": {name: age.cpu().clone() for name, age in self.ages.items()},
             "criterion": self.criterion.state_dict(),
             "backward_codes": {
                 name: layer.backward_codes.detach().cpu().clone()
-                for name, layer in self.layers.items()
+                for name, layer in layers
                 if layer.backward_codes is not None
             },
         }
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` if a state is damaged or of another model; changes nothing."""
-        require_keys(state, STATE_KEYS)
-        for key, rule in (("pattern", TEXT), ("codes", DICT), ("exists", FLAG), ("kept", whole(2, 3))):
-            require_state(key, state[key], rule)
-        require_state("transposed", state["transposed"], sequence(TEXT))
-        self._check_origin(state)
-        layers, exists = self.layers, state["exists"]
-        require_state("dense", state["dense"], optional(names_of(layers)))
-        maskable = [name for name in layers if name not in (state["dense"] or ())]
-        if not maskable:
-            refuse("state['dense'] holds every layer")
-        codes = {name: tensor(torch.int16, layer.mask_codes.shape) for name, layer in layers.items()}
-        again = codes if exists and self.pattern.search_backward is not None else {}
-        flips = {name: whole(0, layers[name].weight.numel()) for name in maskable}
-        ages = {name: tensor(torch.uint8, layer.weight.shape) for name, layer in layers.items()}
-        sums = sequence(NOT_NEGATIVE, length=5)
-        for key, rule in {
-            "codes": by_layer(codes, needed=None),
-            "backward_codes": by_layer(again, needed=[name for name in again if name in maskable]),
-            "flips": either(EMPTY, by_layer(flips, needed=None)),
-            "virtual_flips": either(EMPTY, by_layer(flips, needed=None)),
-            "sums_at_refresh": either(EMPTY, by_layer(dict.fromkeys(maskable, sums), needed=None)),
-            "ages": either(EMPTY, by_layer(ages, needed=None)),
-        }.items():
-            require_state(key, state[key], rule)
-        for name in layers:
-            self._check_codes(name, state, masked=exists and name in maskable)
-        sizes = {
-            name: (4 * layer.mask_codes.shape[0], 4 * layer.mask_codes.shape[1], layer.input_features)
-            for name, layer in layers.items()
-        }
-        self.criterion.check_state_dict(state["criterion"], sizes)
-
-    def _check_origin(self, state: Mapping[str, Any]) -> None:
-        if state["pattern"] != self.pattern.name:
-            raise ValueError(
-                f"state has pattern {state['pattern']!r} but the method has {self.pattern.name!r}: "
-                "resume with the same method."
-            )
-        saved, here = set(state["codes"]), set(self.layers)
-        if saved != here:
-            missing, extra = (sorted(map(shown, names)) for names in (here - saved, saved - here))
-            raise ValueError(
-                "state is of another model or selection: "
-                + "; ".join(
-                    text
-                    for text in (
-                        f"it has no layer {', '.join(missing[:3])}" if missing else "",
-                        f"the model has no sparse layer {', '.join(extra[:3])}" if extra else "",
-                    )
-                    if text
-                )
-                + "; resume with the same model and targets."
-            )
-        require_state("shapes", state["shapes"], by_layer(dict.fromkeys(self.layers, sequence(whole())), needed=None))
-        for name, layer in self.layers.items():
-            if (saved_shape := list(state["shapes"][name])) != (here_shape := list(layer.weight.shape)):
-                raise ValueError(
-                    f"state's layer {name!r} has a weight {saved_shape} but the model's is {here_shape}: resume with "
-                    "the same model."
-                )
-            if (name in state["transposed"]) != self.layers[name].transposed:
-                order = "[in, out]" if name in state["transposed"] else "[out, in]"
-                raise ValueError(
-                    f"state's layer {name!r} has a weight stored {order} but the model's is not: resume with the same "
-                    "model."
-                )
-
-    def _check_codes(self, name: str, state: Mapping[str, Any], masked: bool) -> None:
-        codes = state["codes"][name]
-        if masked and self._count_violations([codes], state["kept"]):
-            raise ValueError(
-                f"state's codes of layer {name!r} are no {self.pattern.name} masks: the checkpoint is damaged, or "
-                "its method allows others; resume with the same method."
-            )
-        if not masked and bool((codes != KEEP_ALL).any()):
-            refuse(f"state's codes of layer {name!r} prune, but it has no mask yet or stays dense")
-        again = state["backward_codes"].get(name)
-        if again is not None and int(self.pattern.count_backward_violations(again)):
-            raise ValueError(
-                f"state's backward codes of layer {name!r} do not keep two of four along out_features: the "
-                "checkpoint is damaged or of another version."
-            )
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
-        self.check_state_dict(state)
+        """Take back what :meth:`state_dict` returned and ``check_masks`` let pass."""
         self.exists = bool(state["exists"])
         self.kept = int(state["kept"])
         self.dense = None if state["dense"] is None else frozenset(state["dense"])
-        for name, layer in self.layers.items():
-            layer.set_codes_(state["codes"][name].to(layer.weight.device))
         self.flips = {name: torch.tensor(count) for name, count in state["flips"].items()}
         self.virtual_flips = {name: torch.tensor(count) for name, count in state["virtual_flips"].items()}
         self.sums_at_refresh = {
@@ -388,6 +220,7 @@ class MaskState:
             age.copy_(state["ages"].get(name, torch.zeros(())))
         self.criterion.load_state_dict(state["criterion"])
         for name, layer in self.layers.items():
+            layer.set_codes_(state["codes"][name].to(layer.weight.device))
             if name in state["backward_codes"]:
                 layer.set_backward_codes_(state["backward_codes"][name])
             else:

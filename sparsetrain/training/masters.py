@@ -79,6 +79,11 @@ class Masters:
             for name, layer in self._layers.items()
             if layer._parameters.get("weight") is not self.weights[name]
         }
+        self._take_over(replaced)
+        return replaced
+
+    def _take_over(self, replaced: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Note new weights and what optimizers own now; an error if that does not fit, and nothing is noted then."""
         now = {id(entry): owned_parameters(entry) for entry in self._optimizers}
         before, after = set().union(*self.owned.values()), set().union(*now.values())
         for name, layer in self._layers.items():
@@ -94,7 +99,6 @@ class Masters:
         self.owned.update(now)
         self.weights.update({name: new for name, (_, new) in replaced.items()})
         self._list()
-        return replaced
 
     def gradients(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Return the gradients that there are of an optimizer's layers, by layer name."""

@@ -16,18 +16,19 @@ from ..modifiers.masked_decay import AUTO_START
 from ..modifiers.registry import check_all
 from .step_hooks import owned_parameters
 
-STATE_VERSION = 5
-"""Of what :meth:`sparsetrain.SparseTraining.state_dict` returns."""
 
+def check_setup(setup: Setup, report: SelectionReport, backend: str) -> None:
+    """Raise ``ValueError`` if a run cannot be set up in this way.
 
-def check_setup(
-    setup: Setup, report: SelectionReport, total_steps: int | None, watch_dense: bool, backend: str
-) -> None:  # fmt: skip
-    """Raise ``ValueError`` if a run cannot be set up in this way."""
-    model, method, timeline, optimizers = setup.model, setup.method, setup.timeline, setup.optimizers
+    Args:
+        setup: What it is to be made of.
+        report: Of the layers that are to become sparse.
+        backend: Of their products, or ``"auto"``.
+    """
+    model, method = setup.model, setup.method
     if method.mixes_tiles and backend not in ("auto", "masked"):
         raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
-    if not optimizers:
+    if not setup.optimizers:
         raise ValueError("optimizer is an empty list: pass the optimizer that owns the model's weights.")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError("model is wrapped in FSDP: masks need whole weights on every rank, so use DDP or one device.")
@@ -37,21 +38,11 @@ def check_setup(
                 f"layer {choice.name!r} is trained by another SparseTraining, at step {run.clock}: call its finish() "
                 "first, with zeros=False to go on from the dense weights, or exclude the layer."
             )
-    _check_weights(model, report, optimizers)
-    _warn_of_frozen(report, method, timeline)
-    head = timeline.head or 0
-    searches = 3 if _missing(report, method) else 2  # the first of which waits for statistics
-    if method.decay == "auto" and watch_dense and (total_steps or head) < searches * method.refresh_every > head:
-        warnings.warn(
-            f"decay is 'auto' but the run's {total_steps} steps are too few to adjust it: λ stays at {AUTO_START}.",
-            stacklevel=4,
-        )
-    elif method.decay == "auto" and not (watch_dense and head >= searches * method.refresh_every):
-        raise ValueError(
-            f"decay is 'auto' but no dense phase of {searches} refreshes comes before the sparse one: give the "
-            f"schedule a dense head of at least {searches * method.refresh_every} steps, or a number for decay."
-        )
-    for name in method.fractions if total_steps is None else ():
+    _check_weights(model, report, setup.optimizers)
+    _warn_of_frozen(report, method, setup.timeline)
+    if method.decay == "auto":
+        _check_auto_decay(setup, searches=3 if _missing(report, method) else 2)  # the first waits for statistics
+    for name in method.fractions if setup.total_steps is None else ():
         raise ValueError(f"total_steps is None but {name} is a fraction: pass total_steps, or give it in steps.")
     if method.dense_budget and method.dense_unit == "layers":
         _check_budget(report, method.dense_budget)
@@ -85,7 +76,23 @@ def _warn_of_frozen(report: SelectionReport, method: Method, timeline: Timeline)
         warnings.warn(
             f"weights of sparse layers have requires_grad=False: {names}; what masks prune there becomes zero and "
             "cannot recover, so exclude these layers unless that is wanted.",
-            stacklevel=4,
+            stacklevel=5,
+        )
+
+
+def _check_auto_decay(setup: Setup, searches: int) -> None:
+    """Raise ``ValueError`` unless a dense head shows how often masks flip there, and warn of too short a run."""
+    head, needed = setup.timeline.head or 0, searches * setup.method.refresh_every
+    if setup.watch_dense and (setup.total_steps or head) < needed > head:
+        warnings.warn(
+            f"decay is 'auto' but the run's {setup.total_steps} steps are too few to adjust it: λ stays at "
+            f"{AUTO_START}.",
+            stacklevel=6,
+        )
+    elif not (setup.watch_dense and head >= needed):
+        raise ValueError(
+            f"decay is 'auto' but no dense phase of {searches} refreshes comes before the sparse one: give the "
+            f"schedule a dense head of at least {needed} steps, or a number for decay."
         )
 
 

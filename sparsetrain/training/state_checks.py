@@ -1,7 +1,7 @@
 """What a saved state is refused for, before anything is changed."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,29 +12,49 @@ from ..criteria.statistics import StatisticCriterion
 from ..methods.method import Method
 from ..methods.schedule import Timeline
 from ..modifiers.base import Modifier, Resumed, Run
+from .mask_checks import check_masks
 from .mask_state import MaskState
-from .setup_checks import STATE_VERSION
-from .state_versions import FIRST_VERSION
+from .phases import Phases
+from .state_versions import FIRST_VERSION, STATE_VERSION
 
 UNUSED = optional(either(DICT, sequence(Rule("anything", lambda value: True))))
 """What another method's part may have left."""
 
 
-def check_state(
-    state: Any, masks: MaskState, modifiers: Sequence[Modifier], run: Run, optimizers: int
-) -> None:  # fmt: skip
+def check_state(state: Any, phases: Phases) -> None:
     """Raise ``ValueError`` if a state is damaged or of another model, and warn if it is of another method.
 
     Keys that are not known are the caller's own.
 
     Args:
         state: What :meth:`sparsetrain.SparseTraining.state_dict` returned, or what has become of it.
-        masks: The run's masks.
-        modifiers: The run's.
-        run: As it is by now.
-        optimizers: How many of them own sparse weights.
+        phases: Of the run that is to load it.
     """
-    method, total_steps, timeline = run.method, run.total_steps, run.timeline
+    run, masks = phases.run, phases.masks
+    _check_form(state)
+    check_masks(state, masks)
+    maskable = [name for name in masks.layers if name not in (state["dense"] or ())]
+    _check_progress(state, maskable, len(run.optimizers))
+    if PRUNED_KEY in state:
+        check_pruned({name: masks.layers[name] for name in state["active"]}, state["codes"], state[PRUNED_KEY])
+    timeline = saved_timeline(state, run)
+    if state["kept"] != (kept := timeline.kept_at(state["clock"])):
+        raise ValueError(
+            f"state has masks that keep {state['kept']!r} of four but the schedule says {kept} at step "
+            f"{state['clock']}: resume with the same schedule."
+        )
+    here = {"method": run.method.describe(), "total_steps": run.total_steps}
+    differing = [what for what, value in here.items() if state[what] != value]
+    if not differing:
+        _check_agreement(state, masks, run.method, timeline, len(maskable))
+    resumed = Resumed(timeline.at(state["clock"])[0], state["active"], same=not differing)
+    _check_parts(state, phases.modifiers, resumed)
+    for what in differing:
+        warnings.warn(f"resuming with another {what}: {here[what]} instead of {state[what]}.", stacklevel=5)
+
+
+def _check_form(state: Any) -> None:
+    """Raise ``ValueError`` unless a state is of this version and has its keys."""
     if not isinstance(state, Mapping):
         raise ValueError(f"state is {shown(state)}: it must be what SparseTraining.state_dict() returned.")
     version = state.get("version", STATE_VERSION)
@@ -53,8 +73,10 @@ def check_state(
     require_keys(state, (*rules, "stepped", "last_refresh", "active", "starts"))
     for key, rule in rules.items():
         require_state(key, state[key], rule)
-    masks.check_state_dict(state)
-    maskable = [name for name in masks.layers if name not in (state["dense"] or ())]
+
+
+def _check_progress(state: Mapping[str, Any], maskable: Collection[str], optimizers: int) -> None:
+    """Raise ``ValueError`` unless what a state says of steps and layers can be."""
     for key, rule in {
         "stepped": sequence(whole(0, optimizers - 1), unique=True),
         "last_refresh": whole(-1, state["clock"]),
@@ -64,28 +86,9 @@ def check_state(
         require_state(key, state[key], rule)
     if state["active"] and not state["exists"]:
         refuse("state['exists'] is False but state['active'] has layers")
-    if PRUNED_KEY in state:
-        check_pruned({name: masks.layers[name] for name in state["active"]}, state["codes"], state[PRUNED_KEY])
-    timeline = saved_timeline(state, method, timeline)
-    if state["kept"] != (kept := timeline.kept_at(state["clock"])):
-        raise ValueError(
-            f"state has masks that keep {state['kept']!r} of four but the schedule says {kept} at step "
-            f"{state['clock']}: resume with the same schedule."
-        )
-    described = method.describe()
-    same = state["method"] == described and state["total_steps"] == total_steps
-    if same:
-        _check_agreement(state, masks, method, timeline, len(maskable))
-    _check_parts(state, modifiers, Resumed(timeline.at(state["clock"])[0], state["active"], same))
-    for what, saved, here in (
-        ("method", state["method"], described),
-        ("total_steps", state["total_steps"], total_steps),
-    ):
-        if saved != here:
-            warnings.warn(f"resuming with another {what}: {here} instead of {saved}.", stacklevel=5)
 
 
-def saved_timeline(state: Mapping[str, Any], method: Method, timeline: Timeline) -> Timeline:
+def saved_timeline(state: Mapping[str, Any], run: Run) -> Timeline:
     """Return the timeline that a state was saved with; the one here if that is of another schedule.
 
     Phases begin elsewhere than planned where one ended early, or where the length of the run was changed.
@@ -93,9 +96,9 @@ def saved_timeline(state: Mapping[str, Any], method: Method, timeline: Timeline)
     Raises:
         ValueError: If the state's phases are damaged.
     """
-    if state["method"].get("schedule") != method.describe()["schedule"]:
+    timeline, starts = run.timeline, state["starts"]
+    if state["method"].get("schedule") != run.method.describe()["schedule"]:
         return timeline
-    starts = state["starts"]
     if len(starts) != len(timeline.starts) or starts[0] != 0 or sorted(starts) != list(starts):
         refuse(
             f"state['starts'] is {shown(starts)}: it must be {len(timeline.starts)} steps that increase from 0, one "
@@ -106,7 +109,7 @@ def saved_timeline(state: Mapping[str, Any], method: Method, timeline: Timeline)
 
 def _check_agreement(
     state: Mapping[str, Any], masks: MaskState, method: Method, timeline: Timeline, maskable: int
-) -> None:  # fmt: skip
+) -> None:
     """Raise ``ValueError`` if parts of a state of this very method and length contradict each other."""
     kind, _ = timeline.at(state["clock"])
     masked, active = kind != "dense", state["active"]

@@ -54,5 +54,8 @@ def _with_going(entries: Any) -> Any:
 NEXT: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4}
 """By version, what brings a state into the form of the one after it."""
 
+STATE_VERSION = max(NEXT) + 1
+"""Of what :meth:`sparsetrain.SparseTraining.state_dict` returns."""
+
 FIRST_VERSION = min(NEXT)
 """The earliest that can be read."""

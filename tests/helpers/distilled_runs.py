@@ -17,7 +17,7 @@ STEPS = 12
 
 
 def teacher_of(training: st.SparseTraining) -> nn.Module:
-    (found,) = (modifier for modifier in training._modifiers if isinstance(modifier, Distillation))
+    (found,) = (modifier for modifier in training._phases.modifiers if isinstance(modifier, Distillation))
     assert found.teacher is not None
     return found.teacher
 

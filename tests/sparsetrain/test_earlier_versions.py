@@ -8,7 +8,7 @@ import pytest
 import torch
 from earlier_states import AFTER, RUNS, STOP, Run
 
-from sparsetrain.training.setup_checks import STATE_VERSION
+from sparsetrain.training.state_versions import STATE_VERSION
 
 FOLDER = Path(earlier_states.__file__).parent
 OTHERWISE = {(3, "step")}  # where Adam goes on for entries whose second moment had not settled, since version 4

@@ -1,0 +1,102 @@
+"""``Phases``: what happens where a phase begins, and to masks and packed weights between two steps."""
+
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+
+from ..masks.gradient_rules import resolve_gradient_rule
+from ..modifiers.base import Entry, Modifier, Run
+from .mask_state import MaskState
+from .timing import StepTimer
+
+
+class Phases:
+    """Enters the phase of the clock, searches masks, writes frozen ones, and has weights packed.
+
+    Args:
+        run: What modifiers see of the run; its phase is changed here alone.
+        masks: Of its layers.
+        modifiers: What its method switches on, in the order of calls.
+        watch_dense: Search masks in dense phases as well, without applying them.
+    """
+
+    def __init__(self, run: Run, masks: MaskState, modifiers: Sequence[Modifier], watch_dense: bool) -> None:
+        self.run, self.masks, self.modifiers = run, masks, modifiers
+        self.watch_dense = watch_dense
+        self.last_refresh = -1
+        self.repack_ms = 0.0
+        self.timer: StepTimer | None = None
+
+    def enter(self) -> bool:
+        """Enter the phase of the clock; return False if the run is in it."""
+        run = self.run
+        if run.timeline.index_at(run.clock) == run.phase_index:
+            return False
+        kind, _ = run.timeline.at(run.clock)
+        kept = run.timeline.kept_at(run.clock)
+        goes_on = kind == "frozen" and run.phase != "dense" and kept == self.masks.kept
+        held = run.active if goes_on else frozenset()  # their masks stay
+        searched = set(self.masks.maskable) - held
+        for modifier in self.modifiers:
+            modifier.leave_phase(run, kind, kept != self.masks.kept)
+        run.phase, self.masks.kept = kind, kept  # what a search finds, and counts flips as
+        if searched and (kind != "dense" or self.is_watched):
+            self.refresh(searched if held else None)
+        run.active = frozenset() if kind == "dense" else frozenset(self._choose_active(set(held)))
+        self.settle(Entry(resumed=False, fresh=run.active - held))
+        if kind == "frozen":
+            self.apply_masks_(run.active)
+        return True
+
+    def settle(self, entry: Entry) -> None:
+        """Tell layers and modifiers of the clock's phase and of the layers whose masks are in force."""
+        run, masks = self.run, self.masks
+        run.phase, run.phase_start = run.timeline.at(run.clock)
+        run.phase_index = run.timeline.index_at(run.clock)
+        rule = resolve_gradient_rule(run.method.frozen_gradient if run.phase == "frozen" else run.method.gradient)
+        for name, layer in masks.layers.items():
+            layer.phase, layer.gradient = run.phase if name in run.active else "dense", rule
+            layer.is_2_4 = masks.kept == 2 and not masks.search.tile_budget
+            layer.operands.managed = True
+            if layer.phase == "dense" or not layer.is_2_4:
+                layer.operands.release()
+        self.tell(entry)
+
+    def tell(self, entry: Entry) -> None:
+        """Tell modifiers of the phase again."""
+        for modifier in self.modifiers:
+            modifier.enter_phase(self.run, entry)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether masks are searched in dense phases, and the criterion has what it ranks by."""
+        return self.watch_dense and self.masks.is_observed
+
+    def refresh(self, names: Collection[str] | None = None) -> None:
+        """Search masks now, of all layers that have some or of these."""
+        run, masks = self.run, self.masks
+        counted = run.phase == "sparse" and bool(masks.flips)
+        with nullcontext() if self.timer is None else self.timer.part("refresh"):
+            masks.refresh(run.clock, virtual=run.phase == "dense", names=names)
+        self.last_refresh = run.clock
+        for modifier in self.modifiers if counted else ():  # not at a phase's first, whose flips are the dense one's
+            modifier.after_search(masks.flip_rate_ratio)
+
+    def apply_masks_(self, names: frozenset[str], moment: object = None) -> None:
+        """Write zeros into what these layers' masks prune, if the method freezes weights in place."""
+        if self.run.method.frozen_in_place:
+            groups = self.run.groups
+            for group in groups.of(groups.chosen(self.run.layers, names)):
+                group.apply_masks_(group.weights, moment)
+
+    def repack_(self, moment: object = None) -> None:
+        """Pack the weights for sparse products; ``moment`` is that of :meth:`LayerGroup.known`."""
+        with nullcontext() if self.timer is None else self.timer.part("repack"):
+            self.repack_ms = self.run.groups.repack_(self.masks.layers, moment)
+
+    def _choose_active(self, held: set[str]) -> set[str]:
+        """Return the layers whose masks are in force: those that are, then those that lose the least magnitude."""
+        masks, method = self.masks, self.run.method
+        if masks.dense is None:
+            by_layers = method.dense_budget if method.dense_unit == "layers" else 0.0
+            masks.keep_dense_(masks.costliest_layers(self.run.clock, by_layers) if by_layers else ())
+        return masks.least_costly_layers(held, self.run.timeline.share_at(self.run.clock))

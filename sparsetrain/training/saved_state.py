@@ -1,0 +1,68 @@
+"""The state of a run: what a checkpoint holds of it, and how it goes on from there."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..checkpoint.pruned_entries import PRUNED_KEY, put_back_
+from ..modifiers.base import Entry
+from .phases import Phases
+from .state_checks import check_state, saved_timeline
+from .state_versions import STATE_VERSION, in_this_version
+from .step_hooks import StepHooks
+
+
+def state_of(phases: Phases, hooks: StepHooks) -> dict[str, Any]:
+    """Return the state of a run as plain numbers, strings and tensors.
+
+    Args:
+        phases: Of the run.
+        hooks: On its optimizers.
+    """
+    run = phases.run
+    parts = [(modifier.name, modifier.state_dict()) for modifier in phases.modifiers]
+    return {
+        "version": STATE_VERSION,
+        "clock": run.clock,
+        "total_steps": run.total_steps,
+        "method": run.method.describe(),
+        "stepped": sorted(hooks.stepped),
+        "last_refresh": phases.last_refresh,
+        "active": sorted(run.active),
+        "starts": list(run.timeline.starts),
+        "modifiers": {name: part for name, part in parts if part is not None},
+        **phases.masks.state_dict(),
+    }
+
+
+def resume_(phases: Phases, hooks: StepHooks, state: Mapping[str, Any]) -> int | None:
+    """Have a run go on from a state; pruned entries that are with it are put back before weights are packed.
+
+    Args:
+        phases: Of the run.
+        hooks: On its optimizers.
+        state: What :func:`state_of` returned, of this version or an earlier one.
+
+    Returns:
+        Optimizer steps of the run that was saved; None if unknown.
+
+    Raises:
+        ValueError: If the state is damaged or of another model; nothing is changed then.
+    """
+    state = in_this_version(state)
+    check_state(state, phases)
+    run, masks = phases.run, phases.masks
+    masks.load_state_dict(state)
+    put_back_(masks.layers, state["codes"], state.get(PRUNED_KEY, {}))
+    run.groups.forget()
+    for layer in masks.layers.values():
+        layer.operands.invalidate()
+    run.clock, run.active = state["clock"], frozenset(state["active"])
+    phases.last_refresh, hooks.stepped = state["last_refresh"], set(state["stepped"])
+    run.timeline = saved_timeline(state, run)
+    for modifier in phases.modifiers:
+        modifier.load_state_dict(state["modifiers"].get(modifier.name))
+    phases.settle(Entry(resumed=True))
+    run.groups.number_draws_(masks.layers, run.clock)
+    phases.repack_()
+    total_steps: int | None = state["total_steps"]
+    return total_steps

@@ -1,0 +1,61 @@
+"""``Steps``: what a run does before and after every step of an optimizer."""
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..modifiers.base import Step
+from .masters import Masters
+from .phases import Phases
+from .step_hooks import StepHooks
+
+
+class Steps:
+    """Hangs on the optimizers of a run: adjusts final gradients, moves the clock, and brings masks and packing up.
+
+    Args:
+        phases: Of the run.
+        masters: The layers' weights, and which optimizer owns each.
+    """
+
+    def __init__(self, phases: Phases, masters: Masters) -> None:
+        self._phases, self._masters = phases, masters
+        self._run, self._modifiers = phases.run, phases.modifiers
+        self._masked: set[str] = set()  # frozen layers that optimizers have masked themselves since the clock moved
+        self.hooks = StepHooks(phases.run.optimizers, self._adjust_gradients, self._written, self._advance)
+
+    def _adjust_gradients(self, optimizer: Optimizer, scale: Tensor | None) -> None:
+        """Item 1 of a step: gradients are unscaled (or ``scale`` says by how much they are not) and clipped."""
+        for name, (old, new) in self._masters.follow(optimizer).items():
+            for modifier in self._modifiers:
+                modifier.follow(name, old, new)
+            self._run.groups.forget()
+        step = Step(optimizer, self._masters.gradients(optimizer), scale)
+        for modifier in self._modifiers:
+            modifier.before_step(self._run, step)
+
+    def _written(self, optimizer: Optimizer) -> None:
+        """A step of one of several optimizers: packed weights of its layers that it did not pack are out of date."""
+        left = self._masters.layers_of(optimizer)
+        for modifier in self._modifiers:
+            packed, masked = modifier.after_update(optimizer)
+            self._masked.update(masked)
+            left = {name: layer for name, layer in left.items() if name not in packed} if packed else left
+        self._run.groups.invalidate(left, repacks=len(self._run.optimizers) == 1)
+
+    def _advance(self) -> None:
+        """Item 3 of a step: clock, phase, frozen masks, refresh, repack."""
+        run, phases = self._run, self._phases
+        run.clock += 1
+        for modifier in self._modifiers:
+            modifier.after_step(run)
+        entered, moment = phases.enter(), object()
+        due = not entered and run.age % run.method.refresh_every == 0
+        if run.phase == "frozen" and not entered:
+            phases.apply_masks_(run.active - self._masked if self._masked else run.active, moment)
+            if due:
+                phases.masks.refresh_backward()
+        elif due and (run.phase == "sparse" or phases.is_watched):
+            phases.refresh()
+        self._masked.clear()
+        phases.repack_(moment)
+        run.groups.number_draws_(run.layers, run.clock)
