@@ -178,16 +178,8 @@ class Schedule:
             raise ValueError(
                 "total_steps is None but the schedule has fractions: pass total_steps, or give phases in steps."
             )
-        exact = sum(
-            phase.length * total_steps if isinstance(phase.length, float) else phase.length or 0
-            for phase in self.phases
-            if total_steps is not None
-        )
-        if total_steps is not None and exact > total_steps * (1 + ROUNDING) and not cut:
-            raise ValueError(
-                f"the schedule's phases take {exact:g} steps but total_steps is {total_steps}: "
-                "shorten them or train longer."
-            )
+        if total_steps is not None and not cut:
+            self._require_fit(total_steps)
         lengths = [self._steps(phase.length, total_steps) for phase in self.phases]
         rest = max(0, (total_steps or 0) - sum(length or 0 for length in lengths))
         starts: list[int] = []
@@ -201,9 +193,23 @@ class Schedule:
         kinds = tuple(phase.kind for phase in self.phases)
         shares = tuple(phase.share for phase in self.phases)
         kept = tuple(self._with_dense_phases(kinds, [phase.kept for phase in self.phases]))
-        return Timeline(kinds, tuple(starts), shares if set(shares) != {1.0} else (),
-                        tuple(earliest) if any(entry is not None for entry in earliest) else (),
-                        kept if set(kept) != {2} else ())  # fmt: skip
+        return Timeline(
+            kinds,
+            tuple(starts),
+            shares if set(shares) != {1.0} else (),
+            tuple(earliest) if set(earliest) != {None} else (),
+            kept if set(kept) != {2} else (),
+        )
+
+    def _require_fit(self, total_steps: int) -> None:
+        """Raise ``ValueError`` if the phases take more steps than there are."""
+        lengths = (phase.length or 0 for phase in self.phases)
+        exact = sum(length * total_steps if isinstance(length, float) else length for length in lengths)
+        if exact > total_steps * (1 + ROUNDING):
+            raise ValueError(
+                f"the schedule's phases take {exact:g} steps but total_steps is {total_steps}: "
+                "shorten them or train longer."
+            )
 
     @staticmethod
     def _with_dense_phases(kinds: Sequence[PhaseKind], kept: Sequence[int]) -> list[int]:
@@ -270,9 +276,11 @@ def dense_prune_retrain(prune_at: int | float = 0.5) -> Schedule:
 
 
 def rounds(
-    count: int | None = None, start: int | float = 0.25, every: int | float = 0.2,
+    count: int | None = None,
+    start: int | float = 0.25,
+    every: int | float = 0.2,
     by: Literal["layers", "density"] = "layers",
-) -> Schedule:  # fmt: skip
+) -> Schedule:
     """Train dense, then prune in rounds, each followed by retraining with frozen masks; each round prunes more.
 
     Args:

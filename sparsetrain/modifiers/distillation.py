@@ -1,8 +1,6 @@
 """``Distillation``: mixes what a dense teacher says about a batch into the loss of the sparse student."""
 
-import copy
 from collections.abc import Mapping
-from types import FunctionType
 from typing import Any, Self
 
 import torch
@@ -12,10 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..checks.rules import DICT, FLAG, Rule, mapping, optional
 from ..checks.states import like, require_part
-from ..distributed.wrappers import plain_model
-from ..layers.sparsify import export_dense_
 from ..types import PhaseKind
 from .base import Entry, Modifier, Resumed, Run, Setup, Step
+from .teacher import copy_of, follow_, host_copies, require_apart, require_copyable, student_in
 
 Forward = tuple[tuple[Any, ...], dict[str, Any], Tensor | None, str, tuple[str, torch.dtype, bool]]
 
@@ -54,16 +51,20 @@ class Distillation(Modifier):
     name = "distillation"
 
     def __init__(
-        self, share: float, temperature: float, model: nn.Module, teacher: nn.Module | None = None,
+        self,
+        share: float,
+        temperature: float,
+        model: nn.Module,
+        teacher: nn.Module | None = None,
         logits_from: str = "",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.share = share
         self.temperature = temperature
         self.logits_from = logits_from
         self.teacher = teacher
         self.given = teacher is not None
         self.active = False
-        self._student = _student(model, logits_from)
+        self._student = student_in(model, logits_from)
         self._forward: Forward | None = None
         self._mixed: Tensor | None = None
         self._called = False
@@ -72,9 +73,9 @@ class Distillation(Modifier):
         if teacher is not None and not share:
             raise ValueError("teacher is given but the method's distillation is 0: give it a share, or no teacher.")
         if teacher is not None:
-            _require_apart(teacher, model)
+            require_apart(teacher, model)
         elif share:
-            _require_copyable(self._student)
+            require_copyable(self._student)
 
     @property
     def term(self) -> float | None:
@@ -113,7 +114,7 @@ class Distillation(Modifier):
     def take(self) -> None:
         """Make the student as it is now the teacher, if there is to be one and there is none yet."""
         if self.share and self.teacher is None:
-            self.teacher = _copy(self._student)
+            self.teacher = copy_of(self._student)
 
     def mixed(self, loss: Tensor) -> Tensor:
         """Return the loss with the divergence mixed in; the loss itself in dense phases and without gradients.
@@ -136,7 +137,7 @@ class Distillation(Modifier):
                 f"the output of {self._who} is of type {kind}: it must be a tensor of logits or have 'logits', so name "
                 "the module that gives them in logits_from."
             )
-        _follow_(teacher, self._student)
+        follow_(teacher, self._student)
         with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
             target = _find_logits(teacher(*args, **kwargs))
         if target is None or target.shape != logits.shape:
@@ -183,7 +184,7 @@ class Distillation(Modifier):
         """Return copies of the teacher's tensors, unless the user has them; None without distillation."""
         if not self.share:
             return None
-        own = None if self.given or self.teacher is None else _host_copies(self.teacher.state_dict())
+        own = None if self.given or self.teacher is None else host_copies(self.teacher.state_dict())
         return {"given": self.given, "teacher": own, "term": self.term}
 
     def check_state(self, state: Any, resumed: Resumed) -> None:
@@ -275,59 +276,6 @@ class _ForwardHook:
             distillation._note(args, kwargs, output)
 
 
-def _student(model: nn.Module, logits_from: str) -> nn.Module:
-    try:
-        student = model.get_submodule(logits_from)
-    except AttributeError:
-        children = ", ".join(repr(name) for name, _ in model.named_children())
-        raise ValueError(
-            f"logits_from is {logits_from!r} but the model has no such submodule: it must be '' (the model itself) or "
-            f"a name such as {children}."
-        ) from None
-    return plain_model(student)  # wrappers have no copies of their own
-
-
-def _require_apart(teacher: nn.Module, model: nn.Module) -> None:
-    trained = {id(parameter) for parameter in model.parameters()}
-    for name, parameter in teacher.named_parameters():
-        if id(parameter) in trained:
-            raise ValueError(f"teacher shares {name!r} with the model: it would be trained too, so pass a deep copy.")
-
-
-def _require_copyable(student: nn.Module) -> None:
-    for name, module in student.named_modules():
-        forward = vars(module).get("forward")
-        # a copy would run the original
-        if isinstance(forward, FunctionType) and not hasattr(forward, "_torchdynamo_orig_callable"):
-            raise ValueError(
-                f"module {name!r} has a function in place of its forward, which has no copy: pass a dense model as "
-                "teacher."
-            )
-
-
-def _copy(student: nn.Module) -> nn.Module:
-    try:
-        teacher = copy.deepcopy(student)
-    except Exception as error:
-        raise RuntimeError(
-            f"the model cannot be copied to be the teacher ({error}): pass a dense model as teacher."
-        ) from error
-    for copied, original in zip(teacher.modules(), student.modules(), strict=True):
-        vars(copied).pop("_compiled_call_impl", None)  # these two would run the original
-        if isinstance(vars(copied).get("forward"), FunctionType) and copied.forward is vars(original).get("forward"):
-            del copied.forward
-    export_dense_(teacher, zeros=False)
-    return teacher.eval().requires_grad_(False)
-
-
-def _follow_(teacher: nn.Module, student: nn.Module) -> None:
-    here, there = next(student.parameters(), None), next(teacher.parameters(), None)
-    if here is None or there is None or here.device == there.device:
-        return
-    if len({parameter.device for parameter in teacher.parameters()}) == 1:  # otherwise it was placed by hand
-        teacher.to(here.device)
-
-
 def _find_logits(output: Any) -> Tensor | None:
     if isinstance(output, Mapping):
         output = output.get("logits")
@@ -342,18 +290,3 @@ def _holds(output: Any, loss: Tensor) -> bool:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _host_copies(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy to the host; what is tied stays tied, so that it is saved once."""
-    copies: dict[tuple[Any, ...], Tensor] = {}
-    found: dict[str, Any] = {}
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            found[name] = copy.deepcopy(value)
-            continue
-        key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
-        if key not in copies:
-            copies[key] = value.detach().cpu().clone()
-        found[name] = copies[key]
-    return found

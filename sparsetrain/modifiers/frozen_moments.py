@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -11,6 +10,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from ..checks.rules import DICT, mapping, number, optional, sequence
 from ..checks.states import refuse_missing, require_part, tensor
+from .adam_update import Frozen, nowhere, update_
 from .base import Entry, Modifier, Resumed, Run, Setup
 
 INIT_GROUP = "_init_group"
@@ -21,22 +21,6 @@ CORRECTION = number("a number above 0 and at most 1", lambda value: 0 < value <=
 
 UNABLE = ("amsgrad", "fused", "differentiable")
 """Options of Adam that a frozen update has not."""
-
-UNHEARD_OF = 10.0
-"""Times the root of an entry's frozen moment: a larger gradient shows that the moment had not settled."""
-
-
-@dataclass
-class Frozen:
-    """What is known of a parameter's frozen second moment.
-
-    Args:
-        correction: ``1 - β₂ᵀ``, by which Adam divides the moment after the parameter's T steps.
-        going: bool, shaped like the moment (complex as pairs): where Adam goes on.
-    """
-
-    correction: float
-    going: Tensor
 
 
 class FrozenMoments(Modifier):
@@ -107,7 +91,7 @@ class FrozenMoments(Modifier):
                 for parameter in group["params"]:
                     count = float(optimizer.state.get(parameter, {}).get("step", 0.0))
                     if count:
-                        found[parameter] = Frozen(1 - float(group["betas"][1]) ** count, _nowhere(parameter))
+                        found[parameter] = Frozen(1 - float(group["betas"][1]) ** count, nowhere(parameter))
         self._replace_updates(found)
 
     def detach(self) -> None:
@@ -145,7 +129,7 @@ class FrozenMoments(Modifier):
                 "optimizers."
             )
         for parameter, entry in self._pairs(state):
-            going = optional(tensor(torch.bool, _nowhere(parameter).shape))
+            going = optional(tensor(torch.bool, nowhere(parameter).shape))
             require_part(self.name, entry, optional(mapping({"correction": CORRECTION, "going": going})))
 
     def load_state_dict(self, state: Sequence[Sequence[Mapping[str, Any] | None]] | None) -> None:
@@ -156,7 +140,7 @@ class FrozenMoments(Modifier):
         found: dict[Tensor, Frozen] = {}
         for parameter, entry in self._pairs(state):
             if entry is not None:
-                frozen = found[parameter] = Frozen(float(entry["correction"]), _nowhere(parameter))
+                frozen = found[parameter] = Frozen(float(entry["correction"]), nowhere(parameter))
                 if entry["going"] is not None:
                     frozen.going.copy_(entry["going"])
         self._replace_updates(found)
@@ -193,77 +177,6 @@ class FrozenMoments(Modifier):
         return bool(getattr(type(optimizer), INIT_GROUP)(optimizer, {**group, "params": others}, *lists))
 
 
-@torch.no_grad()
-def update_(
-    parameters: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], frozen: Sequence[Frozen],
-    group: Mapping[str, Any],
-) -> None:  # fmt: skip
-    """Update parameters, their moments and their counts.
-
-    Args:
-        parameters: With gradients, on one device and in one dtype.
-        states: Adam's: ``exp_avg`` and ``step`` are updated, and ``exp_avg_sq`` where Adam goes on.
-        frozen: Of each; where a gradient is unheard of, Adam goes on from now.
-        group: Adam's options.
-
-    Example:
-        >>> weight, state = torch.ones(1), {name: torch.zeros(1) for name in ("step", "exp_avg")}
-        >>> state["exp_avg_sq"] = torch.full((1,), 0.004)
-        >>> weight.grad = torch.ones(1)
-        >>> options = {"lr": 0.5, "betas": (0.9, 0.999), "eps": 0.0, "weight_decay": 0.0, "maximize": False}
-        >>> frozen = Frozen(0.004, torch.tensor([False]))
-        >>> update_([weight], [state], [frozen], {**options, "capturable": False, "decoupled_weight_decay": False})
-        >>> weight.item(), state["step"].item(), frozen.going.item()
-        (0.5, 1.0, False)
-    """
-    weights = _real(parameters)
-    gradients = _real([parameter.grad for parameter in parameters if parameter.grad is not None])
-    averages, squares = (_real([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
-    counts, beta = [state["step"] for state in states], float(group["betas"][0])
-    rate, decay = group["lr"], group["weight_decay"]
-    if not group["capturable"]:
-        rate = float(rate)
-    elif isinstance(rate, Tensor):
-        rate = rate.to(weights[0].device).squeeze()
-    if group["maximize"]:
-        gradients = list(torch._foreach_neg(gradients))
-    torch._foreach_add_(counts, 1)
-    if decay and group["decoupled_weight_decay"]:
-        torch._foreach_mul_(weights, 1 - rate * decay)
-    elif decay:
-        gradients = list(torch._foreach_add(gradients, weights, alpha=decay))
-    torch._foreach_lerp_(averages, gradients, 1 - beta)
-    # a capturable step reads nothing from the device
-    numbers = [count if group["capturable"] else float(count) for count in counts]
-    divisors = [
-        _second_moment_(*entry, beta=float(group["betas"][1]))
-        for entry in zip(squares, gradients, numbers, frozen, strict=True)
-    ]
-    torch._foreach_sqrt_(divisors)
-    torch._foreach_add_(divisors, group["eps"])
-    if not group["capturable"]:
-        torch._foreach_addcdiv_(weights, averages, divisors, [-rate / (1 - beta**number) for number in numbers])
-        return
-    scales = torch._foreach_pow(beta, counts)
-    torch._foreach_sub_(scales, 1)
-    torch._foreach_div_(scales, rate)
-    torch._foreach_mul_(divisors, scales)
-    torch._foreach_addcdiv_(weights, averages, divisors)
-
-
-def _second_moment_(square: Tensor, gradient: Tensor, count: Tensor | float, frozen: Frozen, *, beta: float) -> Tensor:
-    """Update ``square`` where Adam goes on, and return the corrected second moment of the step."""
-    share = gradient.square().mul_(1 - beta)
-    limit = UNHEARD_OF**2 * (1 - beta) / frozen.correction
-    starts = (share > limit * square).logical_and_(~frozen.going)
-    frozen.going.logical_or_(starts)
-    before, now = 1 - beta ** (count - 1), 1 - beta**count
-    # as if v* had stood until the step before
-    begun = torch.where(starts, square * (before / frozen.correction), square)
-    square.copy_(torch.where(frozen.going, begun * beta + share, square))
-    return torch.where(frozen.going, square / now, square / frozen.correction)
-
-
 def require_freezable(optimizers: Sequence[Optimizer]) -> None:
     """Raise ``ValueError`` unless second moments of every optimizer can be frozen.
 
@@ -287,15 +200,6 @@ def require_freezable(optimizers: Sequence[Optimizer]) -> None:
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
-
-
-def _nowhere(parameter: Tensor) -> Tensor:
-    """Return False for every entry of a parameter, as of a pair for every complex one."""
-    return torch.zeros_like(_real([parameter.detach()])[0], dtype=torch.bool)
 
 
 def _saved(frozen: Frozen | None) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from ..layers.sparsify import give_back_
 from ..layers.verification import VerificationReport, verify
 from ..masks.matrices import matrix_of
 from ..methods.method import Method
-from ..methods.presets import resolve_method
+from ..methods.resolve import resolve_method
 from ..methods.schedule import UNKNOWN_LENGTH
 from ..modifiers.base import Entry, Setup
 from .construction import LayerOptions, assemble, make_sparse_

@@ -10,7 +10,8 @@ from support import mlp, train, two_of_four
 from torch import Tensor, nn
 
 import sparsetrain as st
-from sparsetrain.modifiers.frozen_moments import Frozen, FrozenMoments, update_
+from sparsetrain.modifiers.adam_update import Frozen, update_
+from sparsetrain.modifiers.frozen_moments import FrozenMoments
 
 SWITCH, STEPS = 5, 12
 METHOD = {"preset": "step", "latest": SWITCH, "earliest": SWITCH, "decay": 0.05}
