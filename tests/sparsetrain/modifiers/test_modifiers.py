@@ -17,7 +17,7 @@ from sparsetrain.modifiers import registry
 from sparsetrain.modifiers.base import Entry, Modifier, Run, Setup, Step, Updated
 from sparsetrain.types import PhaseKind
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
