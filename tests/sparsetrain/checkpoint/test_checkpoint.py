@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import convnet, mlp, train
+from models import convnet, mlp, train
 
 import sparsetrain as st
 from sparsetrain.checkpoint import require_same_weights

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import mlp
+from models import mlp
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 

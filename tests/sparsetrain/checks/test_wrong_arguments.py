@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import mlp
+from models import mlp
 from torch import nn
 
 import sparsetrain as st

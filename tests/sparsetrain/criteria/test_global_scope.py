@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import PATTERNS, mlp, train
+from models import mlp, train
+from oracles import PATTERNS
 from torch import Tensor, nn
 
 import sparsetrain as st

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from support import brute_force_mask, mlp
+from models import mlp
+from oracles import brute_force_mask
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from models import mlp
 from simulated_backend import SimulatedBackend
-from support import mlp
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import mlp, train
+from models import mlp, train
 
 import sparsetrain as st
 

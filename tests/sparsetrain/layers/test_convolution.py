@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpu_checks import assert_same_gradients
+from models import convnet, train
+from oracles import brute_force_mask
 from simulated_backend import SimulatedBackend
-from support import brute_force_mask, convnet, train
 from torch import Tensor, nn
 
 import sparsetrain as st

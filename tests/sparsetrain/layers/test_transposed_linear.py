@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from models import mlp, train
+from oracles import brute_force_mask, two_of_four
 from simulated_backend import SimulatedBackend
-from support import brute_force_mask, mlp, train, two_of_four
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D

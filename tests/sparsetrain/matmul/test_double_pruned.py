@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models import mlp, train
+from oracles import two_of_those
 from simulated_backend import SimulatedBackend
-from support import mlp, train, two_of_those
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 

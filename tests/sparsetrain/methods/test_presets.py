@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support import brute_force_mask, convnet, mlp, train
+from models import convnet, mlp, train
+from oracles import brute_force_mask
 from torch import Tensor, nn
 
 import sparsetrain as st

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import mlp
+from models import mlp
 
 from sparsetrain import Magnitude, Method, Phase, Schedule, SparseTraining, dense_prune_retrain, from_scratch
 from sparsetrain.methods import PRESETS, asp_one_shot, fst, iterative, recommended, resolve_method, slope

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import mlp, train
+from oracles import two_of_four, two_of_those
 from simulated_backend import SimulatedBackend
-from support import mlp, train, two_of_four, two_of_those
 from torch import Tensor, nn
 
 import sparsetrain as st

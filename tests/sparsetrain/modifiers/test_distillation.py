@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from distilled_runs import STEPS, Noisy, batch, divergence, run, same, start, teacher_of
 from lightning.pytorch import LightningModule
-from support import mlp
+from models import mlp
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint

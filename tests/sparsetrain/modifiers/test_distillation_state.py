@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distilled_runs import METHOD, Noisy, batch, run, same, start, teacher_of
-from support import mlp
+from models import mlp
 from torch import Tensor, nn
 
 import sparsetrain as st

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import mlp, train, two_of_four
+from models import mlp, train
+from oracles import two_of_four
 from torch import Tensor, nn
 
 import sparsetrain as st

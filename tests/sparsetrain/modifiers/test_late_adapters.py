@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from support import Regression, batches, mlp
+from lightning_runs import Regression, batches
+from models import mlp
 from torch import nn
 from torch.optim import Optimizer
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from support import mlp, train
+from models import mlp, train
 from torch import nn
 from torch.optim import Optimizer
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from models import mlp, train
 from mutations import mutations, sampled
-from support import mlp, train
 from torch import Tensor, nn
 
 import sparsetrain as st

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import convnet, mlp, train
+from models import convnet, mlp, train
 from torch import nn
 
 import sparsetrain as st

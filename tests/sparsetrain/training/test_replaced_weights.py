@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import mlp, train
+from models import mlp, train
 from torch import Tensor, nn
 
 import sparsetrain as st

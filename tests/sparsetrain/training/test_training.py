@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import brute_force_mask, convnet, mlp, train
+from models import convnet, mlp, train
+from oracles import brute_force_mask
 from torch import nn
 
 import sparsetrain as st

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
-from support import mlp
+from models import mlp
 from torch import Tensor, nn
 
 import sparsetrain as st

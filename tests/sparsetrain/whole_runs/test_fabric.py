@@ -5,7 +5,8 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule, Trainer
-from support import Regression, batches, mlp
+from lightning_runs import Regression, batches
+from models import mlp
 from torch import Tensor, nn
 
 import sparsetrain as st

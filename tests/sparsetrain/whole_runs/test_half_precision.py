@@ -9,7 +9,8 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support import ResumableBatches, mlp, train
+from lightning_runs import ResumableBatches
+from models import mlp, train
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
