@@ -9,7 +9,7 @@ PART_SECONDS = 570.0  # of a part, the ending of its last stage included
 PYTEST = ("-m", "pytest", "-v", "--durations=15", "-p", "no:cacheprovider", "--color=no")
 # what a GPU, its driver and their packages warn of is not known before: it is to be read, not to fail
 WARNINGS = ("-W", "default")
-PRODUCT_TESTS = "tests/sparsetrain/test_products_on_a_gpu.py"
+PRODUCT_TESTS = "tests/sparsetrain/gpu/test_products_on_a_gpu.py"
 PROVIDERS = ("nvmath", "torch")
 """Ways to cuSPARSELt: each has some 40 algorithms, which are verified for minutes."""
 KERNEL_PROCESSES = 4  # at once, because compiling kernels is work of the host's cores
@@ -43,7 +43,7 @@ def _smoke(out: Path, dry_run: bool) -> list[Stage]:
     others = "not (" + " or ".join([*(f"({words})" for words in algorithms), f"({_tilelang_tests(dry_run)})"]) + ")"
     training = [*_pytest(out, "training_tests", "-m", "gpu", "tests/sparsetrain"), f"--ignore={PRODUCT_TESTS}"]
     if dry_run:
-        training = _pytest(out, "training_tests", "-m", "gpu", "tests/sparsetrain/test_gpu.py")
+        training = _pytest(out, "training_tests", "-m", "gpu", "tests/sparsetrain/gpu/test_runs_on_a_gpu.py")
     return [
         _one("facts", [f"{BENCHMARKS}/facts.py", "--out", str(out / "facts.json"), *dry], 40),
         _one("first_contact", [f"{BENCHMARKS}/contact.py", "--out", str(out / "contact.jsonl"), *dry], 110),

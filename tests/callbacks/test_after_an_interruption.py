@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from support import Regression, batches, mlp, train
+from lightning_runs import Regression, batches
+from models import mlp, train
 from torch import Tensor, nn
 
 import sparsetrain as st

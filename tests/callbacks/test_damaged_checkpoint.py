@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from support import Regression, batches
+from lightning_runs import Regression, batches
 from torch import nn
 
 from sparsetrain.callbacks import SparseTrainingCallback

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support import batches, mlp
+from lightning_runs import batches
+from models import mlp
 from torch import Tensor, nn
 
 import sparsetrain as st

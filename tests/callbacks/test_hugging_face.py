@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import two_of_four
+from oracles import two_of_four
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger
-from support import Regression, batches
+from lightning_runs import Regression, batches
 
 from sparsetrain.callbacks import SparseTrainingCallback
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from support import batches, mlp
+from lightning_runs import batches
+from models import mlp
 from torch import Tensor, nn
 
 from sparsetrain.callbacks import SparseTrainingCallback

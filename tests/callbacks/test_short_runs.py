@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from support import Regression, batches
+from lightning_runs import Regression, batches
 from torch import nn
 
 import sparsetrain as st

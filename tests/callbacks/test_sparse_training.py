@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from support import Regression, batches, mlp
+from lightning_runs import Regression, batches
+from models import mlp
 from torch import nn
 
 import sparsetrain as st

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from support import Regression, batches
+from lightning_runs import Regression, batches
 from torch import Tensor, nn
 
 from sparsetrain.callbacks import SparseTrainingCallback

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from support import PATTERNS, brute_force_sums, tiles_of
+from oracles import PATTERNS, brute_force_sums, tiles_of
 
 from sparsetrain.kernels.mask_search import reference
 from sparsetrain.kernels.mask_search.reference import NONFINITE_KEY, ranking_keys, search_row_wise, search_transposable

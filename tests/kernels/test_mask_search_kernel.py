@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import brute_force_sums, tiles_of
 from poisoned import Margins
-from support import brute_force_sums, tiles_of
 from torch import Tensor
 
 from sparsetrain.kernels.mask_search import triton_kernel

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
-from support import Regression
+from lightning_runs import Regression
 
 from sparsetrain.callbacks import SparseTrainingCallback
 from sparsetrain.criteria import Random

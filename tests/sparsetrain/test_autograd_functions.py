@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import convnet
+from models import convnet
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode

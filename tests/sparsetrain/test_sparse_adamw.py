@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning_runs import Regression, batches
+from models import convnet, mlp, train
 from simulated_backend import SimulatedBackend, independent_unpack
-from support import Regression, batches, convnet, mlp, train
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
