@@ -1,5 +1,7 @@
 """What users pass to a run, refused when it is given if it is of a wrong kind."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -42,36 +44,70 @@ def check_owners(model: Any, optimizer: Any, lr_schedulers: Any) -> None:
     require("lr_schedulers", lr_schedulers, sequence(SCHEDULER, allowed="a list of learning-rate schedulers"))
 
 
-def check_options(
-    *, targets: Any, exclude: Any, backend: Any, total_steps: Any, logits_from: Any, teacher: Any, **flags: Any
-) -> None:  # fmt: skip
-    """Raise an error if an argument of a run or of a trainer's callback is of a wrong kind.
+@dataclass(frozen=True)
+class LayerOptions:
+    """Which layers become sparse and how their products run, as :class:`sparsetrain.SparseTraining` takes it.
 
     Args:
-        targets: As :class:`sparsetrain.SparseTraining` takes them.
+        targets: As in :func:`sparsetrain.select_layers`.
         exclude: Likewise.
-        backend: Likewise.
-        total_steps: Likewise.
-        logits_from: Likewise.
-        teacher: Likewise.
-        flags: True or False, each.
+        backend: As in :func:`sparsetrain.sparsify_`, like the two that follow.
+        deterministic: One verified algorithm a layer by name.
+        keep_transposed: Keep Wᵀ packed between steps.
 
     Raises:
         TypeError: If targets or excludes are no strings.
         ValueError: If another value is not allowed.
 
     Example:
-        >>> rest = {"targets": "mlp", "exclude": (), "total_steps": None, "logits_from": "", "teacher": None}
-        >>> check_options(backend="cusparslt", **rest)
+        >>> LayerOptions("mlp", backend="cusparslt")
         Traceback (most recent call last):
             ...
         ValueError: backend is 'cusparslt': it must be one of [...] (did you mean 'cusparselt'?).
     """
-    as_list("targets", targets)
-    as_list("exclude", exclude)
-    resolve_backend(backend)
+
+    targets: str | Sequence[str] = "all-linear"
+    exclude: str | Sequence[str] = ()
+    backend: str = "auto"
+    deterministic: bool = False
+    keep_transposed: bool = True
+
+    def __post_init__(self) -> None:
+        as_list("targets", self.targets)
+        as_list("exclude", self.exclude)
+        resolve_backend(self.backend)
+        for name in ("deterministic", "keep_transposed"):
+            require(name, getattr(self, name), FLAG)
+
+
+def check_run_options(*, total_steps: Any, logits_from: Any, teacher: Any, **flags: Any) -> None:
+    """Raise ``ValueError`` if an argument of a run or of a trainer's callback is of a wrong kind.
+
+    Args:
+        total_steps: As :class:`sparsetrain.SparseTraining` takes them.
+        logits_from: Likewise.
+        teacher: Likewise.
+        flags: True or False, each.
+    """
     require("total_steps", total_steps, TOTAL_STEPS)
     require("logits_from", logits_from, TEXT)
     require("teacher", teacher, optional(MODULE))
     for name, value in flags.items():
         require(name, value, FLAG)
+
+
+def check_options(
+    *,
+    targets: Any,
+    exclude: Any,
+    backend: Any,
+    deterministic: Any,
+    keep_transposed: Any,
+    total_steps: Any,
+    logits_from: Any,
+    teacher: Any,
+    **flags: Any,
+) -> None:
+    """Do both for a trainer's callback."""
+    LayerOptions(targets, exclude, backend, deterministic, keep_transposed)
+    check_run_options(total_steps=total_steps, logits_from=logits_from, teacher=teacher, **flags)

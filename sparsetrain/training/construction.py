@@ -3,15 +3,22 @@
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from dataclasses import asdict
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..criteria import resolve_criterion
+from ..distributed.wrappers import plain_model, plain_optimizer
 from ..layers.layer_group import LayerGroups
 from ..layers.masked_layer import MaskedLayer
+from ..layers.options import LayerOptions, check_owners, check_run_options
 from ..layers.selection.report import SelectionReport
 from ..layers.selection.select_layers import select_layers, sparse_layers
 from ..layers.sparsify import sparsify_
 from ..masks.patterns import resolve_pattern
+from ..methods.method import Method
 from ..modifiers.base import Modifier, Run, Setup
 from ..modifiers.registry import modifiers_of
 from .mask_search import MaskSearch
@@ -23,14 +30,34 @@ from .step_hooks import owned_parameters
 from .steps import Steps
 
 
-class LayerOptions(NamedTuple):
-    """Which layers become sparse and how their products run, as :class:`sparsetrain.SparseTraining` takes it."""
+def setup_of(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    method: Method,
+    total_steps: int | None,
+    lr_schedulers: Sequence[LRScheduler],
+    teacher: nn.Module | None,
+    logits_from: str,
+    watch_dense: bool,
+    track_age: bool,
+) -> Setup:
+    """Return what a run is to be made of: plain models and optimizers, phases in steps.
 
-    targets: str | Sequence[str]
-    exclude: str | Sequence[str]
-    backend: str
-    deterministic: bool
-    keep_transposed: bool
+    Raises:
+        ValueError: If a value is not allowed.
+    """
+    check_owners(model, optimizer, lr_schedulers)
+    check_run_options(
+        total_steps=total_steps,
+        logits_from=logits_from,
+        teacher=teacher,
+        watch_dense=watch_dense,
+        track_age=track_age,
+    )
+    optimizers = [*map(plain_optimizer, [optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
+    timeline = method.schedule.resolve(total_steps)
+    run = total_steps, watch_dense, track_age
+    return Setup(plain_model(model), method, timeline, optimizers, lr_schedulers, teacher, logits_from, *run)
 
 
 def make_sparse_(setup: Setup, options: LayerOptions, resumes: bool) -> tuple[SelectionReport, dict[str, MaskedLayer]]:
@@ -51,7 +78,7 @@ def make_sparse_(setup: Setup, options: LayerOptions, resumes: bool) -> tuple[Se
         check_statistics(report, method)
     report = sparsify_(
         model,
-        **options._asdict(),
+        **asdict(options),
         pattern=method.pattern,
         weight_product=method.weight_product,
         phase="dense",

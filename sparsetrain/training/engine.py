@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..distributed.wrappers import plain_model, plain_optimizer
+from ..checks.rules import FLAG, require
 from ..layers.claims import claim
 from ..layers.conversion import write_zeros_
-from ..layers.options import check_options, check_owners
+from ..layers.options import LayerOptions
 from ..layers.selection.select_layers import weight_count
 from ..layers.selection.wrapped_names import warn_of_unmerged
 from ..layers.sparsify import give_back_
@@ -22,7 +22,7 @@ from ..methods.method import Method
 from ..methods.resolve import resolve_method
 from ..methods.schedule import UNKNOWN_LENGTH
 from ..modifiers.base import Entry, Setup
-from .construction import LayerOptions, assemble, make_sparse_
+from .construction import assemble, make_sparse_, setup_of
 from .ending import Progress, ending
 from .saved_state import resume_, state_of
 from .status import RunStatus
@@ -100,21 +100,13 @@ class SparseTraining(RunStatus):
         state: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
-        check_owners(model, optimizer, lr_schedulers)
-        self.method = resolve_method(method)
-        check_options(
-            targets=targets, exclude=exclude, backend=backend, total_steps=total_steps, logits_from=logits_from,
-            teacher=teacher, deterministic=deterministic, keep_transposed=keep_transposed, watch_dense=watch_dense,
-            track_age=track_age, verbose=verbose,
-        )  # fmt: skip
-        self.model, self._verbose = plain_model(model), verbose
-        optimizers = [*map(plain_optimizer, [optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
-        timeline = self.method.schedule.resolve(total_steps)
-        setup = Setup(
-            self.model, self.method, timeline, optimizers, lr_schedulers, teacher, logits_from, total_steps,
-            watch_dense, track_age,
-        )  # fmt: skip
+        require("verbose", verbose, FLAG)
         options = LayerOptions(targets, exclude, backend, deterministic, keep_transposed)
+        self.method = resolve_method(method)
+        setup = setup_of(
+            model, optimizer, self.method, total_steps, lr_schedulers, teacher, logits_from, watch_dense, track_age
+        )
+        self.model, self._verbose = setup.model, verbose
         self._start(setup, options, state)
         if verbose:
             print(self.report.summary())

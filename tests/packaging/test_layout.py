@@ -125,12 +125,6 @@ def test_no_private_sparse_python_of_torch_is_used() -> None:
             assert "torch.sparse" not in path.read_text(), f"{path}: its Python changes with every release"
 
 
-def test_no_file_is_longer_than_600_lines() -> None:
-    for floor in ("sparsetrain", *FLOORS, "tests", "scripts"):
-        for path in (ROOT / floor).rglob("*.py"):
-            assert len(path.read_text().splitlines()) <= 600, path
-
-
 def test_the_commands_are_executable() -> None:
     scripts = [path for path in (ROOT / "scripts").iterdir() if path.is_file() and path.read_text().startswith("#!")]
     assert {path.name for path in scripts} >= {"bench", "demo", "test"}
