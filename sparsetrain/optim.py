@@ -146,9 +146,14 @@ class SparseAdamW(AdamW):
 
 @torch.no_grad()
 def update_(
-    step: MaskedStep, group: Mapping[str, Any], parameters: Sequence[Tensor], gradients: Sequence[Tensor],
-    averages: Sequence[Tensor], squares: Sequence[Tensor], counts: Sequence[Tensor],
-) -> None:  # fmt: skip
+    step: MaskedStep,
+    group: Mapping[str, Any],
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    counts: Sequence[Tensor],
+) -> None:
     """Update weights with masks, their moments and their counts, and pack what is to be packed.
 
     Args:

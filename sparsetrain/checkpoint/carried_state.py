@@ -37,7 +37,7 @@ class CarriedState:
 
     def __init__(
         self, optimizer: Optimizer, state: Callable[[], Mapping[str, Any]], apart: Sequence[Tensor] = ()
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._state = state
         self._apart = {id(parameter) for parameter in apart}
         self._handle = optimizer.register_state_dict_post_hook(self._carry)

@@ -18,16 +18,13 @@ def sparse_state_dict(
 ) -> MutableMapping[str, Any]:
     """Return ``model.state_dict()`` with what is evaluated: ``W⊙M`` where a mask is in force.
 
-    While masks move, a model computes with ``W⊙M``, after a soft threshold if the method has one, but its parameters
-    are the dense masters ``W`` that the optimizer owns: pruned entries must be able to come back. A plain
-    ``model.state_dict()`` holds these masters, as resuming needs them. Keys and shapes are those of the dense model, so
-    that whoever loads the result needs nothing of this package. Without masks in force, and after ``finish()``, it
-    equals ``model.state_dict()``. To go on training, save ``model.state_dict()`` and ``training.state_dict()`` too.
+    ``model.state_dict()`` holds the dense masters, as resuming needs them. Keys and shapes here are those of the dense
+    model, too. Without masks in force it equals ``model.state_dict()``.
 
     Args:
         model: The model or a part of it; data-parallel, compiled and Fabric wrappers may be around it.
-        state_dict: Of dense masters, to change a copy of instead, such as one that was gathered on the CPU; named as
-            in ``model`` or in what it wraps. It may be a part of the whole.
+        state_dict: Of dense masters, to change a copy of instead, such as one gathered on the CPU, or a part of it;
+            named as in ``model`` or in what it wraps.
         merge_adapters: Add low-rank adapters that are in use, as the model computes with them.
 
     Returns:
@@ -52,10 +49,8 @@ def sparse_state_dict(
     layers = _masked_weights(model)
     found = layers.keys() & changed.keys()
     if layers and not found:
-        raise ValueError(
-            f"state_dict has no weight of a masked layer, such as {next(iter(layers))!r}: pass the state dict of this "
-            "model, with its names."
-        )
+        first = next(iter(layers))
+        raise ValueError(f"state_dict has no weight of a masked layer, such as {first!r}: pass this model's own.")
     for key in found:
         changed[key] = layers[key].effective_weight(changed[key], merge_adapters)
     return changed
@@ -90,7 +85,7 @@ def evaluated_in_state_dicts(modules: Iterable[nn.Module], merge_adapters: bool 
 
 def _put_evaluated(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, merge_adapters: bool
-) -> None:  # fmt: skip
+) -> None:
     key = prefix + "weight"
     value = state_dict.get(key)
     if not isinstance(module, MaskedLayer) or not module.is_masked or isinstance(value, nn.Parameter):

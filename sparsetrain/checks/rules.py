@@ -208,9 +208,7 @@ def optional(rule: Rule) -> Rule:
     return replace(either(NONE, rule), allowed=f"{rule.allowed}, or None")
 
 
-def sequence(
-    rule: Rule, length: int | None = None, least: int = 0, unique: bool = False, allowed: str = ""
-) -> Rule:  # fmt: skip
+def sequence(rule: Rule, length: int | None = None, least: int = 0, unique: bool = False, allowed: str = "") -> Rule:
     """Allow a list or tuple whose entries follow a rule.
 
     Args:
@@ -259,7 +257,7 @@ def each(rules: Sequence[Rule]) -> Rule:
 
 def mapping(
     rules: Mapping[str, Rule], needed: Collection[str] | None = None, of: str = "", others: bool = False
-) -> Rule:  # fmt: skip
+) -> Rule:
     """Allow a mapping whose values follow the rules of their keys.
 
     Args:

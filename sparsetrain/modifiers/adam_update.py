@@ -38,16 +38,6 @@ def update_(
         states: Adam's: ``exp_avg`` and ``step`` are updated, and ``exp_avg_sq`` where Adam goes on.
         frozen: Of each; where a gradient is unheard of, Adam goes on from now.
         group: Adam's options.
-
-    Example:
-        >>> weight, state = torch.ones(1), {name: torch.zeros(1) for name in ("step", "exp_avg")}
-        >>> state["exp_avg_sq"] = torch.full((1,), 0.004)
-        >>> weight.grad = torch.ones(1)
-        >>> options = {"lr": 0.5, "betas": (0.9, 0.999), "eps": 0.0, "weight_decay": 0.0, "maximize": False}
-        >>> frozen = Frozen(0.004, torch.tensor([False]))
-        >>> update_([weight], [state], [frozen], {**options, "capturable": False, "decoupled_weight_decay": False})
-        >>> weight.item(), state["step"].item(), frozen.going.item()
-        (0.5, 1.0, False)
     """
     weights = _real(parameters)
     averages, squares = (_real([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))

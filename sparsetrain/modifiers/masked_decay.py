@@ -38,9 +38,7 @@ class MaskedDecay:
     the ramp: Huang et al. 2025, "Pruning Large Language Models with Semi-Structural Adaptive Sparse Training", AAAI.
     """
 
-    def __init__(
-        self, decay: float | Literal["auto"] = 0.0, target: DecayTarget = "gradient", ramp: int = 0
-    ) -> None:  # fmt: skip
+    def __init__(self, decay: float | Literal["auto"] = 0.0, target: DecayTarget = "gradient", ramp: int = 0) -> None:
         self.automatic = decay == "auto"
         self.value = AUTO_START if decay == "auto" else float(decay)
         self._target, self.ramp = target, ramp
@@ -59,9 +57,14 @@ class MaskedDecay:
             self.value *= FACTOR if ratio > BAND[1] else 1 / FACTOR if ratio < BAND[0] else 1.0
 
     def apply_(
-        self, optimizer: Optimizer, group: LayerGroup, gradients: Sequence[Tensor], age: int, clock: int,
+        self,
+        optimizer: Optimizer,
+        group: LayerGroup,
+        gradients: Sequence[Tensor],
+        age: int,
+        clock: int,
         scale: Tensor | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Add the decay of one step; to 16-bit gradients or weights in float32, rounded at random to the right mean.
 
         Args:

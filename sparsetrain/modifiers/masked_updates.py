@@ -90,9 +90,7 @@ class MaskedUpdates(Modifier):
         if self._decay.automatic:
             self._decay.value = float(state["value"])
 
-    def _inside(
-        self, run: Run, optimizer: Optimizer, layers: Mapping[str, MaskedLayer]
-    ) -> Mapping[str, MaskedLayer]:  # fmt: skip
+    def _inside(self, run: Run, optimizer: Optimizer, layers: Mapping[str, MaskedLayer]) -> Mapping[str, MaskedLayer]:
         """Return the layers that the optimizer decays, masks and packs itself, and tell it to."""
         if not isinstance(optimizer, TakesMaskedSteps):
             return {}

@@ -27,9 +27,12 @@ class StepHooks:
     """
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], adjust: AdjustGradients, written: Callable[[Optimizer], None],
+        self,
+        optimizers: Sequence[Optimizer],
+        adjust: AdjustGradients,
+        written: Callable[[Optimizer], None],
         advance: Callable[[], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._optimizers = list(optimizers)
         self._adjust = adjust
         self._written = written
