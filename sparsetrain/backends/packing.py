@@ -57,6 +57,22 @@ class PackJob:
         return self.dtype, self.operand is None, self.transpose is None, alone
 
 
+def jobs_of(
+    weight: Tensor,
+    codes: Tensor,
+    backward: Tensor | None,
+    backend: Backend,
+    dtype: torch.dtype,
+    operand: Operand | None,
+    transpose: Operand | None,
+) -> list[PackJob]:
+    """Return how W's and Wᵀ's operand of a backend are filled: together, but where backward codes prune Wᵀ alone."""
+    if backward is None or transpose is None:
+        return [PackJob(weight, codes, backend, dtype, operand, transpose)]
+    again = PackJob(weight, backward, backend, dtype, None, transpose, within=codes)
+    return [again] if operand is None else [PackJob(weight, codes, backend, dtype, operand), again]
+
+
 def fill_(jobs: Sequence[PackJob]) -> None:
     """Mask and pack weights into operands; equal layouts share a launch."""
     if not jobs:

@@ -12,8 +12,8 @@ from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.tile_codes import require_tiles
 from ..matmul.autocast import as_autocast
 from ..matmul.eager import is_eager
+from ..matmul.execution import Execution
 from ..matmul.linear_function import LinearSpec, SparseLinearFunction
-from ..matmul.operands import Execution
 from ..matmul.transforms import as_constants, as_leaf, is_transformed, transformed_linear
 from .eager_linear import eager_product
 from .masked_layer import MaskedLayer, has_choice

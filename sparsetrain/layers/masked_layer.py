@@ -12,8 +12,11 @@ from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.matrices import matrix_of, weight_of
 from ..masks.soft_threshold import SoftThreshold, soft_thresholded
 from ..masks.tile_codes import KEEP_ALL
+from ..matmul.choices import describe
 from ..matmul.estimated_weight_gradient import draw_counter
-from ..matmul.operands import Execution, Operands, register
+from ..matmul.execution import Execution
+from ..matmul.operands import Operands
+from ..matmul.registry import register
 from ..matmul.transforms import is_transformed, with_gradient_of
 from ..types import PhaseKind
 
@@ -158,7 +161,7 @@ class MaskedLayer(nn.Module):
         if not self.is_2_4:
             return "masked: its mask keeps more than 2:4"
         undecided = self.execution.backend == "auto" and self.backend == "masked"
-        return "masked" if undecided else self.operands.describe()
+        return "masked" if undecided else describe(self.operands)
 
     def extra_repr(self) -> str:
         """Describe the layer as its dense class does, and its phase."""

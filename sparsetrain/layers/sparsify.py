@@ -13,8 +13,8 @@ from ..criteria import Criterion, resolve_criterion
 from ..criteria.criterion import scores_of
 from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.patterns import resolve_pattern
-from ..matmul.masked_matmul import HALF_DTYPES
-from ..matmul.operands import Execution
+from ..matmul.choices import HALF_DTYPES
+from ..matmul.execution import Execution
 from ..types import PhaseKind, WeightProduct
 from .conversion import to_dense_, to_sparse_
 from .convolution import is_pointwise

@@ -7,8 +7,10 @@ from ..backends import BACKENDS
 from ..backends.packing import operand_of_packed
 from ..backends.padding import padded_tokens
 from ..kernels.mvue import mvue
-from .masked_matmul import choose
-from .operands import Execution, Operands, operands_of
+from .choices import choose
+from .execution import Execution
+from .operands import Operands
+from .registry import operands_of
 
 TOKENS = 128
 """Of which a number of tokens is made a multiple, so that it fits every backend."""

@@ -1,18 +1,15 @@
 """``masked_matmul``: a dense matrix times a masked weight, or its transpose, by the backend that dispatch chooses."""
 
-import logging
-
 import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..dispatch import MASKED, Choice, Problem, Product, bucket, tuner_for
-from .operands import Execution, Operands, operands_of
+from ..dispatch import MASKED, bucket
+from .choices import choose, fall_back_to_dense
+from .execution import Execution
+from .operands import Operands
+from .registry import operands_of
 from .tensor_state import Stamp
-
-LOG = logging.getLogger("sparsetrain")
-
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 # define and impl instead of custom_op: it costs 5 microseconds less a call on the host
 _LIBRARY = torch.library.Library("sparsetrain", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -116,50 +113,3 @@ def _shape_of_product(
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("masked_matmul", _masked_product, _device)  # type: ignore[no-untyped-call]
 torch.library.register_fake("sparsetrain::masked_matmul", _shape_of_product, lib=_LIBRARY)
-
-
-def fall_back_to_dense(
-    operands: Operands, rows: Tensor, bias: bool, transposed: bool | None, choice: Choice, error: Exception
-) -> None:
-    """Compute a product densely from now on, because the choice fails for this number of tokens."""
-    LOG.warning("%s fails for %d tokens and is given up for them: %s", choice, rows.shape[0], error)
-    operands.choices[_key(rows, bias, transposed, "auto")] = MASKED
-
-
-def _key(
-    rows: Tensor, bias: bool, transposed: bool | None, backend: str
-) -> tuple[bool | None, int, torch.dtype, bool, str]:
-    return transposed, bucket(rows.size(0)), rows.dtype, bias, backend
-
-
-def choose(
-    operands: Operands, rows: Tensor, shape: tuple[int, int], bias: bool, transposed: bool | None,
-    backend: str = "auto",
-) -> Choice:  # fmt: skip
-    """Return the backend of a product of this weight, from memory, the table or a benchmark.
-
-    Args:
-        operands: Of the weight.
-        rows: The dense operand, ``[T, ...]``.
-        shape: ``(O, I)`` of the weight.
-        bias: Whether one is added.
-        transposed: Whether it is the input gradient; None for the weight gradient.
-        backend: A backend's name, or ``"auto"``.
-
-    Raises:
-        ValueError: If a backend is named that cannot run here.
-    """
-    key = _key(rows, bias, transposed, backend)
-    known = operands.choices.get(key)
-    if known is not None:
-        return known
-    if rows.shape[0] == 0 or backend == MASKED.backend or (backend == "auto" and rows.dtype not in HALF_DTYPES):
-        return MASKED
-    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
-        return MASKED  # nothing can be measured now, and the next call outside the graph will
-    product: Product = "weight_gradient" if transposed is None else "input_gradient" if transposed else "forward"
-    problem = Problem(product, shape, rows.shape[0], rows.dtype, bias)
-    deterministic = operands.execution.deterministic
-    choice = tuner_for(rows.device).choose(problem, rows.device, backend, deterministic)
-    operands.choices[key] = choice
-    return choice

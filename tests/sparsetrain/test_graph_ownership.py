@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from sparsetrain.backends import BACKENDS
 from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.layers.conversion import to_sparse_
-from sparsetrain.matmul.operands import Execution, Operands
+from sparsetrain.matmul.execution import Execution
+from sparsetrain.matmul.operands import Operands
 
 
 class OnCuda(Tensor):

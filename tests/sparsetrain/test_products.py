@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS
+from sparsetrain.matmul.execution import Execution
 from sparsetrain.matmul.masked_matmul import masked_matmul
-from sparsetrain.matmul.operands import Execution, operands_of
+from sparsetrain.matmul.registry import operands_of
 
 SHAPES = {"1-D": (32,), "2-D": (5, 32), "3-D": (2, 3, 32), "4-D": (2, 2, 3, 32)}
 

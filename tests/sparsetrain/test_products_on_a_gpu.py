@@ -25,7 +25,7 @@ from sparsetrain.backends.packing import PackJob, fill_
 from sparsetrain.dispatch import Choice, DispatchTable, Problem, Product, Tuner, find_mismatch
 from sparsetrain.dispatch.stopwatch import median_milliseconds
 from sparsetrain.layers.masked_layer import MaskedLayer
-from sparsetrain.matmul import masked_matmul as products
+from sparsetrain.matmul import choices
 from sparsetrain.matmul.renewal import Renewal
 
 ON_GPU = torch.cuda.is_available()
@@ -74,7 +74,7 @@ def first_algorithm(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
         def choose(self, problem: Problem, device: torch.device, name: str, deterministic: bool) -> Choice:
             return Choice(name)
 
-    monkeypatch.setattr(products, "tuner_for", lambda device: First())
+    monkeypatch.setattr(choices, "tuner_for", lambda device: First())
 
 
 def assert_as_exact_as_dense(found: Tensor, dense: Tensor, exact: Tensor) -> None:

@@ -17,7 +17,9 @@ from sparsetrain.layers.conversion import to_sparse_
 from sparsetrain.layers.layer_group import LayerGroups
 from sparsetrain.layers.masked_layer import MaskedLayer
 from sparsetrain.matmul import operands
-from sparsetrain.matmul.operands import MAX_IDLE, Execution, register
+from sparsetrain.matmul.execution import Execution
+from sparsetrain.matmul.operands import MAX_IDLE
+from sparsetrain.matmul.registry import register
 from sparsetrain.matmul.renewal import Renewal
 
 Layers = list[MaskedLayer]
