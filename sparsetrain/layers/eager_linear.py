@@ -101,7 +101,7 @@ class EagerLinearFunction(torch.autograd.Function):
         flat = input.dim() == 2
         rows = input if flat else input.reshape(-1, weight.shape[1])
         operands = call.operands
-        result = multiply_rows(operands, rows, weight, codes, bias, False, call.spec.forward, backward_codes)
+        result = multiply_rows(operands, rows, weight, codes, bias, "forward", call.spec.forward, backward_codes)
         ctx.at_hand = call, bias_dtype, operands.stamp, None, 0  # in one, as attributes take long to be set
         return result if flat else result.view(*input.shape[:-1], weight.shape[0])
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import MASKED, Choice, Problem, Product, bucket, tuner_for
-from .operands import PRODUCT_NAMES, Operands
+from .operands import Operands
 
 LOG = logging.getLogger("sparsetrain")
 
@@ -22,31 +22,24 @@ def describe(operands: Operands) -> str:
         ('not decided yet', 'masked')
     """
     texts: dict[str, None] = {}  # in order, once each
-    for (transposed, tokens, *_), choice in sorted(operands.choices.items(), key=lambda item: str(item[0])):
-        texts[f"{PRODUCT_NAMES[transposed]} {choice} at {tokens} tokens"] = None
+    for (product, tokens, *_), choice in sorted(operands.choices.items(), key=lambda item: str(item[0])):
+        texts[f"{product.replace('_', ' ')} {choice} at {tokens} tokens"] = None
     execution = operands.execution
     undecided = "masked" if execution.backend == "masked" else "not decided yet"
     return ", ".join(texts) or (f"{undecided}: {execution.note}" if execution.note else undecided)
 
 
 def fall_back_to_dense(
-    operands: Operands, rows: Tensor, bias: bool, transposed: bool | None, choice: Choice, error: Exception
+    operands: Operands, rows: Tensor, bias: bool, product: Product, choice: Choice, error: Exception
 ) -> None:
     """Compute a product densely from now on, because the choice fails for this number of tokens."""
     LOG.warning("%s fails for %d tokens and is given up for them: %s", choice, rows.shape[0], error)
-    operands.choices[_key(rows, bias, transposed, "auto")] = MASKED
-
-
-def _key(
-    rows: Tensor, bias: bool, transposed: bool | None, backend: str
-) -> tuple[bool | None, int, torch.dtype, bool, str]:
-    return transposed, bucket(rows.size(0)), rows.dtype, bias, backend
+    operands.choices[product, bucket(rows.size(0)), rows.dtype, bias, "auto"] = MASKED
 
 
 def choose(
-    operands: Operands, rows: Tensor, shape: tuple[int, int], bias: bool, transposed: bool | None,
-    backend: str = "auto",
-) -> Choice:  # fmt: skip
+    operands: Operands, rows: Tensor, shape: tuple[int, int], bias: bool, product: Product, backend: str = "auto"
+) -> Choice:
     """Return the backend of a product of this weight, from memory, the table or a benchmark.
 
     Args:
@@ -54,13 +47,13 @@ def choose(
         rows: The dense operand, ``[T, ...]``.
         shape: ``(O, I)`` of the weight.
         bias: Whether one is added.
-        transposed: Whether it is the input gradient; None for the weight gradient.
+        product: Which of the three.
         backend: A backend's name, or ``"auto"``.
 
     Raises:
         ValueError: If a backend is named that cannot run here.
     """
-    key = _key(rows, bias, transposed, backend)
+    key = product, bucket(rows.size(0)), rows.dtype, bias, backend
     known = operands.choices.get(key)
     if known is not None:
         return known
@@ -68,7 +61,6 @@ def choose(
         return MASKED
     if rows.is_cuda and torch.cuda.is_current_stream_capturing():
         return MASKED  # nothing can be measured now, and the next call outside the graph will
-    product: Product = "weight_gradient" if transposed is None else "input_gradient" if transposed else "forward"
     problem = Problem(product, shape, rows.shape[0], rows.dtype, bias)
     deterministic = operands.execution.deterministic
     choice = tuner_for(rows.device).choose(problem, rows.device, backend, deterministic)

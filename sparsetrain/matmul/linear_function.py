@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import Product
 from ..kernels.tile_codes.reference import unpack_codes
 from ..masks.gradient_rules import GradientRule
 from .estimated_weight_gradient import estimated_weight_gradient
@@ -44,7 +45,7 @@ class SparseLinearFunction(torch.autograd.Function):
         if spec.forward == "masked":
             return F.linear(input, masked_weight(weight, codes), bias)
         rows = input.reshape(-1, weight.shape[1])
-        result = masked_matmul(rows, weight, codes, bias, False, spec.forward, backward_codes)
+        result = masked_matmul(rows, weight, codes, bias, "forward", spec.forward, backward_codes)
         return result.view(*input.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -93,7 +94,8 @@ def linear_gradients(
                 masked = masked_weight(weight, codes if backward_codes is None else codes & backward_codes)
             input_gradient = output_gradient.matmul(_in(masked, output_gradient.dtype))
         else:
-            rest = (rows, weight, codes, None, True, spec.input_gradient, backward_codes)
+            kind: Product = "input_gradient"
+            rest = (rows, weight, codes, None, kind, spec.input_gradient, backward_codes)
             product = masked_matmul(*rest) if operands is None else multiply_rows(operands, *rest, stamp)
             input_gradient = product if flat else product.view(input.shape)
     if wanted[1]:

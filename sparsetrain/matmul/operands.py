@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..backends import BACKENDS, Backend, Operand
 from ..backends.packing import PackJob, fill_, jobs_of
-from ..dispatch import Choice
+from ..dispatch import Choice, Product
 from .bias_copy import BiasCopy
 from .execution import Execution
 from .kept_weight import KeptWeight
@@ -19,10 +19,8 @@ from .tensor_state import Stamp, hold, stamp_of_sources
 MAX_IDLE = 8
 """Renewals that an operand outlives without being used."""
 
-PRODUCT_NAMES = {False: "forward", True: "input gradient", None: "weight gradient"}
-
-Key = tuple[str, bool, torch.dtype]
-"""Backend, whether the operand is Wᵀ, dtype."""
+Key = tuple[str, Product, torch.dtype]
+"""Backend, the product that reads the operand (the input gradient's reads Wᵀ), dtype."""
 
 _SHARED: weakref.WeakValueDictionary[tuple[object, ...], Operand] = weakref.WeakValueDictionary()
 """Operands that are filled again before every use, one of each shape."""
@@ -67,7 +65,7 @@ class Operands:
     def __init__(self, execution: Execution | None = None) -> None:
         self.execution = execution or Execution()
         self.managed = False
-        self.choices: dict[tuple[bool | None, int, torch.dtype, bool, str], Choice] = {}
+        self.choices: dict[tuple[Product, int, torch.dtype, bool, str], Choice] = {}
         self.owner: weakref.ref[Layer] | None = None
         self._made: dict[Key, Operand] = {}
         self._jobs: list[PackJob] | None = None  # of all that is made, for the tensors that they name
@@ -109,12 +107,12 @@ class Operands:
         """Whether there is something that a renewal fills."""
         return bool(self._made)
 
-    def at(self, stamp: Stamp | None, backend: Backend, transposed: bool, dtype: torch.dtype) -> Operand | None:
+    def at(self, stamp: Stamp | None, backend: Backend, product: Product, dtype: torch.dtype) -> Operand | None:
         """Return an operand that was there when :attr:`stamp` was this one, and is still of that state of the weight.
 
         It is for backwards, whose saved weight has not changed since the forward; None if :meth:`get` has to look.
         """
-        key = (backend.name, transposed, dtype)
+        key = (backend.name, product, dtype)
         operand = self._made.get(key) if stamp is not None and stamp is self.stamp else None
         if operand is None or (operand.tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
@@ -122,10 +120,15 @@ class Operands:
         return operand
 
     def get(
-        self, weight: Tensor, codes: Tensor, backend: Backend, transposed: bool, dtype: torch.dtype,
+        self,
+        weight: Tensor,
+        codes: Tensor,
+        backend: Backend,
+        product: Product,
+        dtype: torch.dtype,
         backward: Tensor | None = None,
-    ) -> Operand:  # fmt: skip
-        """Return W (or Wᵀ if ``transposed``), masked, as the backend reads it; up to date.
+    ) -> Operand:
+        """Return W, or Wᵀ for the input gradient, masked, as the backend reads it; up to date.
 
         Raises:
             RuntimeError: If a CUDA graph is being captured and there is no operand yet.
@@ -139,10 +142,10 @@ class Operands:
             fill_(self.to_fill(weight, codes, backward))
             self.renewed(stamp_of_sources(weight, codes, backward), weight, codes, backward)
             self.stamp = None if capturing else self.stamp  # what is captured has not happened yet
-        if transposed and backend.symmetric and backward is None:
-            operand = self.get(weight, codes, backend, False, dtype)
+        if backend.symmetric and backward is None and product == "input_gradient":
+            operand = self.get(weight, codes, backend, "forward", dtype)
             return Operand(operand.shape[::-1], (operand.tensors[0].t(),))
-        key = (backend.name, transposed, dtype)
+        key = (backend.name, product, dtype)
         self._used[key] = self._renewals
         if capturing:
             self._captured.add(key)
@@ -153,7 +156,7 @@ class Operands:
     def _make(
         self, weight: Tensor, codes: Tensor, backward: Tensor | None, backend: Backend, key: Key, capturing: bool
     ) -> Operand:
-        _, transposed, dtype = key
+        transposed, dtype = key[1] == "input_gradient", key[2]
         keep = self.execution.keep_transposed or not transposed
         shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
         shared = (backend.name, shape, dtype, weight.device)
@@ -163,7 +166,7 @@ class Operands:
         if not keep:
             self._shared[shared] = _SHARED[shared] = operand
         alone = keep or backward is not None
-        first = None if alone else self._made.get((backend.name, False, dtype))  # written as it is
+        first = None if alone else self._made.get((backend.name, "forward", dtype))  # written as it is
         parts = (first, operand) if transposed else (operand, None)
         fill_(jobs_of(weight, codes, backward, backend, dtype, *parts))
         if keep:
@@ -215,12 +218,11 @@ class Operands:
         """
         if any(operand.values is None or operand.meta is None for operand in self._made.values()):
             return None
-        if len({dtype for _, _, dtype in self._made}) != 1 or len({side for _, side, _ in self._made}) < len(
-            self._made
-        ):
+        products, dtypes = {key[1] for key in self._made}, {key[2] for key in self._made}
+        if len(dtypes) != 1 or len(products) < len(self._made):
             return None
-        by_side = {transposed: operand for (_, transposed, _), operand in self._stale().items()}
-        return (by_side.get(False), by_side.get(True)) if by_side else None
+        found = {product: operand for (_, product, _), operand in self._stale().items()}
+        return (found.get("forward"), found.get("input_gradient")) if found else None
 
     def written(self, weight: Tensor, codes: Tensor) -> None:
         """Take note that all operands were written from these, so that the next renewal leaves them."""
@@ -261,7 +263,7 @@ class Operands:
             return kept
         jobs = []
         for name, dtype in {(name, dtype): None for name, _, dtype in made}:
-            parts = [made.get((name, transposed, dtype)) for transposed in (False, True)]
+            parts = made.get((name, "forward", dtype)), made.get((name, "input_gradient", dtype))
             jobs += jobs_of(weight, codes, backward, BACKENDS[name], dtype, *parts)
         self._jobs = jobs if backward is None else None
         return jobs

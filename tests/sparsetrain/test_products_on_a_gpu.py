@@ -166,7 +166,7 @@ def test_our_packing_is_what_the_library_would_compress(backend: Backend) -> Non
 
 def test_inputs_of_any_strides_are_read(backend: Backend) -> None:
     sparse = layer(backend.name).half()
-    operand = sparse.operands.get(sparse.weight, sparse.mask_codes, backend, False, torch.float16)
+    operand = sparse.operands.get(sparse.weight, sparse.mask_codes, backend, "forward", torch.float16)
     whole = torch.randn(256, I + 64, device=DEVICE, dtype=torch.float16)
     dense = (sparse.weight.detach() * sparse.mask).double()
     for rows in (whole[:, :I], whole[:64, 8 : I + 8], whole[:64, 3 : I + 3], whole[:200, :I].t().contiguous().t()):

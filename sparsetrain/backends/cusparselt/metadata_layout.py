@@ -19,6 +19,7 @@ from ...kernels.layouts import Compressor, LayoutError, LearnedLayout, known_lay
 from ...kernels.metadata_order import Order, metadata_words
 from ...kernels.pack import pack_tiles_
 from ...kernels.tile_codes.reference import unpack_codes
+from ..packing import Packed
 
 KNOWN = {
     "cusparselt_sm80": Order.CUSPARSELT_SM80,
@@ -170,7 +171,8 @@ def _compare_or_learn(compress: Compressor, key: _Key, device: torch.device, fol
         return "learned", f"{difference}; its order was read from {path} and agrees for a random matrix.", table
     try:
         table = learn_layout(compress, rows, columns, dtype, device)
-        verify_layout(table, compress, *_packed(rows, columns, dtype, device, seed=_CHECKS))
+        dense, packed = _packed(rows, columns, dtype, device, seed=_CHECKS)
+        verify_layout(table, compress, dense, *packed)
     except LayoutError as error:
         return "vendor", f"{difference}, and its order cannot be learned: {error}", None
     if path is not None:
@@ -185,8 +187,8 @@ def _first_line(error: Exception) -> str:
 
 def _packed(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device, seed: int, order: Order = Order.NATURAL
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a random 2:4 matrix without zeros among the kept, and the packer's ``values`` and ``meta`` of it."""
+) -> tuple[Tensor, Packed]:
+    """Return a random 2:4 matrix without zeros among the kept, and what the packer makes of it, in an order."""
     generator = torch.Generator(device).manual_seed(seed)  # the training's own stays as it is
     whole = torch.randint(-255, 255, (rows, columns), dtype=torch.int16, device=device, generator=generator)
     weight = (whole + (whole >= 0)).to(dtype)
@@ -199,7 +201,7 @@ def _packed(
     size = metadata_words(rows, columns, order)
     meta = torch.zeros((rows, columns // 16) if order == Order.NATURAL else (size,), dtype=torch.int16, device=device)
     pack_tiles_([weight], [codes], [values], [meta], [], [], [], [order])
-    return weight.masked_fill_(~unpack_codes(codes), 0), values, meta
+    return weight.masked_fill_(~unpack_codes(codes), 0), Packed(values, meta)
 
 
 def _known(
@@ -212,18 +214,19 @@ def _known(
         size = metadata_words(rows, columns, order)
         differences[name] = None if size else "sizes that do not fit"
         for seed in range(_CHECKS if size else 0):
-            dense, values, meta = _packed(rows, columns, dtype, device, seed, order)
+            dense, packed = _packed(rows, columns, dtype, device, seed, order)
             if seed not in buffers:
                 buffers[seed] = compress(dense)
-            differences[name] = differences[name] or _difference(values, meta, buffers[seed], order)
+            differences[name] = differences[name] or _difference(packed, buffers[seed], order)
         if differences[name] is None:
             return name, ""
     listed = ", ".join(f"{name}: {difference}" for name, difference in differences.items())
     return None, f"The vendor's buffer has none of the known orders ({listed})"
 
 
-def _difference(values: Tensor, meta: Tensor, theirs: Tensor, order: Order) -> str | None:
-    """Say how a vendor's buffer differs from packed values and metadata, padding aside, or return None."""
+def _difference(packed: Packed, theirs: Tensor, order: Order) -> str | None:
+    """Say how a vendor's buffer differs from a packed matrix, padding aside, or return None."""
+    values, meta = packed
     ours = torch.cat([values.view(-1).view(torch.int16), meta])
     if theirs.dtype.itemsize != 2 or theirs.numel() != ours.numel():
         return f"it is {theirs.dtype} {tuple(theirs.shape)} for {ours.numel()} elements"
@@ -260,7 +263,8 @@ def _read(path: Path, key: _Key, compress: Compressor, device: torch.device) -> 
                 raise LayoutError(f"its header is {header}, and should be {_header(key)}.")
             source, padding = (file.get_tensor(name).to(device) for name in ("source", "padding"))
         table = LearnedLayout(rows, columns, unit_bits, source, padding)
-        verify_layout(table, compress, *_packed(rows, columns, dtype, device, seed=_CHECKS))
+        dense, packed = _packed(rows, columns, dtype, device, seed=_CHECKS)
+        verify_layout(table, compress, dense, *packed)
     except (OSError, SafetensorError, ValueError) as error:
         _log.warning("%s is ignored, and its layout learned again: %s", path, error)
         return None
