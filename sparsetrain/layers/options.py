@@ -44,7 +44,7 @@ def check_owners(model: Any, optimizer: Any, lr_schedulers: Any) -> None:
 
 def check_options(
     *, targets: Any, exclude: Any, backend: Any, total_steps: Any, logits_from: Any, teacher: Any, **flags: Any
-) -> None:  # fmt: skip
+) -> None:
     """Raise an error if an argument of a run or of a trainer's callback is of a wrong kind.
 
     Args:

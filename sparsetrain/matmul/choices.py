@@ -5,12 +5,24 @@ import logging
 import torch
 from torch import Tensor
 
+from ..backends.interface import SPARSE_DTYPES
 from ..dispatch import MASKED, Choice, Problem, Product, bucket, tuner_for
 from .operands import Operands
 
 LOG = logging.getLogger("sparsetrain")
 
-HALF_DTYPES = (torch.float16, torch.bfloat16)
+AUTO_DEVICES = ("cuda",)
+"""Types of devices where ``backend="auto"`` has a choice, for products in ``SPARSE_DTYPES``; else it is ``masked``."""
+
+
+def backend_on(device: str, backend: str) -> str:
+    """Return a backend's name on a type of device: ``"masked"`` for ``"auto"`` where there is nothing to choose from.
+
+    Example:
+        >>> backend_on("cpu", "auto"), backend_on("cuda", "auto"), backend_on("cpu", "cutlass")
+        ('masked', 'auto', 'cutlass')
+    """
+    return MASKED.backend if backend == "auto" and device not in AUTO_DEVICES else backend
 
 
 def describe(operands: Operands) -> str:
@@ -57,7 +69,7 @@ def choose(
     known = operands.choices.get(key)
     if known is not None:
         return known
-    if rows.shape[0] == 0 or backend == MASKED.backend or (backend == "auto" and rows.dtype not in HALF_DTYPES):
+    if rows.shape[0] == 0 or backend == MASKED.backend or (backend == "auto" and rows.dtype not in SPARSE_DTYPES):
         return MASKED
     if rows.is_cuda and torch.cuda.is_current_stream_capturing():
         return MASKED  # nothing can be measured now, and the next call outside the graph will

@@ -10,7 +10,7 @@ class Execution:
     """How a layer's products are computed.
 
     Args:
-        backend: A backend's name, or ``"auto"``: the fastest verified one, benchmarked here.
+        backend: As :func:`sparsetrain.sparsify_` takes it.
         deterministic: With ``"auto"``, one verified algorithm a layer, the same in every run, whatever the clock says.
         keep_transposed: Keep Wᵀ packed between steps; False packs it again in every backward, for 9/16 of a 16-bit
             weight less memory.

@@ -87,16 +87,7 @@ def multiply_rows(
 ) -> Tensor:
     """Do what :func:`masked_matmul` does, with operands at hand and without a dispatcher that others can follow.
 
-    Args:
-        operands: Of the layer.
-        rows: As there, and so are the others.
-        weight: The master.
-        codes: Of its mask.
-        bias: Or None.
-        product: ``"forward"`` or ``"input_gradient"``.
-        backend: A backend's name, or ``"auto"``.
-        backward_codes: Or None.
-        stamp: ``operands.stamp`` after the forward product whose weight and codes these still are, or None.
+    A stamp is ``operands.stamp`` after the forward product whose weight and codes these still are.
     """
     dtype = rows.dtype
     choice = operands.choices.get((product, bucket(rows.size(0)), dtype, bias is not None, backend))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS, MaskedBackend
 from sparsetrain.dispatch import Choice, Decision, DispatchTable, Problem, Tuner, bucket, find_mismatch
-from sparsetrain.layers import masked_layer
 from sparsetrain.matmul import choices
 
 CPU = torch.device("cpu")
@@ -184,7 +183,7 @@ def test_automatic_layers_follow_the_decisions_and_report_them(monkeypatch: pyte
     chooser = tuner(simulated, 2.0, 1.0, 1.0, 2.0)  # sparse for the forward product, dense for the input gradient
     monkeypatch.setitem(BACKENDS, "simulated", simulated)
     monkeypatch.setattr(choices, "tuner_for", lambda device: chooser)
-    monkeypatch.setattr(masked_layer, "AUTO_DEVICES", ("cpu",))
+    monkeypatch.setattr(choices, "AUTO_DEVICES", ("cpu",))
     model = nn.Sequential(nn.Linear(32, 64, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     method = {"preset": "asp_one_shot", "prune_at": 0}
@@ -280,7 +279,7 @@ def test_a_choice_that_fails_in_training_is_given_up(monkeypatch, caplog: pytest
     simulated = Moody()
     monkeypatch.setitem(BACKENDS, "simulated", simulated)
     monkeypatch.setattr(choices, "tuner_for", lambda device: tuner(simulated, 2.0, 1.0))
-    monkeypatch.setattr(masked_layer, "AUTO_DEVICES", ("cpu",))
+    monkeypatch.setattr(choices, "AUTO_DEVICES", ("cpu",))
     model = nn.Sequential(nn.Linear(32, 64, dtype=torch.bfloat16))
     st.sparsify_(model, verbose=False)
     with torch.no_grad(), caplog.at_level(logging.WARNING, "sparsetrain"):
