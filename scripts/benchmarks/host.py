@@ -30,7 +30,7 @@ from sparsetrain.kernels.masked_update.operator import NOW
 from sparsetrain.kernels.pack.operator import NOW as PACK_NOW
 from sparsetrain.kernels.pack.operator import pack_tiles_
 from sparsetrain.layers.conversion import to_sparse_
-from sparsetrain.matmul.operands import Execution
+from sparsetrain.matmul.execution import Execution
 
 STAND_IN = "a stand-in whose product returns an empty output"
 WIDTH = 16

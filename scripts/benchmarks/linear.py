@@ -13,7 +13,8 @@ from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
 from sparsetrain.layers.conversion import to_sparse_
 from sparsetrain.layers.linear import SparseLinear
-from sparsetrain.matmul.operands import Execution
+from sparsetrain.matmul.choices import describe
+from sparsetrain.matmul.execution import Execution
 
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))
@@ -92,7 +93,7 @@ def measure(point: Point, grid: Grid) -> list[Comparison]:
         take_turns(comparisons[-1], grid.repeats, grid.device)
     for name, layers in variants.items():
         if isinstance(layers[0].layer, SparseLinear):
-            print(f"{name}, {point.name}: {layers[0].layer.operands.describe()}")
+            print(f"{name}, {point.name}: {describe(layers[0].layer.operands)}")
     return comparisons
 
 

@@ -47,9 +47,13 @@ class CutlassBackend:
         cutlass_layout(*operand.shape, meta.device).arrange_(source, meta.view(-1))
 
     def product(
-        self, operand: Operand, rows: Tensor, bias: Tensor | None = None, algorithm: str = "",
+        self,
+        operand: Operand,
+        rows: Tensor,
+        bias: Tensor | None = None,
+        algorithm: str = "",
         transposed_output: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return ``rows·Aᵀ + bias``, or its transpose; tokens are padded if they are no multiple of 8."""
         values, meta = operand.tensors
         padded = padded_tokens(readable_rows(rows), TOKENS)

@@ -7,7 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..hardware.requirements import DTYPES
 from ..kernels.metadata_order import Order
+
+SPARSE_DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in DTYPES)
+"""Dtypes of products that can run sparse."""
 
 
 @dataclass
@@ -67,9 +71,13 @@ class Backend(Protocol):
         """
 
     def product(
-        self, operand: Operand, rows: Tensor, bias: Tensor | None = None, algorithm: str = "",
+        self,
+        operand: Operand,
+        rows: Tensor,
+        bias: Tensor | None = None,
+        algorithm: str = "",
         transposed_output: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return ``rows [T, C]`` times the operand's transpose, plus ``bias [R]``.
 
         Returns:

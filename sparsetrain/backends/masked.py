@@ -35,9 +35,13 @@ class MaskedBackend:
             operand.tensors[0].copy_(source)
 
     def product(
-        self, operand: Operand, rows: Tensor, bias: Tensor | None = None, algorithm: str = "",
+        self,
+        operand: Operand,
+        rows: Tensor,
+        bias: Tensor | None = None,
+        algorithm: str = "",
         transposed_output: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return ``rows·Aᵀ + bias``, or its transpose."""
         if not transposed_output:
             return F.linear(rows, operand.tensors[0], bias)

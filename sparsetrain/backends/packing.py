@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +58,22 @@ class PackJob:
         return self.dtype, self.operand is None, self.transpose is None, alone
 
 
+def jobs_of(
+    weight: Tensor,
+    codes: Tensor,
+    backward: Tensor | None,
+    backend: Backend,
+    dtype: torch.dtype,
+    operand: Operand | None,
+    transpose: Operand | None,
+) -> list[PackJob]:
+    """Return how W's and Wᵀ's operand of a backend are filled: together, but where backward codes prune Wᵀ alone."""
+    if backward is None or transpose is None:
+        return [PackJob(weight, codes, backend, dtype, operand, transpose)]
+    again = PackJob(weight, backward, backend, dtype, None, transpose, within=codes)
+    return [again] if operand is None else [PackJob(weight, codes, backend, dtype, operand), again]
+
+
 def fill_(jobs: Sequence[PackJob]) -> None:
     """Mask and pack weights into operands; equal layouts share a launch."""
     if not jobs:
@@ -69,14 +86,27 @@ def fill_(jobs: Sequence[PackJob]) -> None:
             batch.pack_(jobs)
 
 
-def operand_of_packed(backend: Backend, values: Tensor, meta: Tensor) -> Operand:
-    """Return packed rows ``values [R, C/2]``, natural ``meta [R, C/16]`` as an operand of a backend."""
+class Packed(NamedTuple):
+    """A matrix ``[R, C]`` as the packer writes it: two of every four entries along a row, and where they were.
+
+    Args:
+        values: ``[R, C/2]``.
+        meta: int16; in natural order ``[R, ceil(C/16)]``.
+    """
+
+    values: Tensor
+    meta: Tensor
+
+
+def operand_of_packed(backend: Backend, packed: Packed) -> Operand:
+    """Return a matrix that is packed in natural order as an operand of a backend."""
+    values, meta = packed
     shape = (values.shape[0], 2 * values.shape[1])
     if backend.symmetric:
-        return Operand(shape, (unpack_rows(values, meta),))
+        return Operand(shape, (unpack_rows(*packed),))
     operand = backend.allocate(shape, values.dtype, values.device)
     if operand.values is None:
-        backend.finish_(operand, unpack_rows(values, meta))
+        backend.finish_(operand, unpack_rows(*packed))
         return operand
     operand.values.copy_(values)
     if operand.meta is not None and operand.order == Order.NATURAL:

@@ -8,6 +8,15 @@ from .registry import CRITERIA, resolve_criterion
 from .stateless import Magnitude, Random
 
 __all__ = [
-    "CRITERIA", "Criterion", "Fisher", "Magnitude", "Movement", "Random", "Wanda", "WeightGradient",
-    "keep_dense_layers", "keep_dense_tiles", "resolve_criterion",
-]  # fmt: skip
+    "CRITERIA",
+    "Criterion",
+    "Fisher",
+    "Magnitude",
+    "Movement",
+    "Random",
+    "Wanda",
+    "WeightGradient",
+    "keep_dense_layers",
+    "keep_dense_tiles",
+    "resolve_criterion",
+]

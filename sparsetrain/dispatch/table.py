@@ -107,8 +107,9 @@ class DispatchTable:
                 self._entries = {**self._read(), **self._entries}  # others may have written meanwhile
                 self._write(self.path)
         except OSError as error:
-            LOG.warning("the dispatch table %s cannot be written (%s); decisions last as long as the process.",
-                        self.path, error)  # fmt: skip
+            LOG.warning(
+                "the dispatch table %s cannot be written (%s); decisions last as long as the process.", self.path, error
+            )
 
     def _write(self, path: Path) -> None:
         entries = {key: asdict(entry) for key, entry in sorted(self._entries.items())}

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import Backend, Operand
-from ..backends.packing import PackJob, fill_, operand_of_packed
+from ..backends.packing import Packed, PackJob, fill_, operand_of_packed
 from ..kernels.mask_search.operator import search_tiles
 from ..kernels.pack.operator import pack_tiles_
 from ..kernels.tile_codes.reference import unpack_codes
@@ -44,10 +44,13 @@ class Trial:
     def multiplier(self, backend: Backend, algorithm: str) -> Multiply:
         """Return the product by a backend's algorithm; what a layer does again for every product is part of it."""
         if self.problem.product == "weight_gradient":
-            values, meta = self._packed()
-            return lambda rows: backend.product(
-                operand_of_packed(backend, values, meta), rows, self.bias, algorithm, True
-            ).t()  # fmt: skip
+            packed = self._packed()
+
+            def multiply(rows: Tensor) -> Tensor:
+                operand = operand_of_packed(backend, packed)
+                return backend.product(operand, rows, self.bias, algorithm, transposed_output=True).t()
+
+            return multiply
         if self._held is None or self._held[0] is not backend:
             self._held = None  # one operand at a time on the device
             operand = backend.allocate(self.problem.matrix, self.problem.dtype, self._weight.device)
@@ -56,12 +59,12 @@ class Trial:
         held = self._held[1]
         return lambda rows: backend.product(held, rows, self.bias, algorithm)
 
-    def _packed(self) -> tuple[Tensor, Tensor]:
+    def _packed(self) -> Packed:
         rows, columns = self.problem.matrix
         values = torch.empty(rows, columns // 2, dtype=self.problem.dtype, device=self._weight.device)
         meta = torch.empty(rows, columns // 16, dtype=torch.int16, device=self._weight.device)
         pack_tiles_([self._weight], [self._codes], [values], [meta], [], [], [])
-        return values, meta
+        return Packed(values, meta)
 
     def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=self._generator.device, generator=self._generator)

@@ -13,7 +13,7 @@ from .faults import DeviceFaultError, device_works, known_faults, record_fault
 from .problem import MASKED, Choice, Problem
 from .table import Decision, DispatchTable
 from .trial import Trial
-from .verify import find_mismatch
+from .verify import Multiply, find_mismatch
 
 LOG = logging.getLogger("sparsetrain")
 
@@ -43,9 +43,14 @@ class Tuner:
     """
 
     def __init__(
-        self, table: DispatchTable, environment: str, *, stopwatch: Stopwatch | None = None,
-        backends: Mapping[str, Backend] | None = None, runs: int = 5,
-    ) -> None:  # fmt: skip
+        self,
+        table: DispatchTable,
+        environment: str,
+        *,
+        stopwatch: Stopwatch | None = None,
+        backends: Mapping[str, Backend] | None = None,
+        runs: int = 5,
+    ) -> None:
         self.table = table
         self.environment = environment
         self.backends = BACKENDS if backends is None else {**backends, MASKED.backend: BACKENDS[MASKED.backend]}
@@ -124,11 +129,7 @@ class Tuner:
                     continue
                 try:
                     multiply = trial.multiplier(self.backends[choice.backend], choice.algorithm)
-                    reason = None
-                    for run in range(self._runs if choice != MASKED else 0):
-                        reason = reason or find_mismatch(
-                            multiply, trial.dense, trial.matrix, trial.rows(run), trial.bias
-                        )  # fmt: skip
+                    reason = None if choice == MASKED else self._find_mismatch(trial, multiply)
                     if reason is None:
                         rows = trial.rows(1)
                         milliseconds[str(choice)] = self._stopwatch(functools.partial(multiply, rows))
@@ -146,6 +147,13 @@ class Tuner:
         if dense_time is not None and milliseconds[best] > MARGIN * dense_time:
             best = str(MASKED)
         return Decision(best, milliseconds, denied)
+
+    def _find_mismatch(self, trial: Trial, multiply: Multiply) -> str | None:
+        for run in range(self._runs):
+            reason = find_mismatch(multiply, trial.dense, trial.matrix, trial.rows(run), trial.bias)
+            if reason is not None:
+                return reason
+        return None
 
     def candidates(self, problem: Problem, device: torch.device, denied: dict[str, str] | None = None) -> list[Choice]:
         """Return every way that could compute a problem here, the dense product first.

@@ -21,8 +21,12 @@ def describe_environment(device: torch.device) -> str:
     gpu = "no GPU"
     if machine.gpu is not None and machine.capability is not None:
         gpu = f"{machine.gpu} sm_{machine.capability[0]}{machine.capability[1]}, driver {read_machine().driver}"
-    versions = {"torch": machine.torch, "cuSPARSELt": machine.cusparselt, "nvmath": machine.nvmath,
-                "tilelang": machine.tilelang}  # fmt: skip
+    versions = {
+        "torch": machine.torch,
+        "cuSPARSELt": machine.cusparselt,
+        "nvmath": machine.nvmath,
+        "tilelang": machine.tilelang,
+    }
     return ", ".join([gpu, *(f"{name} {version}" for name, version in versions.items() if version)])
 
 

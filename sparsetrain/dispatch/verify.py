@@ -24,7 +24,7 @@ def exact_product(rows: Tensor, matrix: Tensor) -> Tensor:
 def find_mismatch(
     multiply: Multiply, dense: Multiply, matrix: Tensor, rows: Tensor, bias: Tensor | None = None
 ) -> str | None:
-    """Compare a product with the dense one of the same dtype, and with an exact one on a sample of tokens.
+    """Say in one sentence what is wrong first with a product, next to the dense one and an exact one, or return None.
 
     The error may be twice that of the dense product, the bound that every backend is held to; entries outside the
     sample may differ from the dense product by the sum of both errors and the rounding of the output. A repetition must
@@ -36,9 +36,6 @@ def find_mismatch(
         matrix: The masked operand ``[R, C]``.
         rows: Random ``[T, C]``.
         bias: ``[R]``, if both products add one.
-
-    Returns:
-        One sentence on the first thing that is wrong, or None.
 
     Example:
         >>> matrix, rows = torch.randn(8, 16), torch.randn(4, 16)

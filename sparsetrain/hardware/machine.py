@@ -175,9 +175,14 @@ def _ask_nvidia_smi() -> tuple[list[_Gpu], str | None]:
     command = [tool, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL,
-            timeout=NVIDIA_SMI_SECONDS, check=False,
-        )  # fmt: skip
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=NVIDIA_SMI_SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return [], f"nvidia-smi gave no answer within {NVIDIA_SMI_SECONDS:g} seconds"
     except OSError as error:

@@ -5,7 +5,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..matmul.operands import Execution
+from ..matmul.execution import Execution
 from ..types import PhaseKind
 from .convolution import SparseConv1d, SparseConv2d
 from .linear import SparseLinear

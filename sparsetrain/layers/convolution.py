@@ -59,9 +59,14 @@ class TwoWeightConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, backward_weight: Tensor, bias: Tensor | None, stride: Any,
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        backward_weight: Tensor,
+        bias: Tensor | None,
+        stride: Any,
         dilation: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Convolve, and keep what the gradients need."""
         ctx.save_for_backward(input, weight, backward_weight)
         ctx.stride, ctx.dilation, ctx.bias_shape = stride, dilation, None if bias is None else list(bias.shape)

@@ -10,12 +10,13 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..masks.gradient_rules import resolve_gradient_rule
 from ..matmul.autocast import as_autocast, autocast_dtype
+from ..matmul.choices import backend_on
 from ..matmul.eager import is_eager, is_plain
 from ..matmul.kept_weight import may_keep
 from ..matmul.linear_function import LinearSpec, linear_gradients
 from ..matmul.masked_matmul import multiply_rows
 from ..matmul.operands import Operands
-from .masked_layer import MaskedLayer, has_choice
+from .masked_layer import MaskedLayer
 
 DEVICES = ("cpu", "cuda")
 
@@ -44,7 +45,7 @@ class Call:
         "shape",
         "spec",
         "weight",
-    )  # fmt: skip
+    )
 
     def __init__(self, layer: MaskedLayer, weight: Tensor, columns: int, device: str, backend: str) -> None:
         self.weight, self.shape, self.columns = weight, weight.shape, columns
@@ -78,9 +79,14 @@ class EagerLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, masked: Tensor | None,
-        masked_backward: Tensor | None, call: Call,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        masked: Tensor | None,
+        masked_backward: Tensor | None,
+        call: Call,
+    ) -> Tensor:
         """Compute the forward product.
 
         Args:
@@ -101,7 +107,7 @@ class EagerLinearFunction(torch.autograd.Function):
         flat = input.dim() == 2
         rows = input if flat else input.reshape(-1, weight.shape[1])
         operands = call.operands
-        result = multiply_rows(operands, rows, weight, codes, bias, False, call.spec.forward, backward_codes)
+        result = multiply_rows(operands, rows, weight, codes, bias, "forward", call.spec.forward, backward_codes)
         ctx.at_hand = call, bias_dtype, operands.stamp, None, 0  # in one, as attributes take long to be set
         return result if flat else result.view(*input.shape[:-1], weight.shape[0])
 
@@ -117,9 +123,16 @@ class EagerLinearFunction(torch.autograd.Function):
         elif masked is not None and masked._version != version:
             masked = None
         found = linear_gradients(
-            ctx.needs_input_grad, output_gradient, ctx.saved_tensors, call.draws, call.spec, bias_dtype, operands,
-            stamp, masked,
-        )  # fmt: skip
+            ctx.needs_input_grad,
+            output_gradient,
+            ctx.saved_tensors,
+            call.draws,
+            call.spec,
+            bias_dtype,
+            operands,
+            stamp,
+            masked,
+        )
         return *found, None, None, None
 
 
@@ -174,9 +187,7 @@ def _call(layer: MaskedLayer, weight: Tensor | None) -> Call | None:
     rows, columns = layer.matrix.shape
     if codes.dtype is not torch.int16 or codes.shape != (rows // 4, columns // 4) or rows % 4 or columns % 4:
         return None
-    name = layer.execution.backend if layer.is_2_4 else "masked"
-    if name == "auto" and not has_choice(device):
-        name = "masked"
+    name = backend_on(device, layer.execution.backend) if layer.is_2_4 else "masked"
     if name != "auto" and name not in BACKENDS:
         return None
     return Call(layer, weight, columns, device, name)

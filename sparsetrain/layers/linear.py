@@ -11,12 +11,13 @@ from ..backends import resolve_backend
 from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.tile_codes import require_tiles
 from ..matmul.autocast import as_autocast
+from ..matmul.choices import backend_on
 from ..matmul.eager import is_eager
+from ..matmul.execution import Execution
 from ..matmul.linear_function import LinearSpec, SparseLinearFunction
-from ..matmul.operands import Execution
 from ..matmul.transforms import as_constants, as_leaf, is_transformed, transformed_linear
 from .eager_linear import eager_product
-from .masked_layer import MaskedLayer, has_choice
+from .masked_layer import MaskedLayer
 
 
 def sparse_linear(
@@ -42,8 +43,7 @@ def sparse_linear(
         codes: int16 ``[O/4, I/4]``; for a bool mask pass ``encode_tiles(mask)``.
         bias: ``[O]`` or None.
         gradient: Rule of the weight gradient: ``"ste"``, ``"masked"`` or ``scaled(kept, pruned)``.
-        backend: Matmul backend: a name, or ``"auto"`` (the default): the fastest verified one, benchmarked here;
-            without a GPU that is ``"masked"``.
+        backend: As :func:`sparsetrain.sparsify_` takes it.
         transposable: Whether the mask is transposable; if not, and without ``backward_codes``, the input gradient is
             computed densely.
         draws: Counter of a random estimate, int64 ``[2]``: then the weight gradient is computed from an unbiased 2:4
@@ -66,22 +66,11 @@ def sparse_linear(
     Source: straight-through gradients as in SR-STE, arXiv 2102.04010; transposable masks make the input gradient
     sparse too, arXiv 2102.08124.
     """
-    # a nested tensor has sizes, but no shape
-    if weight.dim() != 2 or input.dim() == 0 or input.size(-1) != weight.size(1):
-        raise ValueError(
-            f"input is {tuple(input.shape)} and weight {tuple(weight.shape)}: they must be [..., I] and [O, I] "
-            "with the same I."
-        )
-    expected = (weight.shape[0] // 4, weight.shape[1] // 4)
-    if codes.dtype != torch.int16 or tuple(codes.shape) != expected:
-        raise ValueError(
-            f"codes is {codes.dtype} {tuple(codes.shape)} but weight is {tuple(weight.shape)}: "
-            f"codes must be int16 {expected}, as encode_tiles(mask) gives."
-        )
+    _check(input, weight, codes)
     rule = resolve_gradient_rule(gradient)
-    name = resolve_backend(backend)
     device = input.device.type
-    if (name == "auto" and not has_choice(device)) or input.is_nested:
+    name = backend_on(device, resolve_backend(backend))
+    if input.is_nested:
         name = "masked"
     if torch.is_autocast_enabled(device):
         input = as_autocast(input)
@@ -97,6 +86,21 @@ def sparse_linear(
     spec = LinearSpec(rule, name, name if transposable or backward_codes is not None else "masked", seed)
     result = SparseLinearFunction.apply(input, weight, codes, bias, draws, backward_codes, spec)  # type: ignore[no-untyped-call]
     return cast(Tensor, result)
+
+
+def _check(input: Tensor, weight: Tensor, codes: Tensor) -> None:
+    # a nested tensor has sizes, but no shape
+    if weight.dim() != 2 or input.dim() == 0 or input.size(-1) != weight.size(1):
+        raise ValueError(
+            f"input is {tuple(input.shape)} and weight {tuple(weight.shape)}: they must be [..., I] and [O, I] "
+            "with the same I."
+        )
+    expected = (weight.shape[0] // 4, weight.shape[1] // 4)
+    if codes.dtype != torch.int16 or tuple(codes.shape) != expected:
+        raise ValueError(
+            f"codes is {codes.dtype} {tuple(codes.shape)} but weight is {tuple(weight.shape)}: "
+            f"codes must be int16 {expected}, as encode_tiles(mask) gives."
+        )
 
 
 class SparseLinear(MaskedLayer, nn.Linear):
@@ -150,10 +154,17 @@ def multiply(layer: MaskedLayer, input: Tensor) -> Tensor:
     if output is None:
         execution = layer.execution
         output = sparse_linear(
-            input, layer.thresholded_matrix(), layer.mask_codes, layer.bias, gradient=layer.gradient,
-            backend=layer.backend, transposable=execution.transposable, draws=layer.draws, seed=execution.seed,
+            input,
+            layer.thresholded_matrix(),
+            layer.mask_codes,
+            layer.bias,
+            gradient=layer.gradient,
+            backend=layer.backend,
+            transposable=execution.transposable,
+            draws=layer.draws,
+            seed=execution.seed,
             backward_codes=layer.backward_codes,
-        )  # fmt: skip
+        )
     if layer.adapter is None:
         return output
     down, up = as_constants(layer.adapter)

@@ -12,14 +12,13 @@ from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.matrices import matrix_of, weight_of
 from ..masks.soft_threshold import SoftThreshold, soft_thresholded
 from ..masks.tile_codes import KEEP_ALL
+from ..matmul.choices import backend_on, describe
 from ..matmul.estimated_weight_gradient import draw_counter
-from ..matmul.operands import Execution, Operands, register
+from ..matmul.execution import Execution
+from ..matmul.operands import Operands
+from ..matmul.registry import register
 from ..matmul.transforms import is_transformed, with_gradient_of
 from ..types import PhaseKind
-
-AUTO_DEVICES = ("cuda",)
-"""Where ``backend="auto"`` has a choice; elsewhere it is ``masked``."""
-
 
 STATE = (
     "mask_codes", "draws", "backward_codes", "adapter", "soft_scale", "phase", "scheduled", "is_2_4",
@@ -29,11 +28,6 @@ STATE = (
 
 READ_IN_GROUPS = ("mask_codes", "backward_codes", "soft_scale", "operands", "draws")
 """Of those, what a run's groups of layers keep from step to step until another is set."""
-
-
-def has_choice(device: str) -> bool:
-    """Return whether ``backend="auto"`` has more than ``masked`` to choose from on a type of device."""
-    return device in AUTO_DEVICES
 
 
 class MaskedLayer(nn.Module):
@@ -95,8 +89,7 @@ class MaskedLayer(nn.Module):
     @property
     def backend(self) -> str:
         """The matmul backend: a name, ``"auto"`` where there is a choice, or ``"masked"``."""
-        nothing_to_choose = self.execution.backend == "auto" and not has_choice(self.weight.device.type)
-        return "masked" if nothing_to_choose or not self.is_2_4 else self.execution.backend
+        return backend_on(self.weight.device.type, self.execution.backend) if self.is_2_4 else "masked"
 
     @property
     def is_masked(self) -> bool:
@@ -158,7 +151,7 @@ class MaskedLayer(nn.Module):
         if not self.is_2_4:
             return "masked: its mask keeps more than 2:4"
         undecided = self.execution.backend == "auto" and self.backend == "masked"
-        return "masked" if undecided else self.operands.describe()
+        return "masked" if undecided else describe(self.operands)
 
     def extra_repr(self) -> str:
         """Describe the layer as its dense class does, and its phase."""

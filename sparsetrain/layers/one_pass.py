@@ -29,8 +29,7 @@ def search_in_one_pass_(layers: Sequence[MaskedLayer], pack: bool) -> Tensor:
 
     Args:
         layers: At least one.
-        pack: Pack operands by the new masks where the packer writes them whole, and note that they are up to date. The
-            others are left to the next renewal.
+        pack: Pack operands where the packer writes them whole; the others are left to the next renewal.
 
     Returns:
         float64 ``[layers, 6]`` on their device: what ``tile_statistics`` measures, against the codes that were there.

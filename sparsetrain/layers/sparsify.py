@@ -1,6 +1,7 @@
 """``sparsify_`` makes a model's layers sparse in place; ``export_dense_`` gives the plain layers back."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import get_args
 
@@ -8,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BACKENDS, resolve_backend
+from ..backends.interface import SPARSE_DTYPES
 from ..checks.rules import FLAG, one_of, require
 from ..criteria import Criterion, resolve_criterion
 from ..criteria.criterion import scores_of
 from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.patterns import resolve_pattern
-from ..matmul.masked_matmul import HALF_DTYPES
-from ..matmul.operands import Execution
+from ..matmul.execution import Execution
 from ..types import PhaseKind, WeightProduct
 from .conversion import to_dense_, to_sparse_
 from .convolution import is_pointwise
@@ -78,25 +79,21 @@ def sparsify_(
         >>> model[0].mask.float().mean().item()
         0.5
     """
-    for name, value in (("deterministic", deterministic), ("keep_transposed", keep_transposed), ("verbose", verbose)):
+    flags = {"deterministic": deterministic, "keep_transposed": keep_transposed, "verbose": verbose}
+    for name, value in flags.items():
         require(name, value, FLAG)
     require("model", model, MODULE)
     require("phase", phase, one_of(get_args(PhaseKind)))
     require("weight_product", weight_product, one_of(get_args(WeightProduct)))
-    execution = Execution(resolve_backend(backend), deterministic, keep_transposed, weight_product=weight_product)
+    name = resolve_backend(backend)
     rule, criterion, search = resolve_gradient_rule(gradient), resolve_criterion(criterion), resolve_pattern(pattern)
-    execution = replace(execution, transposable=search.along_columns)
+    execution = Execution(name, deterministic, keep_transposed, search.along_columns, weight_product)
     report = select_layers(model, targets, exclude, pattern)
-    modules = dict(model.named_modules())
-    chosen = {choice.name: modules[choice.name] for choice in report.sparse}
+    chosen = {choice.name: model.get_submodule(choice.name) for choice in report.sparse}
     executions = _executions(chosen, execution)
-    if phase != "dense" and (missing := criterion.missing(chosen)):
-        raise ValueError(
-            f"criterion is {criterion.name!r} but it has no statistics of layer {missing[0]!r}, and sparsify_ gathers "
-            "none: use 'magnitude', or SparseTraining, whose dense head gathers them."
-        )
-    done: list[MaskedLayer] = []
-    try:
+    if phase != "dense":
+        _require_statistics(criterion, chosen)
+    with _undone_on_error(model) as done:
         for name, layer in chosen.items():
             done.append(to_sparse_(layer, phase, executions[name]))
             done[-1].gradient = rule
@@ -104,12 +101,28 @@ def sparsify_(
                 scores = scores_of(criterion, done[-1].matrix.detach(), layer=name, clock=0)
                 done[-1].set_codes_(search.search(scores, 2))
         settle_fused_encoders_(model)
-    except BaseException:
-        give_back_(model, done, zeros=False)
-        raise
     if verbose:
         print(report.summary())
     return report
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module) -> Iterator[list[MaskedLayer]]:
+    """Give a list for layers that are made sparse, which are dense again if anything fails."""
+    done: list[MaskedLayer] = []
+    try:
+        yield done
+    except BaseException:
+        give_back_(model, done, zeros=False)
+        raise
+
+
+def _require_statistics(criterion: Criterion, layers: Mapping[str, nn.Module]) -> None:
+    if missing := criterion.missing(layers):
+        raise ValueError(
+            f"criterion is {criterion.name!r} but it has no statistics of layer {missing[0]!r}, and sparsify_ gathers "
+            "none: use 'magnitude', or SparseTraining, whose dense head gathers them."
+        )
 
 
 def _executions(layers: Mapping[str, nn.Module], wanted: Execution) -> dict[str, Execution]:
@@ -133,7 +146,7 @@ def _why_masked(layer: nn.Module, backend: str) -> str | None:
     device = weight.device
     if device.type == "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")  # models are often moved afterwards
-    half = weight.dtype if weight.dtype in HALF_DTYPES else torch.bfloat16  # under autocast
+    half = weight.dtype if weight.dtype in SPARSE_DTYPES else torch.bfloat16  # under autocast
     rows, columns = weight.shape[:2][:: -1 if isinstance(layer, TransposedLinear) else 1]
     return BACKENDS[backend].why_not(device, half, (rows, columns))
 

@@ -86,9 +86,13 @@ def prune_again(weight: Tensor, codes: Tensor) -> Tensor:
 TRANSPOSABLE = Pattern("transposable", transposable_codes, along_rows=True, along_columns=True, sparse_products=2)
 ROW_WISE = Pattern("row_wise", _search_row_wise, along_rows=True, along_columns=False, sparse_products=1)
 DOUBLE_PRUNED = Pattern(
-    "double_pruned", _search_row_wise, along_rows=True, along_columns=False, sparse_products=2,
+    "double_pruned",
+    _search_row_wise,
+    along_rows=True,
+    along_columns=False,
+    sparse_products=2,
     search_backward=prune_again,
-)  # fmt: skip
+)
 PATTERNS = {pattern.name: pattern for pattern in (TRANSPOSABLE, ROW_WISE, DOUBLE_PRUNED)}
 
 

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..backends.packing import operand_of_packed
+from ..backends.packing import Packed, operand_of_packed
 from ..backends.padding import padded_tokens
 from ..kernels.mvue import mvue
-from .masked_matmul import choose
-from .operands import Execution, Operands, operands_of
+from .choices import choose
+from .execution import Execution
+from .operands import Operands
+from .registry import operands_of
 
 TOKENS = 128
 """Of which a number of tokens is made a multiple, so that it fits every backend."""
@@ -71,13 +73,13 @@ def estimated_weight_gradient(
     Source: minimum-variance unbiased estimates of Chmiel et al. 2022, arXiv 2203.10991, as Hu et al. 2024,
     arXiv 2404.01847, use them for weight gradients.
     """
-    values, meta = mvue(padded_tokens(output_gradient, TOKENS), counter, seed, 0)
+    packed = Packed(*mvue(padded_tokens(output_gradient, TOKENS), counter, seed, 0))
     counter[1].add_(1)
     tokens = padded_tokens(input, TOKENS)
     operands = operands_of(codes) or Operands(Execution(backend))
     shape = (output_gradient.shape[1], input.shape[1])
-    choice = choose(operands, tokens, shape, False, None, backend)
-    operand = operand_of_packed(BACKENDS[choice.backend], values, meta)
+    choice = choose(operands, tokens, shape, False, "weight_gradient", backend)
+    operand = operand_of_packed(BACKENDS[choice.backend], packed)
     return BACKENDS[choice.backend].product(operand, tokens.t(), None, choice.algorithm, transposed_output=True)
 
 

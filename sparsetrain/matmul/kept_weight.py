@@ -121,9 +121,14 @@ class _Made:
     """``W⊙M`` and what it was made of; tensors are held, so that no other can be taken for them."""
 
     def __init__(
-        self, masked: Tensor, weight: Tensor, codes: Tensor, backward: Tensor | None, writes: int,
+        self,
+        masked: Tensor,
+        weight: Tensor,
+        codes: Tensor,
+        backward: Tensor | None,
+        writes: int,
         before: "_Made | None",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.masked, self.weight, self.codes, self.backward, self.writes = masked, weight, codes, backward, writes
         self._stamp = _stamp(weight, codes, backward)
         self._is_marked = weight.is_cpu

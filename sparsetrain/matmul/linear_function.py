@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import Product
 from ..kernels.tile_codes.reference import unpack_codes
 from ..masks.gradient_rules import GradientRule
 from .estimated_weight_gradient import estimated_weight_gradient
@@ -15,6 +16,11 @@ from .tensor_state import Stamp
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of input, weight and bias."""
+
+_NO_SECOND_GRADIENT = (
+    "backend is {backend!r} and a gradient of gradients is asked for (create_graph=True): only 'masked' has one, so "
+    "use backend='masked'."
+)
 
 
 class LinearSpec(NamedTuple):
@@ -35,16 +41,22 @@ class SparseLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, draws: Tensor | None,
-        backward_codes: Tensor | None, spec: LinearSpec,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        codes: Tensor,
+        bias: Tensor | None,
+        draws: Tensor | None,
+        backward_codes: Tensor | None,
+        spec: LinearSpec,
+    ) -> Tensor:
         """Compute the forward product, and keep what the two gradient products need; W⊙M is not among it."""
         ctx.save_for_backward(input, weight, codes, backward_codes)
         ctx.draws, ctx.spec, ctx.bias_dtype = draws, spec, weight.dtype if bias is None else bias.dtype
         if spec.forward == "masked":
             return F.linear(input, masked_weight(weight, codes), bias)
         rows = input.reshape(-1, weight.shape[1])
-        result = masked_matmul(rows, weight, codes, bias, False, spec.forward, backward_codes)
+        result = masked_matmul(rows, weight, codes, bias, "forward", spec.forward, backward_codes)
         return result.view(*input.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -57,33 +69,28 @@ class SparseLinearFunction(torch.autograd.Function):
 
 
 def linear_gradients(
-    wanted: tuple[bool, ...], output_gradient: Tensor, saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    draws: Tensor | None, spec: LinearSpec, bias_dtype: torch.dtype, operands: Operands | None = None,
-    stamp: Stamp | None = None, masked: Tensor | None = None,
-) -> Gradients:  # fmt: skip
-    """Return the gradients that are asked for.
+    wanted: tuple[bool, ...],
+    output_gradient: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    draws: Tensor | None,
+    spec: LinearSpec,
+    bias_dtype: torch.dtype,
+    operands: Operands | None = None,
+    stamp: Stamp | None = None,
+    masked: Tensor | None = None,
+) -> Gradients:
+    """Return the gradients that are wanted, of input, weight and bias.
 
-    Args:
-        wanted: Whether those of input, weight and bias are.
-        output_gradient: dY, ``[..., O]``.
-        saved: Input, weight, codes, and backward codes or None.
-        draws: Counter of a random estimate, or None.
-        spec: Of the forward.
-        bias_dtype: Of the bias; of anything if there is none.
-        operands: Of the layer, where they are at hand and may be used: in eager execution, without a graph.
-        stamp: With them, their stamp after the forward product.
-        masked: With them, the weight of the input gradient's product, or None.
+    What is saved is input, weight, codes, and backward codes or None. Where they are at hand, in eager execution
+    without a graph, operands come with their stamp after the forward product, or with the weight of a dense input
+    gradient.
 
     Raises:
         RuntimeError: If a sparse product would have to be differentiated twice.
     """
     input, weight, codes, backward_codes = saved
-    is_dense = spec.forward == "masked"
-    if not is_dense and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"backend is {spec.forward!r} and a gradient of gradients is asked for (create_graph=True): only "
-            "'masked' has one, so use backend='masked'."
-        )
+    if spec.forward != "masked" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(_NO_SECOND_GRADIENT.format(backend=spec.forward))
     input_gradient = weight_gradient = bias_gradient = None
     flat = input.dim() == 2
     rows = output_gradient if flat else output_gradient.reshape(-1, weight.shape[0])  # [tokens, O]
@@ -93,25 +100,39 @@ def linear_gradients(
                 masked = masked_weight(weight, codes if backward_codes is None else codes & backward_codes)
             input_gradient = output_gradient.matmul(_in(masked, output_gradient.dtype))
         else:
-            rest = (rows, weight, codes, None, True, spec.input_gradient, backward_codes)
-            product = masked_matmul(*rest) if operands is None else multiply_rows(operands, *rest, stamp)
-            input_gradient = product if flat else product.view(input.shape)
+            product: Product = "input_gradient"
+            rest = (rows, weight, codes, None, product, spec.input_gradient, backward_codes)
+            found = masked_matmul(*rest) if operands is None else multiply_rows(operands, *rest, stamp)
+            input_gradient = found if flat else found.view(input.shape)
     if wanted[1]:
         tokens = input if flat else input.reshape(-1, weight.shape[1])
-        if draws is None:
-            whole = rows.t().mm(tokens)
-        else:
-            whole = estimated_weight_gradient(rows, tokens, codes, draws, spec.seed, spec.forward)
-        rule = spec.gradient
-        if rule.name != "ste":
-            if not is_dense:  # else its rule comes in the dtype of the product, as if autocast had cast the weight
-                whole = _in(whole, weight.dtype)
-            quick = None if rule.name != "masked" else operands
-            whole = rule.apply(whole, codes) if quick is None else quick.kept.prune_(whole, codes)
-        weight_gradient = _in(whole, weight.dtype)
+        weight_gradient = _weight_gradient(rows, tokens, weight.dtype, codes, draws, spec, operands)
     if wanted[2]:
         bias_gradient = _in(rows.sum(0), bias_dtype)
     return input_gradient, weight_gradient, bias_gradient
+
+
+def _weight_gradient(
+    rows: Tensor,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    codes: Tensor,
+    draws: Tensor | None,
+    spec: LinearSpec,
+    operands: Operands | None,
+) -> Tensor:
+    """Return ``dYᵀ·X``, or its estimate, by the gradient rule."""
+    if draws is None:
+        whole = rows.t().mm(tokens)
+    else:
+        whole = estimated_weight_gradient(rows, tokens, codes, draws, spec.seed, spec.forward)
+    rule = spec.gradient
+    if rule.name != "ste":
+        if spec.forward != "masked":  # else the rule comes in the product's dtype, as if autocast had cast the weight
+            whole = _in(whole, dtype)
+        quick = None if rule.name != "masked" else operands
+        whole = rule.apply(whole, codes) if quick is None else quick.kept.prune_(whole, codes)
+    return _in(whole, dtype)
 
 
 def masked_weight(weight: Tensor, codes: Tensor) -> Tensor:

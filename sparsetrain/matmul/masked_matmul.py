@@ -1,23 +1,20 @@
 """``masked_matmul``: a dense matrix times a masked weight, or its transpose, by the backend that dispatch chooses."""
 
-import logging
-
 import torch
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..dispatch import MASKED, Choice, Problem, Product, bucket, tuner_for
-from .operands import Execution, Operands, operands_of
+from ..dispatch import MASKED, Product, bucket
+from .choices import choose, fall_back_to_dense
+from .execution import Execution
+from .operands import Operands
+from .registry import operands_of
 from .tensor_state import Stamp
-
-LOG = logging.getLogger("sparsetrain")
-
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 # define and impl instead of custom_op: it costs 5 microseconds less a call on the host
 _LIBRARY = torch.library.Library("sparsetrain", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "masked_matmul(Tensor rows, Tensor weight, Tensor codes, Tensor? bias, bool transposed, str backend, "
+    "masked_matmul(Tensor rows, Tensor weight, Tensor codes, Tensor? bias, str product, str backend, "
     "Tensor? backward_codes=None) -> Tensor",
     # it keeps memory of its own, which a pool of recorded graphs must not own
     tags=(torch.Tag.cudagraph_unsafe,),
@@ -25,27 +22,31 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 
 
 def masked_matmul(
-    rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None = None, transposed: bool = False,
-    backend: str = "auto", backward_codes: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Return ``rows·(W⊙M)ᵀ + bias``, or ``rows·(W⊙M)`` if ``transposed``.
+    rows: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    bias: Tensor | None = None,
+    product: Product = "forward",
+    backend: str = "auto",
+    backward_codes: Tensor | None = None,
+) -> Tensor:
+    """Return ``rows·(W⊙M)ᵀ + bias``, the forward product, or ``rows·(W⊙M)``, the input gradient's.
 
     The packed weight is kept from call to call if the weight belongs to a :class:`sparsetrain.SparseLinear`; it is
     renewed when weight or codes have changed. Gradients are the business of :func:`sparsetrain.sparse_linear`.
 
     Args:
-        rows: ``[T, I]``, or ``[T, O]`` if ``transposed``; in the dtype of the product.
+        rows: ``[T, I]``, or ``[T, O]`` for the input gradient; in the dtype of the product.
         weight: ``[O, I]``, the dense master, in any dtype.
-        codes: int16 ``[O/4, I/4]``; transposable if ``transposed``, the backend is sparse and there are no
-            ``backward_codes``.
-        bias: ``[O]`` (``[I]`` if ``transposed``) or None, in any dtype.
-        transposed: Multiply by W instead of Wᵀ.
+        codes: int16 ``[O/4, I/4]``; transposable for a sparse input gradient without ``backward_codes``.
+        bias: ``[O]`` (``[I]`` for the input gradient) or None, in any dtype.
+        product: ``"forward"`` or ``"input_gradient"``.
         backend: A backend's name, or ``"auto"``.
-        backward_codes: int16 ``[O/4, I/4]`` that keep two of every four along ``out_features``: with ``transposed``,
-            W is masked by both codes. Without, they tell how the other product's operand is packed.
+        backward_codes: int16 ``[O/4, I/4]`` that keep two of every four along ``out_features``: the input gradient's W
+            is masked by both codes. For the forward, they tell how the other product's operand is packed.
 
     Returns:
-        ``[T, O]``, or ``[T, I]`` if ``transposed``, in the dtype of ``rows``, contiguous.
+        ``[T, O]``, or ``[T, I]`` for the input gradient, in the dtype of ``rows``, contiguous.
 
     Raises:
         ValueError: If the backend cannot run here.
@@ -55,111 +56,71 @@ def masked_matmul(
         >>> masked_matmul(torch.ones(1, 4), torch.ones(4, 4), codes).tolist()
         [[4.0, 0.0, 0.0, 0.0]]
     """
-    result: Tensor = torch.ops.sparsetrain.masked_matmul(
-        rows, weight, codes, bias, transposed, backend, backward_codes
-    )  # fmt: skip
+    given = (rows, weight, codes, bias, product, backend, backward_codes)
+    result: Tensor = torch.ops.sparsetrain.masked_matmul(*given)
     return result
 
 
 def _masked_product(
-    rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, transposed: bool, backend: str,
+    rows: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    product: Product,
+    backend: str,
     backward_codes: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     operands = operands_of(codes) or Operands(Execution(backend))
-    return multiply_rows(operands, rows, weight, codes, bias, transposed, backend, backward_codes)
+    return multiply_rows(operands, rows, weight, codes, bias, product, backend, backward_codes)
 
 
 def multiply_rows(
-    operands: Operands, rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, transposed: bool,
-    backend: str, backward_codes: Tensor | None = None, stamp: Stamp | None = None,
-) -> Tensor:  # fmt: skip
+    operands: Operands,
+    rows: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    product: Product,
+    backend: str,
+    backward_codes: Tensor | None = None,
+    stamp: Stamp | None = None,
+) -> Tensor:
     """Do what :func:`masked_matmul` does, with operands at hand and without a dispatcher that others can follow.
 
-    Args:
-        operands: Of the layer.
-        rows: As there, and so are the others.
-        weight: The master.
-        codes: Of its mask.
-        bias: Or None.
-        transposed: Multiply by W instead of Wᵀ.
-        backend: A backend's name, or ``"auto"``.
-        backward_codes: Or None.
-        stamp: ``operands.stamp`` after the forward product whose weight and codes these still are, or None.
+    A stamp is ``operands.stamp`` after the forward product whose weight and codes these still are.
     """
     dtype = rows.dtype
-    choice = operands.choices.get((transposed, bucket(rows.size(0)), dtype, bias is not None, backend))
+    choice = operands.choices.get((product, bucket(rows.size(0)), dtype, bias is not None, backend))
     if choice is None:
-        choice = choose(operands, rows, (weight.shape[0], weight.shape[1]), bias is not None, transposed, backend)
+        choice = choose(operands, rows, (weight.shape[0], weight.shape[1]), bias is not None, product, backend)
     added = bias if bias is None else operands.bias(bias, dtype)
     if choice.backend != MASKED.backend:
         try:
             chosen = BACKENDS[choice.backend]
-            operand = operands.at(stamp, chosen, transposed, dtype) or operands.get(
-                weight, codes, chosen, transposed, dtype, backward_codes
+            operand = operands.at(stamp, chosen, product, dtype) or operands.get(
+                weight, codes, chosen, product, dtype, backward_codes
             )
             return chosen.product(operand, rows, added, choice.algorithm)
         except RuntimeError as error:
             if backend != "auto" or isinstance(error, torch.OutOfMemoryError):
                 raise
-            fall_back_to_dense(operands, rows, bias is not None, transposed, choice, error)
-    operand = operands.get(weight, codes, BACKENDS["masked"], transposed, dtype, backward_codes)
+            fall_back_to_dense(operands, rows, bias is not None, product, choice, error)
+    operand = operands.get(weight, codes, BACKENDS["masked"], product, dtype, backward_codes)
     return BACKENDS["masked"].product(operand, rows, added)
 
 
 def _shape_of_product(
-    rows: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, transposed: bool, backend: str,
+    rows: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    product: Product,
+    backend: str,
     backward_codes: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    return rows.new_empty(rows.shape[0], weight.shape[1 if transposed else 0])
+) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1 if product == "input_gradient" else 0])
 
 
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("masked_matmul", _masked_product, _device)  # type: ignore[no-untyped-call]
 torch.library.register_fake("sparsetrain::masked_matmul", _shape_of_product, lib=_LIBRARY)
-
-
-def fall_back_to_dense(
-    operands: Operands, rows: Tensor, bias: bool, transposed: bool | None, choice: Choice, error: Exception
-) -> None:
-    """Compute a product densely from now on, because the choice fails for this number of tokens."""
-    LOG.warning("%s fails for %d tokens and is given up for them: %s", choice, rows.shape[0], error)
-    operands.choices[_key(rows, bias, transposed, "auto")] = MASKED
-
-
-def _key(
-    rows: Tensor, bias: bool, transposed: bool | None, backend: str
-) -> tuple[bool | None, int, torch.dtype, bool, str]:
-    return transposed, bucket(rows.size(0)), rows.dtype, bias, backend
-
-
-def choose(
-    operands: Operands, rows: Tensor, shape: tuple[int, int], bias: bool, transposed: bool | None,
-    backend: str = "auto",
-) -> Choice:  # fmt: skip
-    """Return the backend of a product of this weight, from memory, the table or a benchmark.
-
-    Args:
-        operands: Of the weight.
-        rows: The dense operand, ``[T, ...]``.
-        shape: ``(O, I)`` of the weight.
-        bias: Whether one is added.
-        transposed: Whether it is the input gradient; None for the weight gradient.
-        backend: A backend's name, or ``"auto"``.
-
-    Raises:
-        ValueError: If a backend is named that cannot run here.
-    """
-    key = _key(rows, bias, transposed, backend)
-    known = operands.choices.get(key)
-    if known is not None:
-        return known
-    if rows.shape[0] == 0 or backend == MASKED.backend or (backend == "auto" and rows.dtype not in HALF_DTYPES):
-        return MASKED
-    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
-        return MASKED  # nothing can be measured now, and the next call outside the graph will
-    product: Product = "weight_gradient" if transposed is None else "input_gradient" if transposed else "forward"
-    problem = Problem(product, shape, rows.shape[0], rows.dtype, bias)
-    deterministic = operands.execution.deterministic
-    choice = tuner_for(rows.device).choose(problem, rows.device, backend, deterministic)
-    operands.choices[key] = choice
-    return choice

@@ -1,64 +1,29 @@
-"""Operands of a layer: its masked weight in the forms that backends multiply by, renewed after any write to it."""
+"""``Operands``: the masked weight of a layer in the forms that backends multiply by, renewed after any write to it."""
 
-import functools
-import logging
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..backends import BACKENDS, Backend, Operand
-from ..backends.packing import PackJob, fill_
-from ..dispatch import Choice
-from ..types import WeightProduct
+from ..backends.packing import PackJob, fill_, jobs_of
+from ..dispatch import Choice, Product
+from .bias_copy import BiasCopy
+from .execution import Execution
 from .kept_weight import KeptWeight
-from .tensor_state import Stamp, hold, stamp_of, stamp_of_sources, storage_address
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How a layer's products are computed.
-
-    Args:
-        backend: A backend's name, or ``"auto"``: the fastest verified one, benchmarked here.
-        deterministic: With ``"auto"``, one verified algorithm a layer, the same in every run, whatever the clock says.
-        keep_transposed: Keep Wᵀ packed between steps; False packs it again in every backward, for 9/16 of a 16-bit
-            weight less memory.
-        transposable: Whether masks are transposable, so that the input gradient can run sparse.
-        weight_product: ``"dense"``, or ``"mvue"``: the weight gradient from an unbiased 2:4 estimate of the output
-            gradient, so that it can run sparse too.
-        seed: Of the estimate's random numbers.
-        note: Why a layer does not have the backend that was asked for.
-
-    Example:
-        >>> Execution("masked").keep_transposed
-        True
-    """
-
-    backend: str = "auto"
-    deterministic: bool = False
-    keep_transposed: bool = True
-    transposable: bool = True
-    weight_product: WeightProduct = "dense"
-    seed: int = 0
-    note: str = ""
-
-
-LOG = logging.getLogger("sparsetrain")
-
-PRODUCT_NAMES = {False: "forward", True: "input gradient", None: "weight gradient"}
+from .tensor_state import Stamp, hold, stamp_of_sources
 
 MAX_IDLE = 8
 """Renewals that an operand outlives without being used."""
 
-Key = tuple[str, bool, torch.dtype]
-"""Backend, whether the operand is Wᵀ, dtype."""
+Key = tuple[str, Product, torch.dtype]
+"""Backend, the product that reads the operand (the input gradient's reads Wᵀ), dtype."""
+
+_SHARED: weakref.WeakValueDictionary[tuple[object, ...], Operand] = weakref.WeakValueDictionary()
+"""Operands that are filled again before every use, one of each shape."""
 
 
 class Layer(Protocol):
@@ -90,8 +55,8 @@ class Operands:
 
     With backward codes, Wᵀ is packed at the places that they keep, with zeros where the mask prunes.
 
-    Who sets ``managed`` has a :class:`~sparsetrain.matmul.renewal.Renewal` fill them after each step; a CUDA graph then
-    reads what it finds. In other graphs every product is captured with the packing before it.
+    Who sets ``managed``, for good, has a :class:`~sparsetrain.matmul.renewal.Renewal` fill them after each step; a CUDA
+    graph then reads what it finds. In other graphs every product is captured with the packing before it.
     """
 
     generation: ClassVar[int] = 0
@@ -99,8 +64,8 @@ class Operands:
 
     def __init__(self, execution: Execution | None = None) -> None:
         self.execution = execution or Execution()
-        self._managed = False
-        self.choices: dict[tuple[bool | None, int, torch.dtype, bool, str], Choice] = {}
+        self.managed = False
+        self.choices: dict[tuple[Product, int, torch.dtype, bool, str], Choice] = {}
         self.owner: weakref.ref[Layer] | None = None
         self._made: dict[Key, Operand] = {}
         self._jobs: list[PackJob] | None = None  # of all that is made, for the tensors that they name
@@ -108,11 +73,12 @@ class Operands:
         self._used: dict[Key, int] = {}  # of what is made, the renewal after which it was used last
         self._captured: set[Key] = set()
         self._shared: dict[tuple[object, ...], Operand] = {}
-        self._stamp: Stamp | None = None
+        self.stamp: Stamp | None = None
+        """What tells the state of the weight that they were filled from; None if they are out of date."""
         self._fresh: Stamp | None = None  # of what a refresh or a step packed, which the renewal after it need not
         self._held: tuple[StorageWeakRef, ...] = ()  # so that no other storage gets the stamp's address
         self._held_storages: Stamp | None = None  # the addresses of those
-        self.biases: dict[torch.dtype, _Bias] = {}  # copies in other dtypes
+        self.biases: dict[torch.dtype, BiasCopy] = {}  # copies in other dtypes
         self._device: torch.device | None = None
         self._kept: KeptWeight | None = None
         self._writes = 0  # goes up when the weight may have been written to without a trace
@@ -132,16 +98,6 @@ class Operands:
         return self._kept
 
     @property
-    def managed(self) -> bool:
-        """Whether somebody else renews the operands after each step."""
-        return self._managed
-
-    @managed.setter
-    def managed(self, managed: bool) -> None:
-        self._managed = managed
-        (_UNMANAGED.discard if managed else _UNMANAGED.add)(self)
-
-    @property
     def bytes(self) -> int:
         """Bytes that the operands take on the device."""
         return sum(operand.bytes for operand in self._made.values()) + (self._kept.bytes if self._kept else 0)
@@ -151,45 +107,45 @@ class Operands:
         """Whether there is something that a renewal fills."""
         return bool(self._made)
 
-    def at(self, stamp: Stamp | None, backend: Backend, transposed: bool, dtype: torch.dtype) -> Operand | None:
+    def at(self, stamp: Stamp | None, backend: Backend, product: Product, dtype: torch.dtype) -> Operand | None:
         """Return an operand that was there when :attr:`stamp` was this one, and is still of that state of the weight.
 
         It is for backwards, whose saved weight has not changed since the forward; None if :meth:`get` has to look.
         """
-        key = (backend.name, transposed, dtype)
-        operand = self._made.get(key) if stamp is not None and stamp is self._stamp else None
+        key = (backend.name, product, dtype)
+        operand = self._made.get(key) if stamp is not None and stamp is self.stamp else None
         if operand is None or (operand.tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             return None
         self._used[key] = self._renewals
         return operand
 
-    @property
-    def stamp(self) -> Stamp | None:
-        """What tells the state of the weight that the operands were filled from; None if they are out of date."""
-        return self._stamp
-
     def get(
-        self, weight: Tensor, codes: Tensor, backend: Backend, transposed: bool, dtype: torch.dtype,
+        self,
+        weight: Tensor,
+        codes: Tensor,
+        backend: Backend,
+        product: Product,
+        dtype: torch.dtype,
         backward: Tensor | None = None,
-    ) -> Operand:  # fmt: skip
-        """Return W (or Wᵀ if ``transposed``), masked, as the backend reads it; up to date.
+    ) -> Operand:
+        """Return W, or Wᵀ for the input gradient, masked, as the backend reads it; up to date.
 
         Raises:
             RuntimeError: If a CUDA graph is being captured and there is no operand yet.
         """
         capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
         stamp = stamp_of_sources(weight, codes, backward)
-        if stamp is None or stamp != self._stamp or (capturing and not self.managed):
+        if stamp is None or stamp != self.stamp or (capturing and not self.managed):
             if self._device not in (None, weight.device):
                 self.release(captured=True)
             self._device = weight.device
             fill_(self.to_fill(weight, codes, backward))
             self.renewed(stamp_of_sources(weight, codes, backward), weight, codes, backward)
-            self._stamp = None if capturing else self._stamp  # what is captured has not happened yet
-        if transposed and backend.symmetric and backward is None:
-            operand = self.get(weight, codes, backend, False, dtype)
+            self.stamp = None if capturing else self.stamp  # what is captured has not happened yet
+        if backend.symmetric and backward is None and product == "input_gradient":
+            operand = self.get(weight, codes, backend, "forward", dtype)
             return Operand(operand.shape[::-1], (operand.tensors[0].t(),))
-        key = (backend.name, transposed, dtype)
+        key = (backend.name, product, dtype)
         self._used[key] = self._renewals
         if capturing:
             self._captured.add(key)
@@ -200,25 +156,19 @@ class Operands:
     def _make(
         self, weight: Tensor, codes: Tensor, backward: Tensor | None, backend: Backend, key: Key, capturing: bool
     ) -> Operand:
-        _, transposed, dtype = key
+        transposed, dtype = key[1] == "input_gradient", key[2]
         keep = self.execution.keep_transposed or not transposed
         shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
         shared = (backend.name, shape, dtype, weight.device)
         operand = None if keep else self._shared.get(shared) or _SHARED.get(shared)
         if operand is None:
-            if capturing:
-                raise RuntimeError(
-                    f"a CUDA graph is being captured but the weight {tuple(weight.shape)} was not packed for "
-                    f"{backend.name} yet: run the step once before capturing it."
-                )
-            with torch.inference_mode(False):
-                operand = backend.allocate(shape, dtype, weight.device)
+            operand = _allocate(backend, shape, dtype, weight, capturing)
         if not keep:
             self._shared[shared] = _SHARED[shared] = operand
         alone = keep or backward is not None
-        first = None if alone else self._made.get((backend.name, False, dtype))  # written as it is
+        first = None if alone else self._made.get((backend.name, "forward", dtype))  # written as it is
         parts = (first, operand) if transposed else (operand, None)
-        fill_(_jobs(weight, codes, backward, backend, dtype, *parts))
+        fill_(jobs_of(weight, codes, backward, backend, dtype, *parts))
         if keep:
             self._made[key], self._jobs = operand, None
             self.changed()
@@ -229,24 +179,11 @@ class Operands:
         if bias is None or bias.dtype == dtype:
             return bias
         held = self.biases.get(dtype)
-        if held is None or held.copy.device != bias.device:
-            with torch.inference_mode(False):
-                held = self.biases[dtype] = _Bias(torch.empty_like(bias, dtype=dtype))
+        if held is None or held.tensor.device != bias.device:
+            held = self.biases[dtype] = BiasCopy(bias, dtype)
             self.changed()
-        stamp = stamp_of(bias)
-        capturing = bias.is_cuda and torch.cuda.is_current_stream_capturing()
-        if stamp is None or held.stamp != stamp or (capturing and not self.managed):
-            held.repack_(bias)
-            held.stamp = None if capturing else stamp
-        return held.copy
-
-    def describe(self) -> str:
-        """Return the backend of each product, as far as it has been decided."""
-        texts: dict[str, None] = {}  # in order, once each
-        for (transposed, tokens, *_), choice in sorted(self.choices.items(), key=lambda item: str(item[0])):
-            texts[f"{PRODUCT_NAMES[transposed]} {choice} at {tokens} tokens"] = None
-        undecided = "masked" if self.execution.backend == "masked" else "not decided yet"
-        return ", ".join(texts) or (f"{undecided}: {self.execution.note}" if self.execution.note else undecided)
+        held.follow_(bias, self.managed)
+        return held.tensor
 
     def invalidate(self) -> None:
         """Have everything renewed before its next use."""
@@ -256,7 +193,7 @@ class Operands:
     def invalidate_all(every: Iterable["Operands"]) -> None:
         """Do what :meth:`invalidate` does to the operands of many layers."""
         for operands in every:
-            operands._stamp = operands._fresh = None
+            operands.stamp = operands._fresh = None
             operands._writes += 1
             for held in operands.biases.values() if operands.biases else ():
                 held.stamp = None
@@ -281,17 +218,16 @@ class Operands:
         """
         if any(operand.values is None or operand.meta is None for operand in self._made.values()):
             return None
-        if len({dtype for _, _, dtype in self._made}) != 1 or len({side for _, side, _ in self._made}) < len(
-            self._made
-        ):
+        products, dtypes = {key[1] for key in self._made}, {key[2] for key in self._made}
+        if len(dtypes) != 1 or len(products) < len(self._made):
             return None
-        by_side = {transposed: operand for (_, transposed, _), operand in self._stale().items()}
-        return (by_side.get(False), by_side.get(True)) if by_side else None
+        found = {product: operand for (_, product, _), operand in self._stale().items()}
+        return (found.get("forward"), found.get("input_gradient")) if found else None
 
     def written(self, weight: Tensor, codes: Tensor) -> None:
         """Take note that all operands were written from these, so that the next renewal leaves them."""
         self.renewed(stamp_of_sources(weight, codes, None), weight, codes)
-        self._fresh = self._stamp
+        self._fresh = self.stamp
         self.changed()
 
     def take_fresh(self, weight: Tensor, codes: Tensor, backward: Tensor | None) -> bool:
@@ -327,14 +263,14 @@ class Operands:
             return kept
         jobs = []
         for name, dtype in {(name, dtype): None for name, _, dtype in made}:
-            parts = [made.get((name, transposed, dtype)) for transposed in (False, True)]
-            jobs += _jobs(weight, codes, backward, BACKENDS[name], dtype, *parts)
+            parts = made.get((name, "forward", dtype)), made.get((name, "input_gradient", dtype))
+            jobs += jobs_of(weight, codes, backward, BACKENDS[name], dtype, *parts)
         self._jobs = jobs if backward is None else None
         return jobs
 
     def renewed(self, stamp: Stamp | None, *tensors: Tensor | None) -> None:
         """Take note that everything was filled from tensors whose stamp this is; what dense products keep is older."""
-        self._stamp = stamp
+        self.stamp = stamp
         self._writes += 1
         storages = None if stamp is None else stamp[::3]
         if storages is None or storages != self._held_storages:
@@ -345,7 +281,7 @@ class Operands:
     def renewed_again(every: Iterable["Operands"], stamps: Iterable[Stamp]) -> None:
         """Take note of another renewal of operands, in which all was filled again from the same memory."""
         for operands, stamp in zip(every, stamps, strict=True):
-            operands._stamp = stamp
+            operands.stamp = stamp
             operands._renewals += 1
             operands._writes += 1
 
@@ -360,66 +296,11 @@ class Operands:
             held.repack_(bias)
 
 
-class _Bias:
-    """A bias in another dtype."""
-
-    def __init__(self, copy: Tensor) -> None:
-        self.copy = copy
-        self.stamp: Stamp | None = None
-        self.held: StorageWeakRef | None = None
-
-    @torch.no_grad()
-    def repack_(self, bias: Tensor) -> None:
-        with torch.inference_mode(False):
-            self.copy.copy_(bias)
-        self.stamp, self.held = stamp_of(bias), hold(bias)
-
-
-_OPERANDS: weakref.WeakValueDictionary[int, Operands] = weakref.WeakValueDictionary()
-"""By the storage of the codes, which a layer owns alone, wherever its weight comes from."""
-
-_UNMANAGED: weakref.WeakSet[Operands] = weakref.WeakSet()
-"""Those of layers, which every optimizer's step has to be asked about."""
-
-_SHARED: weakref.WeakValueDictionary[tuple[object, ...], Operand] = weakref.WeakValueDictionary()
-"""Operands that are filled again before every use, one of each shape."""
-
-
-def register(layer: Layer) -> None:
-    """Let products find a layer's operands; again after its codes have moved."""
-    _watch_optimizers()
-    layer.operands.owner = weakref.ref(layer)
-    _OPERANDS[storage_address(layer.mask_codes)] = layer.operands
-    layer.operands.managed = layer.operands.managed  # is among the unmanaged from now on, if it is
-
-
-def operands_of(codes: Tensor) -> Operands | None:
-    """Return the operands of the layer that has these codes."""
-    found = _OPERANDS.get(storage_address(codes))
-    owner = None if found is None or found.owner is None else found.owner()
-    # the address of codes that are gone may be that of others now
-    return found if owner is not None and storage_address(owner.mask_codes) == storage_address(codes) else None
-
-
-@functools.cache
-def _watch_optimizers() -> None:
-    def invalidate(optimizer: Optimizer, arguments: object, keywords: object) -> None:
-        if not _UNMANAGED:
-            return
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for operands in list(_UNMANAGED):
-            owner = None if operands.owner is None else operands.owner()
-            if owner is not None and (id(owner.weight) in owned or id(owner.bias) in owned):
-                operands.invalidate()
-
-    register_optimizer_step_post_hook(invalidate)
-
-
-def _jobs(
-    weight: Tensor, codes: Tensor, backward: Tensor | None, backend: Backend, dtype: torch.dtype,
-    operand: Operand | None, transpose: Operand | None,
-) -> list[PackJob]:  # fmt: skip
-    if backward is None or transpose is None:
-        return [PackJob(weight, codes, backend, dtype, operand, transpose)]
-    again = PackJob(weight, backward, backend, dtype, None, transpose, within=codes)
-    return [again] if operand is None else [PackJob(weight, codes, backend, dtype, operand), again]
+def _allocate(backend: Backend, shape: tuple[int, int], dtype: torch.dtype, weight: Tensor, capturing: bool) -> Operand:
+    if capturing:
+        raise RuntimeError(
+            f"a CUDA graph is being captured but the weight {tuple(weight.shape)} was not packed for {backend.name} "
+            "yet: run the step once before capturing it."
+        )
+    with torch.inference_mode(False):
+        return backend.allocate(shape, dtype, weight.device)

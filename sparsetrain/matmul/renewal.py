@@ -59,9 +59,11 @@ class Renewal:
         self._known_places: Hashable = None
 
     def repack_(
-        self, matrices: Sequence[Tensor] | None = None, codes: Sequence[Tensor] | None = None,
+        self,
+        matrices: Sequence[Tensor] | None = None,
+        codes: Sequence[Tensor] | None = None,
         known: Known | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Fill what there is.
 
         Args:

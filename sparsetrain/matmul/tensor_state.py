@@ -41,9 +41,13 @@ def stamp_of_sources(weight: Tensor, codes: Tensor, backward: Tensor | None) -> 
     if weight.is_inference() or codes.is_inference():
         return None
     return (  # what stamp_of returns, without a loop: every layer asks in every step
-        storage_address(weight), int(weight.storage_offset()), weight._version,
-        storage_address(codes), int(codes.storage_offset()), codes._version,
-    )  # fmt: skip
+        storage_address(weight),
+        int(weight.storage_offset()),
+        weight._version,
+        storage_address(codes),
+        int(codes.storage_offset()),
+        codes._version,
+    )
 
 
 def hold(tensor: Tensor) -> StorageWeakRef:

@@ -53,9 +53,13 @@ def transformed_weight(weight: Tensor, codes: Tensor, rule: GradientRule) -> Ten
 
 
 def transformed_linear(
-    input: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None, backward_codes: Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    backward_codes: Tensor | None,
     rule: GradientRule,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return what :func:`sparsetrain.sparse_linear` does; its weight gradient is exact, never estimated."""
     masked = transformed_weight(weight, codes, rule)
     if backward_codes is None:

@@ -134,11 +134,11 @@ def test_operands_are_packed_once_a_step_and_hold_the_updated_weights(
             if are_made and phase == run.training.phase and not run.training.refreshed:
                 counts[kind].append(sum(packs))
             for layer in layers:
-                for (_, transposed, dtype), operand in layer.operands._made.items():
+                for (_, product, dtype), operand in layer.operands._made.items():
                     meta = operand.tensors[1] if native else operand.tensors[1].flip(0, 1)
                     wanted = (layer.weight.detach() * layer.mask).to(dtype)
                     found = independent_unpack(operand.tensors[0], meta)
-                    assert torch.equal(found, wanted.t() if transposed else wanted)
+                    assert torch.equal(found, wanted.t() if product == "input_gradient" else wanted)
         runs.append(run)
     require_equal(*runs)
     assert len(counts[SparseAdamW]) >= 3

@@ -2,9 +2,18 @@
 
 from .library import CudaDevices, Devices, Epilogue, Library, Order
 from .plans import Algorithm, PlanKey
-from .sessions import CuSparseLt, Session, default
+from .session import Session
+from .session_pool import CuSparseLt, default
 
 __all__ = [
-    "Algorithm", "CuSparseLt", "CudaDevices", "Devices", "Epilogue", "Library", "Order", "PlanKey", "Session",
+    "Algorithm",
+    "CuSparseLt",
+    "CudaDevices",
+    "Devices",
+    "Epilogue",
+    "Library",
+    "Order",
+    "PlanKey",
+    "Session",
     "default",
-]  # fmt: skip
+]

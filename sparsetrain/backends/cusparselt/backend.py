@@ -13,7 +13,7 @@ from ...kernels.metadata_order import Order
 from ..interface import Operand
 from ..padding import padded_tokens, readable_rows, without_padding
 from .library import Epilogue
-from .metadata_layout import MetadataLayout, prove_layout
+from .metadata_layout import LayoutKey, MetadataLayout, prove_layout
 from .providers import NvmathProvider, Provider, TorchProvider
 
 TOKENS = 8
@@ -60,16 +60,13 @@ class CuSparseLtBackend:
         """Return an operand; at the first one of a shape, the order of the metadata is proven."""
         rows, columns = shape
         compress = self.provider.compress
-        layout = prove_layout(
-            lambda matrix: compress(matrix).contiguous(), rows, columns, dtype, device,
-            environment=self._environment(device), folder=cache_folder(),
-        )  # fmt: skip
+        key = LayoutKey(self._environment(device), rows, columns, dtype)
+        layout = prove_layout(lambda matrix: compress(matrix).contiguous(), key, device, cache_folder())
         kept = rows * columns // 2
         if layout.table is None:
             # zeros are a 2:4 matrix, of the size that all of this shape have
-            return CompressedOperand(
-                shape, (compress(torch.zeros(shape, dtype=dtype, device=device)),), layout=layout
-            )  # fmt: skip
+            buffer = compress(torch.zeros(shape, dtype=dtype, device=device))
+            return CompressedOperand(shape, (buffer,), layout=layout)
         buffer = torch.zeros(kept + layout.table.words, dtype=dtype, device=device)
         values, tail = buffer[:kept].view(rows, columns // 2), buffer[kept:].view(torch.int16)
         places = layout.table.places if layout.order == Order.TABLE else None
@@ -88,9 +85,14 @@ class CuSparseLtBackend:
             operand.layout.arrange_(source, buffer[operand.shape[0] * operand.shape[1] // 2 :])
 
     def product(
-        self, operand: Operand, rows: Tensor, bias: Tensor | None = None, algorithm: str = "",
-        transposed_output: bool = False, epilogue: Epilogue | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        operand: Operand,
+        rows: Tensor,
+        bias: Tensor | None = None,
+        algorithm: str = "",
+        transposed_output: bool = False,
+        epilogue: Epilogue | None = None,
+    ) -> Tensor:
         """Return ``rows·Aᵀ + bias`` after the epilogue, or its transpose; tokens are padded to a multiple of 8.
 
         Raises:

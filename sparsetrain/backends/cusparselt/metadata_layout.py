@@ -9,6 +9,7 @@ import threading
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,8 @@ from ...kernels.layouts import Compressor, LayoutError, LearnedLayout, known_lay
 from ...kernels.metadata_order import Order, metadata_words
 from ...kernels.pack import pack_tiles_
 from ...kernels.tile_codes.reference import unpack_codes
+from ..interface import SPARSE_DTYPES
+from ..packing import Packed
 
 KNOWN = {
     "cusparselt_sm80": Order.CUSPARSELT_SM80,
@@ -85,27 +88,37 @@ class MetadataLayout:
         self.table.arrange_(meta, tail)
 
 
-_Key = tuple[str, int, int, torch.dtype]
-_decisions: dict[_Key, dict[torch.device, MetadataLayout]] = {}
+class LayoutKey(NamedTuple):
+    """What an order of metadata may depend on.
+
+    Args:
+        environment: Architecture and library version, such as ``"sm_90 cuSPARSELt 0.8.1"``.
+        rows: R of the matrix ``[R, C]``.
+        columns: C.
+        dtype: Of the values: float16 or bfloat16.
+    """
+
+    environment: str
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+
+_decisions: dict[LayoutKey, dict[torch.device, MetadataLayout]] = {}
 
 
 def prove_layout(
-    compress: Compressor, rows: int, columns: int, dtype: torch.dtype, device: torch.device, *,
-    environment: str, folder: Path | None = None,
-) -> MetadataLayout:  # fmt: skip
+    compress: Compressor, key: LayoutKey, device: torch.device, folder: Path | None = None
+) -> MetadataLayout:
     """Find the layout in which packed rows equal the buffers of a vendor's compressor; decided once in a process.
 
     Known orders are compared byte by byte, padding aside. Where they differ, the order is read from ``folder`` or
     learned, and verified on random matrices. Where that fails too, the answer is ``"vendor"``.
 
     Args:
-        compress: Takes an exactly 2:4 ``[R, C]`` and returns one contiguous buffer, values first; it is called only if
-            nothing was decided yet.
-        rows: R.
-        columns: C.
-        dtype: float16 or bfloat16.
+        compress: Takes an exactly 2:4 ``[R, C]`` and returns one contiguous buffer, values first.
+        key: Of the matrices and where they are compressed.
         device: Of the matrices, and of the tables returned.
-        environment: What the order may depend on, such as ``"sm_90 cuSPARSELt 0.8.1"``.
         folder: Where learned orders are kept, in ``layouts/``; None keeps them in memory alone.
 
     Raises:
@@ -114,20 +127,19 @@ def prove_layout(
     Example:
         >>> def compress(matrix):  # another nibble code than any known one
         ...     return torch.cat([matrix[matrix != 0], matrix.new_ones(matrix.numel() // 16)])
-        >>> layout = prove_layout(compress, 16, 32, torch.float16, torch.device("cpu"), environment="an example")
-        >>> layout.name, len(layout.reason) > 0
-        ('vendor', True)
+        >>> key = LayoutKey("an example", 16, 32, torch.float16)
+        >>> prove_layout(compress, key, torch.device("cpu")).name
+        'vendor'
     """
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype is {dtype}: metadata layouts are proven for torch.float16 and torch.bfloat16.")
+    if key.dtype not in SPARSE_DTYPES:
+        raise ValueError(f"dtype is {key.dtype}: metadata layouts are proven for torch.float16 and torch.bfloat16.")
     device = torch.empty(0, device=device).device  # with its index
-    key = (environment, rows, columns, dtype)
     with _lock:
         if key not in _decisions:
             name, reason, table = _decide(compress, key, device, folder)
-            layout = MetadataLayout(name, reason, environment, rows, columns, dtype, table)
-            _log.info("metadata of %d × %d %s on %s: %s: %s", rows, columns, dtype, environment, name, reason)
-            _decisions[key] = {device: layout}
+            environment, *matrix = key
+            _log.info("metadata of %d × %d %s on %s: %s: %s", *matrix, environment, name, reason)
+            _decisions[key] = {device: MetadataLayout(name, reason, *key, table)}
         known = _decisions[key]
         if device not in known:
             layout = next(iter(known.values()))
@@ -149,7 +161,7 @@ _Decision = tuple[str, str, LearnedLayout | None]
 
 
 @torch.no_grad()
-def _decide(compress: Compressor, key: _Key, device: torch.device, folder: Path | None) -> _Decision:
+def _decide(compress: Compressor, key: LayoutKey, device: torch.device, folder: Path | None) -> _Decision:
     try:
         return _compare_or_learn(compress, key, device, folder)
     except torch.OutOfMemoryError:
@@ -158,9 +170,9 @@ def _decide(compress: Compressor, key: _Key, device: torch.device, folder: Path 
         return "vendor", f"The vendor's compressor failed: {_first_line(error)}", None
 
 
-def _compare_or_learn(compress: Compressor, key: _Key, device: torch.device, folder: Path | None) -> _Decision:
+def _compare_or_learn(compress: Compressor, key: LayoutKey, device: torch.device, folder: Path | None) -> _Decision:
     _, rows, columns, dtype = key
-    known, difference = _known(compress, rows, columns, dtype, device)
+    known, difference = _known(compress, key, device)
     if known is not None:
         reason = f"The packer's buffers in this order equal the vendor's in every byte for {_CHECKS} matrices."
         return known, reason, known_layout(KNOWN[known], rows, columns, device)
@@ -170,7 +182,8 @@ def _compare_or_learn(compress: Compressor, key: _Key, device: torch.device, fol
         return "learned", f"{difference}; its order was read from {path} and agrees for a random matrix.", table
     try:
         table = learn_layout(compress, rows, columns, dtype, device)
-        verify_layout(table, compress, *_packed(rows, columns, dtype, device, seed=_CHECKS))
+        dense, packed = _packed(key, device, seed=_CHECKS)
+        verify_layout(table, compress, dense, *packed)
     except LayoutError as error:
         return "vendor", f"{difference}, and its order cannot be learned: {error}", None
     if path is not None:
@@ -183,10 +196,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".") + "."
 
 
-def _packed(
-    rows: int, columns: int, dtype: torch.dtype, device: torch.device, seed: int, order: Order = Order.NATURAL
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a random 2:4 matrix without zeros among the kept, and the packer's ``values`` and ``meta`` of it."""
+def _packed(key: LayoutKey, device: torch.device, seed: int, order: Order = Order.NATURAL) -> tuple[Tensor, Packed]:
+    """Return a random 2:4 matrix without zeros among the kept, and what the packer makes of it, in an order."""
+    _, rows, columns, dtype = key
     generator = torch.Generator(device).manual_seed(seed)  # the training's own stays as it is
     whole = torch.randint(-255, 255, (rows, columns), dtype=torch.int16, device=device, generator=generator)
     weight = (whole + (whole >= 0)).to(dtype)
@@ -199,31 +211,30 @@ def _packed(
     size = metadata_words(rows, columns, order)
     meta = torch.zeros((rows, columns // 16) if order == Order.NATURAL else (size,), dtype=torch.int16, device=device)
     pack_tiles_([weight], [codes], [values], [meta], [], [], [], [order])
-    return weight.masked_fill_(~unpack_codes(codes), 0), values, meta
+    return weight.masked_fill_(~unpack_codes(codes), 0), Packed(values, meta)
 
 
-def _known(
-    compress: Compressor, rows: int, columns: int, dtype: torch.dtype, device: torch.device
-) -> tuple[str | None, str]:
+def _known(compress: Compressor, key: LayoutKey, device: torch.device) -> tuple[str | None, str]:
     """Return the known order that the vendor's buffers have, and say without a full stop how they differ from all."""
     buffers: dict[int, Tensor] = {}  # of the vendor
     differences = {}
     for name, order in KNOWN.items():
-        size = metadata_words(rows, columns, order)
+        size = metadata_words(key.rows, key.columns, order)
         differences[name] = None if size else "sizes that do not fit"
         for seed in range(_CHECKS if size else 0):
-            dense, values, meta = _packed(rows, columns, dtype, device, seed, order)
+            dense, packed = _packed(key, device, seed, order)
             if seed not in buffers:
                 buffers[seed] = compress(dense)
-            differences[name] = differences[name] or _difference(values, meta, buffers[seed], order)
+            differences[name] = differences[name] or _difference(packed, buffers[seed], order)
         if differences[name] is None:
             return name, ""
     listed = ", ".join(f"{name}: {difference}" for name, difference in differences.items())
     return None, f"The vendor's buffer has none of the known orders ({listed})"
 
 
-def _difference(values: Tensor, meta: Tensor, theirs: Tensor, order: Order) -> str | None:
-    """Say how a vendor's buffer differs from packed values and metadata, padding aside, or return None."""
+def _difference(packed: Packed, theirs: Tensor, order: Order) -> str | None:
+    """Say how a vendor's buffer differs from a packed matrix, padding aside, or return None."""
+    values, meta = packed
     ours = torch.cat([values.view(-1).view(torch.int16), meta])
     if theirs.dtype.itemsize != 2 or theirs.numel() != ours.numel():
         return f"it is {theirs.dtype} {tuple(theirs.shape)} for {ours.numel()} elements"
@@ -235,23 +246,22 @@ def _difference(values: Tensor, meta: Tensor, theirs: Tensor, order: Order) -> s
     return f"{different} of {ours.numel()} elements differ" if different else None
 
 
-def _header(key: _Key) -> dict[str, str]:
+def _header(key: LayoutKey) -> dict[str, str]:
     environment, rows, columns, dtype = key
     sizes = {"rows": str(rows), "columns": str(columns), "dtype": str(dtype).removeprefix("torch.")}
     return {"format": _FORMAT, "environment": environment} | sizes
 
 
-def _path(folder: Path, key: _Key) -> Path:
-    readable = re.sub(r"[^A-Za-z0-9.]+", "-", key[0])[:60]
+def _path(folder: Path, key: LayoutKey) -> Path:
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", key.environment)[:60]
     digest = hashlib.sha256(repr(sorted(_header(key).items())).encode()).hexdigest()[:12]
-    return folder / "layouts" / f"{readable}_{key[1]}x{key[2]}_{digest}.safetensors"
+    return folder / "layouts" / f"{readable}_{key.rows}x{key.columns}_{digest}.safetensors"
 
 
-def _read(path: Path, key: _Key, compress: Compressor, device: torch.device) -> LearnedLayout | None:
+def _read(path: Path, key: LayoutKey, compress: Compressor, device: torch.device) -> LearnedLayout | None:
     """Return the order in a file if it holds for a random matrix, or None."""
     if not path.exists():
         return None
-    _, rows, columns, dtype = key
     try:
         with safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
@@ -259,15 +269,16 @@ def _read(path: Path, key: _Key, compress: Compressor, device: torch.device) -> 
             if header != _header(key):
                 raise LayoutError(f"its header is {header}, and should be {_header(key)}.")
             source, padding = (file.get_tensor(name).to(device) for name in ("source", "padding"))
-        table = LearnedLayout(rows, columns, unit_bits, source, padding)
-        verify_layout(table, compress, *_packed(rows, columns, dtype, device, seed=_CHECKS))
+        table = LearnedLayout(key.rows, key.columns, unit_bits, source, padding)
+        dense, packed = _packed(key, device, seed=_CHECKS)
+        verify_layout(table, compress, dense, *packed)
     except (OSError, SafetensorError, ValueError) as error:
         _log.warning("%s is ignored, and its layout learned again: %s", path, error)
         return None
     return table
 
 
-def _write(path: Path, key: _Key, table: LearnedLayout) -> None:
+def _write(path: Path, key: LayoutKey, table: LearnedLayout) -> None:
     """Keep an order on disk; another process sees the whole file or none."""
     content = save(
         {"source": table.source.cpu(), "padding": table.padding.cpu()},

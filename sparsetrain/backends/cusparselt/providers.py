@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .library import Epilogue, Order
 from .plans import Algorithm, PlanKey
-from .sessions import CuSparseLt, default
+from .session_pool import CuSparseLt, default
 
 TORCH_ALGORITHMS = 16
 """PyTorch does not tell how many there are; those that are not there raise, and are denied."""
@@ -31,9 +31,15 @@ class Provider(Protocol):
         """Compress a 2:4 matrix ``[R, C]`` into a buffer, an earlier one if given."""
 
     def multiply(
-        self, compressed: Tensor, shape: tuple[int, int], rows: Tensor, bias: Tensor | None, algorithm: str,
-        transposed_output: bool, epilogue: Epilogue | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        compressed: Tensor,
+        shape: tuple[int, int],
+        rows: Tensor,
+        bias: Tensor | None,
+        algorithm: str,
+        transposed_output: bool,
+        epilogue: Epilogue | None = None,
+    ) -> Tensor:
         """Return ``rows [T, C]`` times the transpose of the compressed matrix; T a multiple of 8."""
 
     def algorithms(self, shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> Sequence[str]:
@@ -72,14 +78,20 @@ class NvmathProvider:
         return self._library.compress(matrix, out)
 
     def multiply(
-        self, compressed: Tensor, shape: tuple[int, int], rows: Tensor, bias: Tensor | None, algorithm: str,
-        transposed_output: bool, epilogue: Epilogue | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        compressed: Tensor,
+        shape: tuple[int, int],
+        rows: Tensor,
+        bias: Tensor | None,
+        algorithm: str,
+        transposed_output: bool,
+        epilogue: Epilogue | None = None,
+    ) -> Tensor:
         """Return the product; its transpose is never copied."""
         order: Order = "rows" if transposed_output else "columns"
         result = self._library.multiply(
             compressed, shape, rows.t(), bias=bias, epilogue=epilogue, output=order, algorithm=_algorithm(algorithm)
-        )  # fmt: skip
+        )
         return result if transposed_output else result.t()
 
     def algorithms(self, shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> Sequence[str]:
@@ -114,9 +126,15 @@ class TorchProvider:
         return result if out is None else out.copy_(result.view(out.shape))
 
     def multiply(
-        self, compressed: Tensor, shape: tuple[int, int], rows: Tensor, bias: Tensor | None, algorithm: str,
-        transposed_output: bool, epilogue: Epilogue | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        compressed: Tensor,
+        shape: tuple[int, int],
+        rows: Tensor,
+        bias: Tensor | None,
+        algorithm: str,
+        transposed_output: bool,
+        epilogue: Epilogue | None = None,
+    ) -> Tensor:
         """Return the product; the operator has no epilogue but the bias.
 
         Raises:
@@ -129,9 +147,12 @@ class TorchProvider:
             )
         # the operator takes the rows of A from the buffer's shape, and any dense operand for a whole transpose
         result: Tensor = torch.ops.aten._cslt_sparse_mm(
-            compressed.view(shape[0], -1), rows.contiguous().t(), bias, transpose_result=not transposed_output,
+            compressed.view(shape[0], -1),
+            rows.contiguous().t(),
+            bias,
+            transpose_result=not transposed_output,
             alg_id=int(algorithm or 0),
-        )  # fmt: skip
+        )
         return result
 
     def algorithms(self, shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> Sequence[str]:

@@ -65,9 +65,14 @@ class TilelangBackend:
         """Do nothing: the packer writes what the kernels read."""
 
     def product(
-        self, operand: Operand, rows: Tensor, bias: Tensor | None = None, algorithm: str = "",
-        transposed_output: bool = False, epilogue: Epilogue | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        operand: Operand,
+        rows: Tensor,
+        bias: Tensor | None = None,
+        algorithm: str = "",
+        transposed_output: bool = False,
+        epilogue: Epilogue | None = None,
+    ) -> Tensor:
         """Return ``epilogue(rows·Aᵀ + bias)``, or its transpose, which is a copy.
 
         Args:

@@ -1,7 +1,6 @@
 """Selection: which linear and convolutional layers become sparse, and why the others stay dense."""
 
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -9,16 +8,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ...checks.rules import require
-from ..claims import run_of
 from ..masked_layer import MaskedLayer
 from ..options import MODULE
-from .heads import output_heads
-from .layer_classes import LAYERS, Candidate, base_class, why_subclass
+from .layer_classes import Candidate
+from .reasons import Reasons
 from .report import LayerChoice as LayerChoice
 from .report import SelectionReport as SelectionReport
 from .surroundings import Surroundings
 from .targets import Match, as_list, match, no_match
-from .weight_reads import weight_readers
 
 
 def select_layers(
@@ -64,48 +61,23 @@ def select_layers(
     for target, found in matches.items():
         if not found.names:
             raise ValueError(no_match(target, surroundings))
-    excluded: set[str] = set()
-    for entry in unwanted:
-        found = match(entry, surroundings, "exclude")
-        excluded |= found.names
-        if not found.names:
+    excluded = {entry: match(entry, surroundings, "exclude").names for entry in unwanted}
+    for entry, names in excluded.items():
+        if not names:
             warnings.warn(f"exclude: {entry!r} matches no layer of the model.", stacklevel=2)
-    heads = output_heads(surroundings)
-    owners = _parameter_owners(model)
-    readers = weight_readers(model)
-    choices = []
+    reasons, choices = Reasons(surroundings), []
     for name in surroundings.in_order():
-        hits = [found for found in matches.values() if name in found.names]
-        if not hits:
-            reason = "not in targets"
-        elif name in excluded:
-            reason = "excluded"
-        else:
-            reason = _why_dense(name, surroundings, owners, readers)
-            role = "output head" if name in heads else "low-rank adapter" if surroundings.is_low_rank(name) else ""
-            by_group = all(found.kind == "group" for found in hits)
-            if role and by_group and name not in surroundings.peft_reasons:
-                reason = f"{role}, {reason}" if reason else f"{role} (name it in targets to make it sparse)"
-        is_named = reason != "excluded" and any(found.kind == "name" for found in hits)
+        kinds = {found.kind for found in matches.values() if name in found.names}
+        is_excluded = bool(kinds) and any(name in names for names in excluded.values())
+        reason = "excluded" if is_excluded else reasons.of(name, kinds)
+        is_named = "name" in kinds and not is_excluded
         is_frozen = name in surroundings.layers and not surroundings.layers[name].weight.requires_grad
         choices.append(LayerChoice(name, surroundings.shape(name), reason, is_named=is_named, is_frozen=is_frozen))
     report = SelectionReport(_with_fruitless(choices, matches), pattern)
     if not report.sparse:
-        reasons = "; ".join(
-            f"{choice.name}: {choice.reason}" for choice in choices if choice.reason != "not in targets"
-        )
-        raise ValueError(f"targets: {targets!r} leaves no layer to make sparse ({reasons}); change targets or exclude.")
+        why = "; ".join(f"{choice.name}: {choice.reason}" for choice in choices if choice.reason != "not in targets")
+        raise ValueError(f"targets: {targets!r} leaves no layer to make sparse ({why}); change targets or exclude.")
     return report
-
-
-def _why_dense(
-    name: str, surroundings: Surroundings, owners: dict[int, list[str]], readers: dict[int, str]
-) -> str:  # fmt: skip
-    if name in surroundings.experts:
-        return "3-D expert weights, which have no masks yet"
-    if name in surroundings.peft_reasons:
-        return surroundings.peft_reasons[name]
-    return _why_not(name, surroundings.layers[name], owners, readers)
 
 
 def _with_fruitless(choices: list[LayerChoice], matches: Mapping[str, Match]) -> tuple[LayerChoice, ...]:
@@ -117,40 +89,6 @@ def _with_fruitless(choices: list[LayerChoice], matches: Mapping[str, Match]) ->
         replace(choice, is_named=True) if choice.name in named and choice.reason != "excluded" else choice
         for choice in choices
     )
-
-
-def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners[id(parameter)].append(f"{name}.{key}" if name else key)
-    return owners
-
-
-def _why_not(name: str, layer: Candidate, owners: dict[int, list[str]], readers: dict[int, str]) -> str:
-    if isinstance(layer, MaskedLayer):
-        if run_of(layer) is not None:
-            return "already sparse: another SparseTraining trains it, so call its finish() first"
-        return "already sparse: call finish() of the run that made it, or export_dense_(model, zeros=False), first"
-    if id(layer) in readers:
-        return f"{readers[id(layer)]} reads its weight itself"
-    if reason := why_subclass(layer):
-        return reason
-    if getattr(layer, "_is_fsdp_managed_module", False) and type(layer.weight).__name__ != "DTensor":
-        return "FSDP1 (FullyShardedDataParallel) cuts weights anywhere, through 4×4 tiles: use DistributedDataParallel"
-    if layer._parameters.get("weight") is None:
-        return "weight is no parameter (weight_norm, spectral_norm or prune): remove that first"
-    if type(layer.weight).__name__ == "DTensor":
-        return "sharded weight (DTensor of FSDP2 or tensor parallelism): use DistributedDataParallel"
-    if (groups := getattr(layer, "groups", 1)) != 1:
-        return f"groups is {groups}, and a mask needs 1"
-    for dimension in LAYERS[base_class(layer)]:
-        size = getattr(layer, dimension)
-        if size % 4:
-            return f"{dimension} {size} is not a multiple of 4"
-    others = [owner for owner in owners[id(layer.weight)] if owner != f"{name}.weight".lstrip(".")]
-    return f"tied to {others[0]}" if others else ""
 
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:

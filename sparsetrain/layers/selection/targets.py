@@ -4,6 +4,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from ...checks.suggestions import nearest
 from .feed_forward import feed_forward
@@ -15,6 +16,23 @@ KINDS = (
     "expression"
 )
 """What an entry may be, for messages."""
+
+
+Reading: TypeAlias = Callable[[str, str], bool]
+"""Whether an entry, in one of the ways to read it, matches a name."""
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+READINGS: tuple[Reading, ...] = (
+    lambda entry, name: name == entry or name.endswith("." + entry),
+    lambda entry, name: any(fnmatch.fnmatchcase(end, entry) for end in _ends(name)),
+    lambda entry, name: re.fullmatch(entry, name) is not None,
+)
+"""Ways to read an entry that is no group, the first to be tried at the front."""
 
 
 @dataclass(frozen=True)
@@ -81,24 +99,16 @@ def match(entry: str, surroundings: Surroundings, argument: str = "targets") -> 
         >>> sorted(match("encoder", Surroundings(model)).names)
         ['encoder.0', 'encoder.1']
     """
+    if entry in GROUPS or entry == "mlp":
+        return Match(_group(entry, surroundings), "group")
     candidates = [*surroundings.layers, *surroundings.experts]
-    if entry in GROUPS:
-        found = {name for name, layer in surroundings.layers.items() if isinstance(layer, GROUPS[entry])}
-        return Match(frozenset(found | set(surroundings.experts if entry == "all-linear" else ())), "group")
-    if entry == "mlp":
-        return Match(frozenset(feed_forward(surroundings)), "group")
-    readings: list[Callable[[str], bool]] = [
-        lambda name: name == entry or name.endswith("." + entry),
-        lambda name: any(fnmatch.fnmatchcase(end, entry) for end in _ends(name)),
-        lambda name: re.fullmatch(entry, name) is not None,
-    ]
     submodules = [name for name in surroundings.modules if name and name not in surroundings.layers]
-    for place, matches in enumerate(readings):
+    for place, reads in enumerate(READINGS):
         try:
-            layers = {name for name in candidates if _either(matches, name, surroundings)}
+            layers = {name for name in candidates if _either(reads, entry, surroundings, name)}
             if layers:
                 return Match(frozenset(layers), "several" if place else "name")
-            above = tuple(name + "." for name in submodules if _either(matches, name, surroundings))
+            above = tuple(name + "." for name in submodules if _either(reads, entry, surroundings, name))
         except re.error as error:
             raise ValueError(
                 f"{argument}: {entry!r} matches no name and is no regular expression ({error}): pass {KINDS}."
@@ -109,13 +119,16 @@ def match(entry: str, surroundings: Surroundings, argument: str = "targets") -> 
     return Match(frozenset(), "several")
 
 
-def _either(matches: Callable[[str], bool], name: str, surroundings: Surroundings) -> bool:
-    return matches(name) or (bool(surroundings.plain[name]) and matches(surroundings.plain[name]))
+def _group(entry: str, surroundings: Surroundings) -> frozenset[str]:
+    if entry == "mlp":
+        return frozenset(feed_forward(surroundings))
+    found = {name for name, layer in surroundings.layers.items() if isinstance(layer, GROUPS[entry])}
+    return frozenset(found | set(surroundings.experts if entry == "all-linear" else ()))
 
 
-def _ends(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
+def _either(reads: Reading, entry: str, surroundings: Surroundings, name: str) -> bool:
+    plain = surroundings.plain[name]
+    return reads(entry, name) or (bool(plain) and reads(entry, plain))
 
 
 def no_match(target: str, surroundings: Surroundings) -> str:

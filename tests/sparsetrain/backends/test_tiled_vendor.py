@@ -16,8 +16,7 @@ from sparsetrain.backends.cusparselt import metadata_layout as layouts
 from sparsetrain.backends.cusparselt.providers import NvmathProvider
 from sparsetrain.backends.packing import PackJob, fill_
 from sparsetrain.dispatch import DispatchTable, Tuner
-from sparsetrain.layers import masked_layer
-from sparsetrain.matmul import masked_matmul as products
+from sparsetrain.matmul import choices
 
 pytest.importorskip("nvmath.bindings.cusparseLt", reason="the stand-in takes its signatures from nvmath")
 from fake_cusparselt import FakeDevices
@@ -107,8 +106,8 @@ def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
     """``backend="auto"`` on a CPU, where every product of cuSPARSELt is faster than the dense one."""
     milliseconds = itertools.accumulate(itertools.repeat(0.5), operator.mul)  # the later, the faster
     tuner = Tuner(DispatchTable(), "here", stopwatch=lambda call: (call(), next(milliseconds))[1], runs=1)
-    monkeypatch.setattr(products, "tuner_for", lambda device: tuner)
-    monkeypatch.setattr(masked_layer, "AUTO_DEVICES", ("cpu",))
+    monkeypatch.setattr(choices, "tuner_for", lambda device: tuner)
+    monkeypatch.setattr(choices, "AUTO_DEVICES", ("cpu",))
 
 
 @pytest.mark.parametrize("vendor", ["pitched"], indirect=True)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS, MaskedBackend
 from sparsetrain.dispatch import Choice, Decision, DispatchTable, Problem, Tuner, bucket, find_mismatch
-from sparsetrain.layers import masked_layer
-from sparsetrain.matmul import masked_matmul as products
+from sparsetrain.matmul import choices
 
 CPU = torch.device("cpu")
 PROBLEM = Problem("forward", (64, 32), 100, torch.bfloat16, bias=True)
@@ -183,8 +182,8 @@ def test_automatic_layers_follow_the_decisions_and_report_them(monkeypatch: pyte
     simulated = SimulatedBackend()
     chooser = tuner(simulated, 2.0, 1.0, 1.0, 2.0)  # sparse for the forward product, dense for the input gradient
     monkeypatch.setitem(BACKENDS, "simulated", simulated)
-    monkeypatch.setattr(products, "tuner_for", lambda device: chooser)
-    monkeypatch.setattr(masked_layer, "AUTO_DEVICES", ("cpu",))
+    monkeypatch.setattr(choices, "tuner_for", lambda device: chooser)
+    monkeypatch.setattr(choices, "AUTO_DEVICES", ("cpu",))
     model = nn.Sequential(nn.Linear(32, 64, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     method = {"preset": "asp_one_shot", "prune_at": 0}
@@ -202,7 +201,7 @@ def test_automatic_layers_follow_the_decisions_and_report_them(monkeypatch: pyte
 
 
 def test_without_a_gpu_automatic_layers_are_masked_and_touch_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "tuner_for", lambda device: pytest.fail("nothing is to be measured"))
+    monkeypatch.setattr(choices, "tuner_for", lambda device: pytest.fail("nothing is to be measured"))
     model = nn.Sequential(nn.Linear(32, 64))
     st.sparsify_(model, verbose=False)
     model(torch.randn(4, 32)).sum().backward()
@@ -279,8 +278,8 @@ def test_a_choice_that_fails_in_training_is_given_up(monkeypatch, caplog: pytest
 
     simulated = Moody()
     monkeypatch.setitem(BACKENDS, "simulated", simulated)
-    monkeypatch.setattr(products, "tuner_for", lambda device: tuner(simulated, 2.0, 1.0))
-    monkeypatch.setattr(masked_layer, "AUTO_DEVICES", ("cpu",))
+    monkeypatch.setattr(choices, "tuner_for", lambda device: tuner(simulated, 2.0, 1.0))
+    monkeypatch.setattr(choices, "AUTO_DEVICES", ("cpu",))
     model = nn.Sequential(nn.Linear(32, 64, dtype=torch.bfloat16))
     st.sparsify_(model, verbose=False)
     with torch.no_grad(), caplog.at_level(logging.WARNING, "sparsetrain"):

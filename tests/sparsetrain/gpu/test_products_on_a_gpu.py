@@ -25,7 +25,7 @@ from sparsetrain.backends.packing import PackJob, fill_
 from sparsetrain.dispatch import Choice, DispatchTable, Problem, Product, Tuner, find_mismatch
 from sparsetrain.dispatch.stopwatch import median_milliseconds
 from sparsetrain.layers.masked_layer import MaskedLayer
-from sparsetrain.matmul import masked_matmul as products
+from sparsetrain.matmul import choices
 from sparsetrain.matmul.renewal import Renewal
 
 ON_GPU = torch.cuda.is_available()
@@ -74,7 +74,7 @@ def first_algorithm(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
         def choose(self, problem: Problem, device: torch.device, name: str, deterministic: bool) -> Choice:
             return Choice(name)
 
-    monkeypatch.setattr(products, "tuner_for", lambda device: First())
+    monkeypatch.setattr(choices, "tuner_for", lambda device: First())
 
 
 def assert_as_exact_as_dense(found: Tensor, dense: Tensor, exact: Tensor) -> None:
@@ -166,7 +166,7 @@ def test_our_packing_is_what_the_library_would_compress(backend: Backend) -> Non
 
 def test_inputs_of_any_strides_are_read(backend: Backend) -> None:
     sparse = layer(backend.name).half()
-    operand = sparse.operands.get(sparse.weight, sparse.mask_codes, backend, False, torch.float16)
+    operand = sparse.operands.get(sparse.weight, sparse.mask_codes, backend, "forward", torch.float16)
     whole = torch.randn(256, I + 64, device=DEVICE, dtype=torch.float16)
     dense = (sparse.weight.detach() * sparse.mask).double()
     for rows in (whole[:, :I], whole[:64, 8 : I + 8], whole[:64, 3 : I + 3], whole[:200, :I].t().contiguous().t()):

@@ -15,7 +15,7 @@ from sparsetrain.layers.eager_linear import Call
 from sparsetrain.layers.masked_layer import MaskedLayer
 from sparsetrain.masks.gradient_rules import scaled
 from sparsetrain.matmul.estimated_weight_gradient import draw_counter
-from sparsetrain.matmul.operands import Execution
+from sparsetrain.matmul.execution import Execution
 
 
 def codes(seed: int) -> Tensor:

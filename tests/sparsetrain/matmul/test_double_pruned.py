@@ -93,7 +93,7 @@ def test_positions_that_the_mask_prunes_hold_zeros(backend) -> None:
         sparse.weight[~sparse.mask] = float("nan")
     found = input_gradient(sparse, torch.randn(8, 48))
     assert torch.isfinite(found).all()
-    (held,) = (made for (_, transposed, _), made in sparse.operands._made.items() if transposed)
+    (held,) = (made for (_, product, _), made in sparse.operands._made.items() if product == "input_gradient")
     kept = sparse.mask & st.decode_tiles(sparse.backward_codes)
     assert (held.tensors[0] != 0).sum() == (kept & (sparse.weight != 0)).sum()
 
@@ -157,9 +157,9 @@ def test_the_dense_product_behind_dispatch_sees_both_codes_too() -> None:
     rows, tokens = torch.randn(5, 48), torch.randn(5, 32)
     arguments = (sparse.weight.detach(), sparse.mask_codes)
     for _ in range(2):  # once made, once found
-        found = masked_matmul(rows, *arguments, None, True, "masked", sparse.backward_codes)
+        found = masked_matmul(rows, *arguments, None, "input_gradient", "masked", sparse.backward_codes)
         torch.testing.assert_close(found.double(), rows.double() @ dense_of(sparse), rtol=1e-5, atol=1e-5)
-        found = masked_matmul(tokens, *arguments, None, False, "masked", sparse.backward_codes)
+        found = masked_matmul(tokens, *arguments, None, "forward", "masked", sparse.backward_codes)
         torch.testing.assert_close(found, F.linear(tokens, sparse.weight * sparse.mask), rtol=1e-5, atol=1e-5)
         with torch.no_grad():
             sparse.weight.mul_(-1)
@@ -178,7 +178,7 @@ def test_the_functional_form_needs_no_layer(backend) -> None:
         results.append(x.grad)
     torch.testing.assert_close(*results)
     assert backend.calls["product"] == 2
-    arguments = (torch.randn(5, 48), weight, codes, None, True, "simulated", again)
+    arguments = (torch.randn(5, 48), weight, codes, None, "input_gradient", "simulated", again)
     torch.library.opcheck(torch.ops.sparsetrain.masked_matmul.default, arguments)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from sparsetrain.backends import BACKENDS
 from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.layers.conversion import to_sparse_
-from sparsetrain.matmul.operands import Execution, Operands
+from sparsetrain.matmul.execution import Execution
+from sparsetrain.matmul.operands import Operands
 
 
 class OnCuda(Tensor):
@@ -33,9 +34,9 @@ def test_a_shared_operand_that_a_graph_reads_outlives_a_release(capturing: list[
     operands = Operands(Execution("simulated", keep_transposed=False))
     operands.managed = True
     backend = BACKENDS["simulated"]
-    operands.get(weight, codes, backend, True, torch.float32)
+    operands.get(weight, codes, backend, "input_gradient", torch.float32)
     capturing[0] = True
-    captured = weakref.ref(operands.get(weight, codes, backend, True, torch.float32))
+    captured = weakref.ref(operands.get(weight, codes, backend, "input_gradient", torch.float32))
     capturing[0] = False
     operands.release()  # a dense phase, between two replays
     assert captured() is not None

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS
 from sparsetrain.layers.conversion import to_sparse_
-from sparsetrain.matmul.operands import Execution
+from sparsetrain.matmul.execution import Execution
 
 KINDS = ("linear", "conv1d", "conv2d 1x1", "conv2d 3x3", "conv2d channels last", "transposed")
 

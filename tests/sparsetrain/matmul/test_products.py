@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS
+from sparsetrain.matmul.execution import Execution
 from sparsetrain.matmul.masked_matmul import masked_matmul
-from sparsetrain.matmul.operands import Execution, operands_of
+from sparsetrain.matmul.registry import operands_of
 
 SHAPES = {"1-D": (32,), "2-D": (5, 32), "3-D": (2, 3, 32), "4-D": (2, 2, 3, 32)}
 
@@ -151,7 +152,7 @@ def test_the_transposed_operand_can_be_made_in_every_backward(backend) -> None:
         y.backward(torch.ones_like(y))
         expected = oracle(sparse, x.detach(), torch.ones(8, 48))
         torch.testing.assert_close(x.grad.double(), expected["dx"], rtol=1e-5, atol=1e-5)
-        assert [transposed for _, transposed, _ in sparse.operands._made] == [False]
+        assert [product for _, product, _ in sparse.operands._made] == ["forward"]
         assert backend.calls["allocate"] == 2
         assert sparse.operands.bytes == 32 * 48 * 4 / 2 + 32 * 48 / 16 * 2
 
@@ -204,7 +205,7 @@ def test_a_product_without_a_layer_is_right_and_keeps_nothing(backend) -> None:
     weight = torch.randn(32, 16)
     codes = st.transposable_codes(weight.abs())
     rows = torch.randn(5, 32)
-    found = masked_matmul(rows, weight, codes, None, True, "simulated")
+    found = masked_matmul(rows, weight, codes, None, "input_gradient", "simulated")
     torch.testing.assert_close(found, rows @ (weight * st.decode_tiles(codes)))
     assert operands_of(codes) is None
 
@@ -314,7 +315,14 @@ def test_aot_compilation_gives_the_same_gradients(backend) -> None:
 
 def test_the_operator_is_well_formed(backend) -> None:
     weight = torch.randn(32, 16)
-    arguments = (torch.randn(5, 16), weight, st.transposable_codes(weight.abs()), torch.randn(32), False, "simulated")
+    arguments = (
+        torch.randn(5, 16),
+        weight,
+        st.transposable_codes(weight.abs()),
+        torch.randn(32),
+        "forward",
+        "simulated",
+    )
     torch.library.opcheck(torch.ops.sparsetrain.masked_matmul.default, arguments)
 
 

@@ -17,7 +17,9 @@ from sparsetrain.layers.conversion import to_sparse_
 from sparsetrain.layers.layer_group import LayerGroups
 from sparsetrain.layers.masked_layer import MaskedLayer
 from sparsetrain.matmul import operands
-from sparsetrain.matmul.operands import MAX_IDLE, Execution, register
+from sparsetrain.matmul.execution import Execution
+from sparsetrain.matmul.operands import MAX_IDLE
+from sparsetrain.matmul.registry import register
 from sparsetrain.matmul.renewal import Renewal
 
 Layers = list[MaskedLayer]
@@ -47,8 +49,8 @@ RENEWALS = [renewed_alone, renewed_in_groups]
 
 
 def use(layer: MaskedLayer, dtype: torch.dtype = torch.float32) -> None:
-    for transposed in (False, True):
-        layer.operands.get(layer.matrix.detach(), layer.mask_codes, BACKENDS["stand_in"], transposed, dtype)
+    for product in ("forward", "input_gradient"):
+        layer.operands.get(layer.matrix.detach(), layer.mask_codes, BACKENDS["stand_in"], product, dtype)
 
 
 def new_layer() -> MaskedLayer:
@@ -141,8 +143,8 @@ def test_every_operand_holds_its_weight(
         repack_(layers)
         for layer in layers:
             masked = layer.weight.detach() * unpack_codes(layer.mask_codes)
-            for (_, transposed, dtype), operand in layer.operands._made.items():
-                wanted = (masked.t() if transposed else masked).to(dtype)
+            for (_, product, dtype), operand in layer.operands._made.items():
+                wanted = (masked.t() if product == "input_gradient" else masked).to(dtype)
                 assert operand.values is not None
                 assert torch.equal(operand.values.flatten(), wanted[wanted != 0])
                 assert layer.operands.stamp is not None

@@ -13,7 +13,7 @@ from torch import nn
 import sparsetrain as st
 from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.layers.conversion import to_sparse_
-from sparsetrain.matmul.operands import Execution
+from sparsetrain.matmul.execution import Execution
 
 
 def calls_of(function: Callable[[], object]) -> int:

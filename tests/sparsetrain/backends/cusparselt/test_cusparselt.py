@@ -21,7 +21,7 @@ import nvmath.bindings.cusparseLt as real  # noqa: N813
 from fake_cusparselt import C_TYPES, PADDING, FakeCuSparseLt, FakeDevices, FakeError, check_arguments
 
 from sparsetrain.backends.cusparselt import Algorithm, CuSparseLt, Library, library
-from sparsetrain.backends.cusparselt.sessions import default
+from sparsetrain.backends.cusparselt.session_pool import default
 
 R, C, N = 32, 48, 24
 DTYPES = [torch.float16, torch.bfloat16]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsetrain.backends.cusparselt import metadata_layout
-from sparsetrain.backends.cusparselt.metadata_layout import MetadataLayout, known_layouts, prove_layout
+from sparsetrain.backends.cusparselt.metadata_layout import LayoutKey, MetadataLayout, known_layouts, prove_layout
 
 CPU = torch.device("cpu")
 PAIRS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
@@ -80,7 +80,7 @@ def prove(
     vendor: Callable[[Tensor], Tensor], rows: int = 128, columns: int = 128, dtype: torch.dtype = torch.float16,
     environment: str = "sm_90 vendor 1.0", folder: Path | None = None,
 ) -> MetadataLayout:  # fmt: skip
-    return prove_layout(vendor, rows, columns, dtype, CPU, environment=environment, folder=folder)
+    return prove_layout(vendor, LayoutKey(environment, rows, columns, dtype), CPU, folder)
 
 
 def check_arrangement(layout: MetadataLayout, vendor: Vendor) -> None:
@@ -188,7 +188,7 @@ def test_a_copy_for_another_device_needs_no_new_proof() -> None:
     vendor = Vendor(shuffled(64, 64))
     first = prove(vendor, 64, 64)
     calls = vendor.calls
-    other = prove_layout(vendor, 64, 64, torch.float16, torch.device("meta"), environment="sm_90 vendor 1.0")
+    other = prove_layout(vendor, LayoutKey("sm_90 vendor 1.0", 64, 64, torch.float16), torch.device("meta"))
     assert vendor.calls == calls
     assert other.table is not None
     assert (other.name, other.reason, other.table.source.device.type) == ("learned", first.reason, "meta")
