@@ -23,27 +23,27 @@ def main() -> int:
         "host": _host,
     }  # fmt: skip
     if getattr(options, "stand_in", False):
-        import stand_in
+        from . import stand_in
 
         stand_in.install()
     if options.command in run:
         return run[options.command](options)
     if options.rows % 4 or options.columns % 4 or min(options.rows, options.columns, options.repeats) < 1:
         parser.error("--rows and --columns must be positive multiples of 4, and --repeats at least 1.")
-    import mask_search
+    from . import mask_search
 
     return mask_search.run(options.rows, options.columns, options.repeats, options.csv)
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    import kernels
+    from . import kernels
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return kernels.run(options.shape, options.repeats or (50 if device == "cuda" else 7), options.csv, device)
 
 
 def _host(options: argparse.Namespace) -> int:
-    import host
+    from . import host
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -51,9 +51,7 @@ def _host(options: argparse.Namespace) -> int:
 
 
 def _grid(options: argparse.Namespace) -> int:
-    import gemm
-    import grid
-    import linear
+    from . import gemm, grid, linear
 
     benchmark = {"gemm": gemm, "linear": linear}[options.command]
     ways = _ways(options, gemm.WAYS) if options.command == "gemm" else None
@@ -80,7 +78,7 @@ def _grid(options: argparse.Namespace) -> int:
 def _ways(options: argparse.Namespace, known: "Mapping[str, Backend]") -> "Mapping[str, Backend] | None":
     """Return the ways that are asked for by name; None for those of the device."""
     if options.stand_in:
-        import stand_in
+        from . import stand_in
 
         known = stand_in.backends()
     if options.way:
@@ -89,7 +87,7 @@ def _ways(options: argparse.Namespace, known: "Mapping[str, Backend]") -> "Mappi
 
 
 def _model(options: argparse.Namespace) -> int:
-    import model
+    from . import model
 
     print(model.table())
     return 0
@@ -101,8 +99,8 @@ def _step(options: argparse.Namespace) -> int:
         print(f"step --model {options.model} needs a CUDA device and there is none here: --model tiny runs on a CPU.")
         return 2
     try:
-        import step
-        from trainee import SIZES
+        from . import step
+        from .trainee import SIZES
     except ImportError as error:
         print(f"step trains a GPT of the recipes, which cannot be imported here ({error}): pip install lightning.")
         return 2
@@ -127,7 +125,7 @@ def _step(options: argparse.Namespace) -> int:
 
 def _figure(options: argparse.Namespace) -> int:
     try:
-        import figure
+        from . import figure
     except ImportError as error:
         print(f"figure draws with matplotlib, which cannot be imported here ({error}): pip install matplotlib.")
         return 2

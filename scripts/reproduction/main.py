@@ -7,15 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from figure import plot
-from jobs import Finished, Job, run_all
-from methods import METHODS
-from provenance import commit, environment, sources_digest
-from ratios import PUBLISHED, Ratio, given, measured
-from report import show, write_csv, write_markdown
-from summary import DENSE, Row, summarise
-from tasks import MODELS, TASKS, Task
-from training import Run
+
+from .figure import plot
+from .jobs import Finished, Job, run_all
+from .methods import METHODS
+from .provenance import commit, environment, sources_digest
+from .ratios import PUBLISHED, Ratio, given, measured
+from .report import show, write_csv, write_markdown
+from .summary import DENSE, Row, summarise
+from .tasks import MODELS, TASKS, Task
+from .training import Run
 
 EXAMPLES = """
 examples:
