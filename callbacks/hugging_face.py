@@ -3,20 +3,20 @@
 import logging
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
 
-from sparsetrain.checkpoint import PRUNED_KEY, pruned_values, restore_pruned_, weight_key
+from sparsetrain.checkpoint import PRUNED_KEY, weight_key
 from sparsetrain.checkpoint.carried_state import CarriedState, load_apart, take_carried
 from sparsetrain.checkpoint.sparse_weights import evaluated_in_state_dicts
 from sparsetrain.distributed.wrappers import plain_optimizer
 from sparsetrain.hardware.extras import require
-from sparsetrain.layers.claims import take_over
-from sparsetrain.layers.options import check_options
 from sparsetrain.methods import Method, resolve_method
-from sparsetrain.training import SparseTraining
+
+from .sparse_run import SparseRun
 
 require("transformers", "hf", "HuggingFaceSparseTraining")
 
@@ -26,7 +26,7 @@ from transformers.trainer_callback import DefaultFlowCallback  # noqa: E402
 log = logging.getLogger(__name__)
 
 
-class HuggingFaceSparseTraining(TrainerCallback):
+class HuggingFaceSparseTraining(SparseRun, TrainerCallback):
     """Train with 2:4 sparsity: add it to a ``transformers.Trainer``, change nothing else.
 
     The twin of :class:`SparseTrainingCallback`, with the same arguments, phases and metrics. The run's length comes
@@ -86,26 +86,21 @@ class HuggingFaceSparseTraining(TrainerCallback):
         logits_from: str = "",
         teacher: nn.Module | None = None,
     ) -> None:
-        check_options(
-            targets=targets, exclude=exclude, backend=backend, total_steps=total_steps, logits_from=logits_from,
-            teacher=teacher, deterministic=deterministic, keep_transposed=keep_transposed, watch_dense=watch_dense,
-            track_age=track_age, per_layer_metrics=per_layer_metrics, print_table=print_table,
-        )  # fmt: skip
+        super().__init__(
+            targets=targets,
+            exclude=exclude,
+            backend=backend,
+            deterministic=deterministic,
+            keep_transposed=keep_transposed,
+            total_steps=total_steps,
+            watch_dense=watch_dense,
+            track_age=track_age,
+            per_layer_metrics=per_layer_metrics,
+            print_table=print_table,
+            logits_from=logits_from,
+            teacher=teacher,
+        )
         self.method = resolve_method(method)
-        self.targets = targets
-        self.exclude = exclude
-        self.backend = backend
-        self.deterministic = deterministic
-        self.keep_transposed = keep_transposed
-        self.total_steps = total_steps
-        self.watch_dense = watch_dense
-        self.track_age = track_age
-        self.per_layer_metrics = per_layer_metrics
-        self.print_table = print_table
-        self.logits_from = logits_from
-        self.teacher = teacher
-        self.training: SparseTraining | None = None
-        self._hooks = ExitStack()  # of what hangs on the model and the optimizer beside the engine
         self._logged_clock = -1
         self._weights_loaded = False
         self._is_attached = False
@@ -127,58 +122,30 @@ class HuggingFaceSparseTraining(TrainerCallback):
         self._is_attached = True
         return self
 
+    @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Make the layers sparse and start, or go on from the checkpoint that was loaded."""
         _refuse_sharding(args)
         model, optimizer = kwargs["model"], plain_optimizer(kwargs["optimizer"])
-        carried = take_carried(optimizer)
-        if carried is not None and not (isinstance(carried, Mapping) and PRUNED_KEY in carried):
-            raise ValueError(
-                f"the checkpoint's optimizer.pt has a state of sparse training without {PRUNED_KEY!r}: it is "
-                "damaged, so resume from another checkpoint."
-            )
-        if self.training is not None:  # an earlier run may have been interrupted
-            self.training.finish(zeros=False)
-        for clock in take_over(model):
-            log.info("layers of a run that was interrupted at step %d go on from their dense weights.", clock)
+        carried = _carried_state(optimizer)
+        for said in self._take_over(model):
+            log.info(said)
         self._hooks.close()
         self._logged_clock = -1
-        self.training = SparseTraining(
-            model,
-            optimizer,
-            self.method,
-            self._length(state, carried),
-            self.targets,
-            self.exclude,
-            backend=self.backend,
-            deterministic=self.deterministic,
-            keep_transposed=self.keep_transposed,
-            lr_schedulers=[kwargs["lr_scheduler"]],
-            teacher=self.teacher,
-            logits_from=self.logits_from,
-            watch_dense=self.watch_dense,
-            track_age=self.track_age,
-            state=carried,
-            verbose=False,
-        )
-        layers, merges = self.training.masks.layers, self.method.adapter_merge
-        adapters = [part for pair in self.training.adapters().values() for part in pair]
+        training = self._begin(model, optimizer, self._length(state, carried), [kwargs["lr_scheduler"]], carried)
+        adapters = [part for pair in training.adapters().values() for part in pair]
         if carried is not None:
-            try:
-                restore_pruned_(layers, carried["codes"], carried[PRUNED_KEY])
-                load_apart(optimizer, carried, adapters)
-            except BaseException:
-                self.training.finish(zeros=False)
-                raise
-        self._hooks.callback(CarriedState(optimizer, self._state, adapters).remove)
-        self._hooks.enter_context(evaluated_in_state_dicts(layers.values(), merges))
+            self._resume(optimizer, carried, adapters)
+        self._hooks.callback(CarriedState(optimizer, self._carry, adapters).remove)
+        layers = training.masks.layers.values()
+        self._hooks.enter_context(evaluated_in_state_dicts(layers, self.method.adapter_merge))
         self._hooks.callback(model.register_load_state_dict_post_hook(self._note_load).remove)
         if state.is_world_process_zero:
-            log.info(self.training.report.summary())
+            log.info(training.report.summary())
             if self.print_table:
-                self.training.report.print_table()
+                training.report.print_table()
             if args.report_to and not self._is_attached:
                 warnings.warn(
                     f"metrics of sparse training do not reach {', '.join(args.report_to)}: call "
@@ -186,23 +153,26 @@ class HuggingFaceSparseTraining(TrainerCallback):
                     stacklevel=2,
                 )
 
+    @override
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Forget that weights were loaded; they are trained on now."""
         self._weights_loaded = False
 
+    @override
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Clear the gradients of adapters, which ``model.zero_grad()`` does not know, after skipped steps as well."""
         for pair in self.training.adapters().values() if self.training is not None else ():
             for part in pair:
                 part.grad = None
 
+    @override
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:  # fmt: skip
+    ) -> TrainerControl:
         """Follow the trainer's end, which skipped steps bring nearer, and have the trainer log after a refresh."""
         if self.training is not None and self.total_steps is None and self.method.needs_total:
             total_steps = self.training.clock + max(0, state.max_steps - state.global_step)
@@ -212,10 +182,15 @@ class HuggingFaceSparseTraining(TrainerCallback):
             control.should_log = control.should_log or args.logging_strategy != "no"
         return control
 
+    @override
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-        logs: dict[str, float] | None = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Add what the last optimizer step changed to the trainer's own values."""
         training = self.training
         if training is None or training.finished or logs is None or "loss" not in logs:
@@ -226,9 +201,10 @@ class HuggingFaceSparseTraining(TrainerCallback):
             logs.update(values)
             state.log_history[-1].update(values)  # the trainer has copied the values into it already
 
+    @override
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Give plain layers back."""
         if self.training is None:
             return
@@ -259,12 +235,20 @@ class HuggingFaceSparseTraining(TrainerCallback):
         clock = 0 if carried is None else carried.get("clock")  # which steps that were skipped are not in
         return self.total_steps or (left + clock if self.method.needs_total and isinstance(clock, int) else None)
 
-    def _state(self) -> dict[str, Any]:
+    def _resume(self, optimizer: Optimizer, carried: dict[str, Any], adapters: list[Tensor]) -> None:
+        """Give the model and the optimizer what their files in the checkpoint lack, or leave them plain."""
+        assert self.training is not None
+        try:
+            self._restore_pruned(carried)
+            load_apart(optimizer, carried, adapters)
+        except BaseException:
+            self.training.finish(zeros=False)
+            raise
+
+    def _carry(self) -> dict[str, Any]:
         assert self.training is not None
         layers = self.training.masks.layers
-        masters = {weight_key(name): layer.weight.detach() for name, layer in layers.items()}
-        pruned = pruned_values(masters, layers, self.method.adapter_merge)
-        return {**self.training.state_dict(), PRUNED_KEY: {name: values.cpu() for name, values in pruned.items()}}
+        return self._state({weight_key(name): layer.weight.detach() for name, layer in layers.items()})
 
     def _note_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         self._weights_loaded = True
@@ -274,6 +258,16 @@ class HuggingFaceSparseTraining(TrainerCallback):
         assert self.training is not None
         names = [choice.name for choice in self.training.report.sparse]
         return [name for name in names if bool(model.get_parameter(weight_key(name)).all())]
+
+
+def _carried_state(optimizer: Optimizer) -> dict[str, Any] | None:
+    carried = take_carried(optimizer)
+    if carried is not None and not (isinstance(carried, Mapping) and PRUNED_KEY in carried):
+        raise ValueError(
+            f"the checkpoint's optimizer.pt has a state of sparse training without {PRUNED_KEY!r}: it is "
+            "damaged, so resume from another checkpoint."
+        )
+    return carried
 
 
 def _refuse_sharding(args: TrainingArguments) -> None:

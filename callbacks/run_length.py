@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import Trainer
+
+from sparsetrain.methods.schedule import UNKNOWN_LENGTH
+from sparsetrain.training import SparseTraining
+
+RUN_LENGTH = "run_length"
+"""Where the state of sparse training holds that of a ``RunLength``."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,42 @@ class RunLength:
         """Whether it depends on what the training step does."""
         return not self._trainer.lightning_module.automatic_optimization
 
-    def at_start(self) -> int | None:
-        """Return the steps that this fit will take, if every batch makes every optimizer step; None if unknown yet.
+    def at_start(self, state: Mapping[str, Any] | None) -> int:
+        """Return the steps of the whole run, as far as they are known before its first batch.
+
+        Args:
+            state: Of sparse training, in the checkpoint that the fit goes on from.
 
         Raises:
             MisconfigurationException: If the trainer has no end.
+            ValueError: If the state is damaged.
         """
+        saved = None if state is None else state.get("total_steps")
+        if state is None or not isinstance(saved, int):
+            return self._of_a_new_run() or UNKNOWN_LENGTH
+        if not self.load_state_dict(state.get(RUN_LENGTH) or {}):
+            rank_zero_warn("resuming with another end of the trainer: phases that have not begun follow it.")
+        return saved
+
+    def follow(self, training: SparseTraining, running: bool) -> None:
+        """Have a run end where the trainer ends, seen from between two batches.
+
+        Args:
+            training: The engine.
+            running: Whether the loop counts the batch that comes next already.
+
+        Raises:
+            MisconfigurationException: If the trainer has no end.
+            ValueError: If the phases do not fit into a run that has not begun.
+        """
+        total_steps = self._at_batch(training.clock, running)
+        if total_steps:
+            if not training.clock:
+                training.method.schedule.resolve(total_steps)
+            training.retime(total_steps)
+
+    def _of_a_new_run(self) -> int | None:
+        """Return the steps that this fit will take, if every batch makes every optimizer step; None if unknown yet."""
         trainer = self._trainer
         endless = trainer.max_epochs in (None, -1)
         if self._position.resumed and not endless:
@@ -82,16 +119,8 @@ class RunLength:
             _ = trainer.estimated_stepping_batches  # loads them
         return self._finite(self._left(self._position.epoch, 0, self._position.step))
 
-    def at_batch(self, clock: int, running: bool) -> int | None:
-        """Return the steps of the whole run, seen from between two batches; None if there is nothing new to say.
-
-        Args:
-            clock: Of sparse training.
-            running: Whether the loop counts the batch that comes next already.
-
-        Raises:
-            MisconfigurationException: If the trainer has no end.
-        """
+    def _at_batch(self, clock: int, running: bool) -> int | None:
+        """Return the steps of the whole run, seen from between two batches; None if there is nothing new to say."""
         trainer, loop = self._trainer, self._trainer.fit_loop
         batches, batch, step = loop.total_batch_idx + 1 - running, loop.batch_idx + 1 - running, trainer.global_step
         if self._origin is None:

@@ -3,45 +3,37 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from typing_extensions import override
 
-from sparsetrain.checkpoint import (
-    CHECKPOINT_KEY,
-    PRUNED_KEY,
-    pruned_values,
-    require_pruned,
-    require_same_weights,
-    restore_pruned_,
-)
+from sparsetrain.checkpoint import CHECKPOINT_KEY, PRUNED_KEY, require_pruned
 from sparsetrain.checkpoint.sparse_weights import sparse_state_dict
-from sparsetrain.layers.claims import take_over
-from sparsetrain.layers.options import check_options
 from sparsetrain.methods import Method, resolve_method
-from sparsetrain.methods.schedule import UNKNOWN_LENGTH
-from sparsetrain.training import SparseTraining
 
 from .distilled_step import DistilledStep
+from .fit_checks import check_trainer, refuse_foreign_weights
 from .method_argument import register_method
 from .metric_log import MetricLog
-from .run_length import Position, RunLength
+from .run_length import RUN_LENGTH, Position, RunLength
+from .sparse_run import SparseRun
 from .validation_check import ValidationCheck
 
-SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
-RUN_LENGTH = "run_length"
+OPTIMIZERS = "optimizer_states"
+"""Where a Lightning checkpoint holds those."""
 
 register_method()
 
 
-class SparseTrainingCallback(Callback):
+class SparseTrainingCallback(SparseRun, Callback):
     """Train with 2:4 sparsity: add it to a ``Trainer``, change nothing else.
 
     The run's length comes from the trainer and follows it. When the fit ends, the layers are plain ones again, with
     zeros if the run ends sparse, and one line, ``callback.training.ending``, says what the model is. Checkpoints hold
     the sparse model (``load_from_checkpoint`` needs no callback) and, under ``checkpoint["sparsetrain"]``, what
-    resuming bit for bit needs; with ``save_weights_only=True`` they hold the dense masters instead.
+    resuming bit for bit needs; with ``save_weights_only=True`` they hold the dense masters instead. Metrics are logged
+    under ``sparsity/``: :class:`sparsetrain.callbacks.metric_log.MetricLog` lists them.
 
     Args:
         method: A preset's name, a ``Method``, or a mapping: ``preset`` with its arguments, or the fields of ``Method``
@@ -69,33 +61,6 @@ class SparseTrainingCallback(Callback):
     Raises:
         ValueError: If the method is unknown or has a bad value.
 
-    Logged to every logger and to ``trainer.callback_metrics``, at every refresh, whatever ``log_every_n_steps`` is, and
-    at the trainer's logging steps; a refresh before the first step, with that step:
-
-    =====================================  =========================================================================
-    ``sparsity/flip_rate``                 mask entries changed at the last refresh, a fraction; on the progress bar
-    ``sparsity/virtual_flip_rate``         the same in a dense phase, of masks that are not applied
-    ``sparsity/flip_rate_ratio``           the first over the second
-    ``sparsity/kept_fraction``             Σ|W⊙M| / Σ|W|
-    ``sparsity/kept_fraction_at_refresh``  the same, of the weights that the last mask search saw; with
-                                           ``per_layer_metrics`` under ``sparsity/layer/<name>/`` too: what each layer
-                                           lost when it was pruned
-    ``sparsity/approximation_error``       mean |W - W⊙M|
-    ``sparsity/kept_magnitude_mean``       mean |w| of kept entries
-    ``sparsity/pruned_magnitude_mean``     mean |w| of pruned entries
-    ``sparsity/pruned_count``              pruned entries, of ``sparsity/total_count``
-    ``sparsity/nonfinite_count``           NaN and infinite weights
-    ``sparsity/violations``                groups of four that do not keep what they should; must be 0
-    ``sparsity/sparse_layers``             layers whose mask is in force
-    ``sparsity/sparse_flops_share``        share of the layers' GEMM FLOPs that can run sparse now
-    ``sparsity/age_mean``                  refreshes since an entry flipped, with ``track_age``
-    ``sparsity/refresh_ms``                milliseconds of the last mask search
-    ``sparsity/repack_ms``                 milliseconds of packing weights after the last step
-    ``sparsity/operand_bytes``             bytes of packed weights on the device
-    ``sparsity/distillation``              T²·KL from the teacher on the last batch, in nats, of a method that distils
-    ``sparsity/clock``                     successful optimizer steps
-    =====================================  =========================================================================
-
     Example:
         >>> from lightning.pytorch import Trainer
         >>> callback = SparseTrainingCallback(targets="mlp")
@@ -118,66 +83,49 @@ class SparseTrainingCallback(Callback):
         logits_from: str = "",
         teacher: nn.Module | None = None,
     ) -> None:
-        check_options(
-            targets=targets, exclude=exclude, backend=backend, total_steps=total_steps, logits_from=logits_from,
-            teacher=teacher, deterministic=deterministic, keep_transposed=keep_transposed, watch_dense=watch_dense,
-            track_age=track_age, per_layer_metrics=per_layer_metrics, print_table=print_table,
-        )  # fmt: skip
+        super().__init__(
+            targets=targets,
+            exclude=exclude,
+            backend=backend,
+            deterministic=deterministic,
+            keep_transposed=keep_transposed,
+            total_steps=total_steps,
+            watch_dense=watch_dense,
+            track_age=track_age,
+            per_layer_metrics=per_layer_metrics,
+            print_table=print_table,
+            logits_from=logits_from,
+            teacher=teacher,
+        )
         self.method = resolve_method(method)
-        self.targets = targets
-        self.exclude = exclude
-        self.backend = backend
-        self.deterministic = deterministic
-        self.keep_transposed = keep_transposed
-        self.total_steps = total_steps
-        self.watch_dense = watch_dense
-        self.track_age = track_age
-        self.per_layer_metrics = per_layer_metrics
-        self.print_table = print_table
-        self.logits_from = logits_from
-        self.teacher = teacher
-        self.training: SparseTraining | None = None
-        self._loaded: dict[str, Any] | None = None
-        self._position: Position | None = None  # in the checkpoint that the fit begins from
+        self._forget()
+
+    def _forget(self) -> None:
+        """Know of no fit."""
+        self._hooks.close()
+        self.training = None
+        self._loaded: dict[str, Any] | None = None  # state in the checkpoint that the fit begins from
+        self._position: Position | None = None  # there
         self._length: RunLength | None = None
-        self._final: dict[str, Any] | None = None
-        self._final_optimizers: list[dict[str, Any]] = []
+        self._final: dict[str, Any] | None = None  # parts of every checkpoint that is saved after the fit
         self._metric_log: MetricLog | None = None
-        self._guard: Any = None
-        self._step: DistilledStep | None = None
         self._check = ValidationCheck()
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before anything is built."""
         if stage != "fit":
             return
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(callback, SparseTrainingCallback) for callback in callbacks) > 1:
-            raise MisconfigurationException(
-                "trainer has more than one SparseTrainingCallback: use one, with all targets, so that one clock runs."
-            )
-        strategy = type(trainer.strategy).__name__
-        if strategy in SHARDED_STRATEGIES:
-            raise MisconfigurationException(
-                f"strategy is {strategy}: SparseTrainingCallback needs whole weights on every rank, "
-                "so use 'ddp' or one device."
-            )
-        if self.training is not None:  # an earlier fit, of another module, was interrupted
-            self.training.finish(zeros=False)
-        for clock in take_over(pl_module):
-            rank_zero_info(f"layers of a run that was interrupted at step {clock} go on from their dense weights.")
-        self.training = self._loaded = self._final = self._position = self._length = None
-        self._final_optimizers = []
-        self._metric_log = None
-        self._release_guard()
-        self._release_step()
-        # a checkpoint of another model must be refused before any of its weights is copied
-        register: Any = pl_module.register_load_state_dict_pre_hook
-        self._guard = register(_refuse_foreign_weights)
+        check_trainer(trainer, SparseTrainingCallback)
+        for said in self._take_over(pl_module):
+            rank_zero_info(said)
+        self._forget()
+        self._hooks.callback(refuse_foreign_weights(pl_module).remove)
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the layers sparse and start, or go on from the checkpoint that was loaded."""
-        self._release_guard()
+        self._hooks.close()
         self._check = ValidationCheck()
         length = RunLength(trainer, self._position or Position.of(trainer))
         if length.nothing_left and self._loaded is None:
@@ -186,43 +134,32 @@ class SparseTrainingCallback(Callback):
                 "this fit trains no step, so the model stays as it is."
             )
             return
-        total_steps = self._total_steps(length)
+        if self.total_steps is None and self.method.needs_total:
+            self._length = length
+        total_steps = self.total_steps if self._length is None else length.at_start(self._loaded)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        self.training = SparseTraining(
-            pl_module,
-            trainer.optimizers,
-            self.method,
-            total_steps,
-            self.targets,
-            self.exclude,
-            backend=self.backend,
-            deterministic=self.deterministic,
-            keep_transposed=self.keep_transposed,
-            lr_schedulers=schedulers,
-            teacher=self.teacher,
-            logits_from=self.logits_from,
-            watch_dense=self.watch_dense,
-            track_age=self.track_age,
-            state=self._loaded,
-            verbose=False,
-        )
-        self._metric_log = MetricLog(self.training, self.per_layer_metrics, resumed=self._loaded is not None)
-        if self._length is not None and self._length.is_measured and self._loaded is None:
-            self.training.retime(None)  # until a batch has shown how many steps it takes
-        self._restore_pruned()
+        training = self._begin(pl_module, trainer.optimizers, total_steps, schedulers, self._loaded)
+        self._metric_log = MetricLog(training, self.per_layer_metrics, resumed=self._loaded is not None)
+        if self._loaded is not None:
+            self._restore_pruned(self._loaded)
+            self._loaded = None
+        elif self._length is not None and length.is_measured:
+            training.retime(None)  # until a batch has shown how many steps it takes
         if self.method.distillation and pl_module.automatic_optimization:
-            self._step = DistilledStep(pl_module, self.training.distilled)
-        rank_zero_info(self.training.report.summary())
+            self._hooks.callback(DistilledStep(pl_module, training.distilled).remove)
+        rank_zero_info(training.report.summary())
         if self.print_table and trainer.is_global_zero:
-            self.training.report.print_table()
+            training.report.print_table()
         description = {"method": self.method.describe(), "targets": self.targets, "exclude": list(self.exclude)}
         for logger in trainer.loggers:
             logger.log_hyperparams({"sparsity": description})
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Follow the trainer's end; a checkpoint may have been saved before the end of the last batch was seen here."""
         self._follow(running=True)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -231,47 +168,57 @@ class SparseTrainingCallback(Callback):
         if self._metric_log is not None:
             self._metric_log.after_batch(trainer, pl_module)
 
+    @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Have the first batch that masks are in force for compared with plain masked weights."""
         self._check.begin(trainer, pl_module)
 
+    @override
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
         dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Leave the module with its own forwards."""
         self._check.end()
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give plain layers back, say what the model is, keep what a checkpoint saved from now on needs to resume."""
-        self._release_step()
-        if self.training is not None:
-            self._final = self._state(pl_module.state_dict())
-            if self.training.adapters():  # which leave the optimizers now, but belong to what a later fit goes on from
-                self._final_optimizers = [trainer.strategy.optimizer_state(entry) for entry in trainer.optimizers]
-            self.training.finish()
-            assert self.training.ending is not None
-            say = rank_zero_info if self.training.ending.as_planned else rank_zero_warn
-            say(str(self.training.ending))
+        self._hooks.close()
+        if self.training is None:
+            return
+        self._final = {CHECKPOINT_KEY: self._state(pl_module.state_dict())}
+        if self.training.adapters():  # which leave the optimizers now, but belong to what a later fit goes on from
+            self._final[OPTIMIZERS] = [trainer.strategy.optimizer_state(entry) for entry in trainer.optimizers]
+        self.training.finish()
+        assert self.training.ending is not None
+        say = rank_zero_info if self.training.ending.as_planned else rank_zero_warn
+        say(str(self.training.ending))
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no guard behind; the layers stay as they are until the next fit, so that a checkpoint can be saved."""
-        self._release_guard()
-        self._release_step()
+        self._hooks.close()
         self._check.end()
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module with its own training step."""
-        self._release_step()
+        self._hooks.close()
 
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the sparse model into ``state_dict`` and everything else under ``checkpoint["sparsetrain"]``."""
         if self._final is not None:
-            checkpoint[CHECKPOINT_KEY] = self._final
-            if self._final_optimizers and "optimizer_states" in checkpoint:
-                checkpoint["optimizer_states"] = self._final_optimizers
+            parts = self._final.items()
+            checkpoint.update({key: part for key, part in parts if key != OPTIMIZERS or key in checkpoint})
         elif self.training is not None and not self.training.finished:
             masters = checkpoint["state_dict"]
             checkpoint[CHECKPOINT_KEY] = state = self._state(masters)
@@ -279,76 +226,29 @@ class SparseTrainingCallback(Callback):
                 merge = self.method.adapter_merge
                 checkpoint["state_dict"] = sparse_state_dict(pl_module, masters, merge_adapters=merge)
 
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the state for ``on_fit_start``; if a fit is running (learning-rate finder), go back to it at once."""
         if trainer.state.fn != "fit":
             self._final = None  # the weights are the checkpoint's now, not those of the last fit
             return
-        self._loaded = checkpoint.get(CHECKPOINT_KEY)
         self._position = Position.in_checkpoint(checkpoint)
-        require_pruned(self._loaded, checkpoint["state_dict"])
-        if self._loaded is None:
+        state = checkpoint.get(CHECKPOINT_KEY)
+        require_pruned(state, checkpoint["state_dict"])
+        if state is None:
             rank_zero_warn(
                 f"checkpoint has no {CHECKPOINT_KEY!r} state, so sparse training starts at step 0 of its schedule."
             )
         elif self.training is not None and not self.training.finished:
-            self.training.load_state_dict(self._loaded)
-            self._restore_pruned()
+            self.training.load_state_dict(state)
+            self._restore_pruned(state)
+            return
+        self._loaded = state
 
+    @override
     def _state(self, masters: Mapping[str, Any]) -> dict[str, Any]:
-        assert self.training is not None
-        pruned = pruned_values(masters, self.training.masks.layers, self.method.adapter_merge)
-        return {
-            **self.training.state_dict(),
-            PRUNED_KEY: {name: values.cpu() for name, values in pruned.items()},
-            RUN_LENGTH: None if self._length is None else self._length.state_dict(),
-        }
-
-    def _total_steps(self, length: RunLength) -> int | None:
-        """Return the steps of the whole run, and keep the object that follows them where they are the trainer's."""
-        if self.total_steps is not None or not self.method.needs_total:
-            return self.total_steps
-        self._length = length
-        saved = None if self._loaded is None else self._loaded.get("total_steps")
-        if self._loaded is None or not isinstance(saved, int):
-            return length.at_start() or UNKNOWN_LENGTH
-        if not length.load_state_dict(self._loaded.get(RUN_LENGTH) or {}):
-            rank_zero_warn("resuming with another end of the trainer: phases that have not begun follow it.")
-        return saved
+        return {**super()._state(masters), RUN_LENGTH: None if self._length is None else self._length.state_dict()}
 
     def _follow(self, running: bool) -> None:
         if self._length is not None and self.training is not None:
-            total_steps = self._length.at_batch(self.training.clock, running)
-            if total_steps:
-                if not self.training.clock:
-                    self.method.schedule.resolve(total_steps)  # an error if the phases do not fit
-                self.training.retime(total_steps)
-
-    def _release_guard(self) -> None:
-        if self._guard is not None:
-            self._guard.remove()
-            self._guard = None
-
-    def _release_step(self) -> None:
-        if self._step is not None:
-            self._step.remove()
-            self._step = None
-
-    def _restore_pruned(self) -> None:
-        if self._loaded is not None and self.training is not None:
-            restore_pruned_(self.training.masks.layers, self._loaded["codes"], self._loaded.get(PRUNED_KEY, {}))
-        self._loaded = None
-
-
-def _refuse_foreign_weights(module: LightningModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    # the hook's own argument is True whatever load_state_dict was given, which is strict_loading
-    require_same_weights(module, state_dict, module.strict_loading and not _may_rename_keys(module))
-
-
-def _may_rename_keys(module: nn.Module) -> bool:
-    children = [child for child in module.modules() if child is not module]
-    own_hooks = len(module._load_state_dict_pre_hooks) > 1 or any(
-        child._load_state_dict_pre_hooks for child in children
-    )
-    plain = nn.Module._load_from_state_dict
-    return own_hooks or any(type(child)._load_from_state_dict is not plain for child in children)
+            self._length.follow(self.training, running)

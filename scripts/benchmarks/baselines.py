@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from measure import milliseconds, quantiles
 from torch import Tensor
 
 from sparsetrain import transposable_mask
+
+from .measure import milliseconds, quantiles
 
 CHUNKS = [1 << power for power in range(12, 21)]  # tiles of one matrix product
 

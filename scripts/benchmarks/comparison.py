@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from measure import AHEAD_CYCLES, events_around, quantile_cells, quantiles
 from rich.console import Console
 from rich.table import Table
+
+from .measure import AHEAD_CYCLES, events_around, quantile_cells, quantiles
 
 HOST_CALLS = (20, 200)  # fewest and most of a median host time
 HOST_SECONDS = 0.2  # of device time that these calls may take

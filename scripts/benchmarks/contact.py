@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gemm
-import stand_in
 import torch
-from grid import first_line
 
 from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend
 from sparsetrain.backends.packing import PackJob, fill_
@@ -25,6 +22,9 @@ from sparsetrain.dispatch.faults import FAULTS, device_works
 from sparsetrain.hardware.machine import cache_folder
 from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
+
+from . import gemm, stand_in
+from .grid import first_line
 
 SHAPE, TOKENS = (512, 768), 256
 SMALL_SHAPE, SMALL_TOKENS = (64, 128), 32  # of stand-ins

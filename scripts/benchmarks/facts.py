@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gemm
-import stand_in
 import torch
-from grid import first_line
-from measure import cuda_milliseconds, quantiles
 
 from sparsetrain.backends import Backend
 from sparsetrain.dispatch import describe_environment
+
+from . import gemm, stand_in
+from .grid import first_line
+from .measure import cuda_milliseconds, quantiles
 
 PACKAGES = (
     "torch", "triton", "nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12", "nvmath-python", "cuda-bindings",

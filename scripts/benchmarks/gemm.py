@@ -5,9 +5,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from comparison import Comparison, Provider, set_count, take_turns
-from grid import Grid, Point, first_line, measure_grid
-from measure import milliseconds, quantiles
 from torch import Tensor
 
 from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend
@@ -26,6 +23,10 @@ from sparsetrain.dispatch import (
 from sparsetrain.dispatch.stopwatch import median_milliseconds
 from sparsetrain.hardware.machine import cache_folder
 from sparsetrain.kernels.mask_search import search_tiles
+
+from .comparison import Comparison, Provider, set_count, take_turns
+from .grid import Grid, Point, first_line, measure_grid
+from .measure import milliseconds, quantiles
 
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (8192, 28672))

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from comparison import Comparison, rows, show
-from measure import append_csv
 
 from sparsetrain.dispatch import DeviceFaultError, describe_environment
+
+from .comparison import Comparison, rows, show
+from .measure import append_csv
 
 FAULTED = 3  # exit code: a new process would leave out the algorithm that took the device from this one
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import append_csv, quantile_cells
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -31,6 +30,8 @@ from sparsetrain.kernels.pack.operator import NOW as PACK_NOW
 from sparsetrain.kernels.pack.operator import pack_tiles_
 from sparsetrain.layers.conversion import to_sparse_
 from sparsetrain.matmul.execution import Execution
+
+from .measure import append_csv, quantile_cells
 
 STAND_IN = "a stand-in whose product returns an empty output"
 WIDTH = 16

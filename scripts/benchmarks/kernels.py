@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import BASELINES, apex_style_argmax, best_chunk, matmul90
-from measure import append_csv, cuda_milliseconds, milliseconds, quantiles
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -19,6 +17,9 @@ from sparsetrain.kernels.mvue import ESTIMATORS, mvue
 from sparsetrain.kernels.pack import pack_tiles, pack_tiles_, search_and_pack, search_and_pack_
 from sparsetrain.kernels.pack.reference import pack
 from sparsetrain.kernels.statistics import tile_statistics
+
+from .baselines import BASELINES, apex_style_argmax, best_chunk, matmul90
+from .measure import append_csv, cuda_milliseconds, milliseconds, quantiles
 
 SHAPES = {"cuda": [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672)], "cpu": [(4096, 4096)]}
 MLP_7B = [(11008, 4096), (11008, 4096), (4096, 11008)] * 32

@@ -4,8 +4,6 @@ import functools
 from collections.abc import Callable
 
 import torch
-from comparison import Comparison, Provider, set_count, take_turns
-from grid import Grid, Point, first_line, measure_grid
 from torch import Tensor, nn
 
 from sparsetrain.backends import BACKENDS
@@ -15,6 +13,9 @@ from sparsetrain.layers.conversion import to_sparse_
 from sparsetrain.layers.linear import SparseLinear
 from sparsetrain.matmul.choices import describe
 from sparsetrain.matmul.execution import Execution
+
+from .comparison import Comparison, Provider, set_count, take_turns
+from .grid import Grid, Point, first_line, measure_grid
 
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))

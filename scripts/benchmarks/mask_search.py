@@ -4,12 +4,13 @@ import functools
 from pathlib import Path
 
 import torch
-from baselines import CHUNKS, best_chunk, matmul90
-from measure import append_csv, extra_megabytes, milliseconds, quantiles
 from rich.console import Console
 from rich.table import Table
 
 from sparsetrain import transposable_mask
+
+from .baselines import CHUNKS, best_chunk, matmul90
+from .measure import append_csv, extra_megabytes, milliseconds, quantiles
 
 
 def run(rows: int, columns: int, repeats: int, csv: Path | None) -> int:

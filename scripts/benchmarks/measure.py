@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 import triton
-from repository import commit
 
 import sparsetrain
+
+from .repository import commit
 
 FIELDS = (
     "kernel_name", "kernel_provider", "metric_name", "metric_unit", "x_name", "x_value", "y_value_20", "y_value_50",

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gemm
 import numpy as np
-import stand_in
 import torch
-from grid import first_line
 from torch import Tensor
 
 from sparsetrain.backends import CuSparseLtBackend
 from sparsetrain.hardware.machine import cache_folder
 from sparsetrain.kernels.layouts import LayoutError, learn_layout
+
+from . import gemm, stand_in
+from .grid import first_line
 
 SHAPES = ((128, 128), (128, 256), (256, 128), (64, 96), (512, 768), (768, 512), (2048, 5632), (5632, 2048))
 SMALL_SHAPES = ((32, 48), (48, 32))  # of stand-ins

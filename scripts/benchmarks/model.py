@@ -6,7 +6,7 @@ products that a GEMM ratio says, and adds passes over the weights at the memory'
 
 from dataclasses import dataclass
 
-from peaks import GPUS, Gpu
+from .peaks import GPUS, Gpu
 
 UTILISATION = 0.6  # of the peak, by a dense step compiled as a whole
 GEMM_SHARE = 0.8  # of the peak, by large dense products on random numbers

@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import float8
 import torch
-from grid import FAULTED, first_line
-from measure import append_csv, quantile_cells, quantiles
-from peaks import find
 from rich.console import Console
 from rich.table import Table
-from trainee import REFRESH_EVERY, SIZES, Trainee, Variant
 
 from sparsetrain.dispatch import DeviceFaultError, describe_environment
+
+from . import float8
+from .grid import FAULTED, first_line
+from .measure import append_csv, quantile_cells, quantiles
+from .peaks import find
+from .trainee import REFRESH_EVERY, SIZES, Trainee, Variant
 
 ALONE = "not in turn with the baseline"
 WEAK = 0.45  # of the peak: a dense baseline below it is no strong opponent

@@ -7,16 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import float8
 import torch
 import torch.nn.functional as F
-from measure import recorded_event
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsetrain.recipes.gpt.model import GPT
 from sparsetrain.recipes.optimization import weight_decay_groups
 from sparsetrain.training import SparseTraining
+
+from . import float8
+from .measure import recorded_event
 
 REFRESH_EVERY = 40
 BATCHES = 8  # different ones, in turn

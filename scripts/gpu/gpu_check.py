@@ -16,9 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from archive import pack
-from parts import PART_SECONDS, TITLES, parts
-from stage import GRACE, ROOT, Result, Stage, Starter, fork, run, spawn
+from ..benchmarks.repository import commit
+from .archive import pack
+from .parts import PART_SECONDS, TITLES, parts
+from .stage import GRACE, ROOT, Result, Stage, Starter, fork, run, spawn
 
 CACHE = "cache"
 LEAST_SECONDS = 5.0  # that a stage is begun for
@@ -140,8 +141,6 @@ class Check:
 
 def environment() -> dict[str, Any]:
     """Return GPU, driver, versions and commit, without the device: only stages make use of it."""
-    from repository import commit
-
     from sparsetrain.hardware.machine import read_machine
 
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm,power.limit,memory.total", "--format=csv,noheader"]
@@ -165,7 +164,6 @@ def _warm_fork() -> Starter:
 
 
 def _python_path() -> str:
-    # no folder of scripts: their names would hide packages, such as kernels, from tests
     return os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
 
 
@@ -197,6 +195,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(ROOT / "scripts" / "benchmarks"))
-    sys.path.insert(0, str(ROOT))
     sys.exit(main())

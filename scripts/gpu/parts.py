@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from stage import BENCH, BENCHMARKS, GRACE, ROOT, Stage
+from .stage import GRACE, PYTEST, ROOT, Stage
 
 PART_SECONDS = 570.0  # of a part, the ending of its last stage included
-PYTEST = ("-m", "pytest", "-v", "--durations=15", "-p", "no:cacheprovider", "--color=no")
+TESTS = (*PYTEST, "-v", "--durations=15", "-p", "no:cacheprovider", "--color=no")
 # what a GPU, its driver and their packages warn of is not known before: it is to be read, not to fail
 WARNINGS = ("-W", "default")
 PRODUCT_TESTS = "tests/sparsetrain/gpu/test_products_on_a_gpu.py"
@@ -45,9 +45,9 @@ def _smoke(out: Path, dry_run: bool) -> list[Stage]:
     if dry_run:
         training = _pytest(out, "training_tests", "-m", "gpu", "tests/sparsetrain/gpu/test_runs_on_a_gpu.py")
     return [
-        _one("facts", [f"{BENCHMARKS}/facts.py", "--out", str(out / "facts.json"), *dry], 40),
-        _one("first_contact", [f"{BENCHMARKS}/contact.py", "--out", str(out / "contact.jsonl"), *dry], 110),
-        _one("metadata", [f"{BENCHMARKS}/metadata.py", "--out", str(out / "metadata"), *dry], 60),
+        _one("facts", [*_module("facts"), "--out", str(out / "facts.json"), *dry], 40),
+        _one("first_contact", [*_module("contact"), "--out", str(out / "contact.jsonl"), *dry], 110),
+        _one("metadata", [*_module("metadata"), "--out", str(out / "metadata"), *dry], 60),
         _one("product_tests", _pytest(out, "product_tests", PRODUCT_TESTS, "-k", others), 80),
         *(
             _one(f"algorithms_{name}", _pytest(out, f"algorithms_{name}", PRODUCT_TESTS, "-k", words), 60)
@@ -94,7 +94,7 @@ def _kernels(out: Path, dry_run: bool) -> list[Stage]:
 def _tilelang(out: Path, dry_run: bool) -> list[Stage]:
     way = "simulated" if dry_run else "tilelang"
     dry = ["--stand-in"] if dry_run else []
-    contact = [f"{BENCHMARKS}/contact.py", "--way", way, "--out", str(out / "contact.jsonl"), *dry]
+    contact = [*_module("contact"), "--way", way, "--out", str(out / "contact.jsonl"), *dry]
     return [
         _one("tilelang_contact", contact, 120),
         _one("tilelang_tests", _pytest(out, "tilelang_tests", PRODUCT_TESTS, "-k", _tilelang_tests(dry_run)), 200),
@@ -110,13 +110,17 @@ def _one(name: str, command: Sequence[str], seconds: float) -> Stage:
     return Stage(name, {name: command}, seconds)
 
 
+def _module(name: str) -> list[str]:
+    return ["-m", f"scripts.benchmarks.{name}"]
+
+
 def _pytest(out: Path, name: str, *arguments: str) -> list[str]:
-    return [*PYTEST, *WARNINGS, *arguments, f"--junitxml={out / name}.xml"]
+    return [*TESTS, *WARNINGS, *arguments, f"--junitxml={out / name}.xml"]
 
 
 def _bench(name: str, out: Path, dry_run: bool, options: Sequence[str], stand_in: Sequence[str] = ()) -> list[str]:
     place = ["--device", "cpu"] if dry_run and name != "kernels" else []
-    return [BENCH, name, *options, *place, *stand_in, "--csv", str(out / f"{name}.csv")]
+    return [*_module("main"), name, *options, *place, *stand_in, "--csv", str(out / f"{name}.csv")]
 
 
 def _grid(dry_run: bool, seconds: str) -> list[str]:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = "scripts/benchmarks"
-BENCH = f"{BENCHMARKS}/main.py"
+PYTEST = ("-m", "pytest")
 NOT_HERE = 2  # exit code of a benchmark that cannot run here
 FAULTED = 3  # and of one that an algorithm took the device from: a new process leaves that algorithm out
 MOST_BEGINNINGS = 4
@@ -94,7 +93,7 @@ class _Fork:
 
 
 def fork(command: Sequence[str], output: int, environment: Mapping[str, str]) -> Process:
-    """Run Python's arguments in a fork, which has imported what this process has: for machines without a GPU."""
+    """Run a module in a fork, which has imported what this process has: for machines without a GPU."""
     process = multiprocessing.get_context("fork").Process(target=_become, args=(command, output, environment))
     process.start()
     return _Fork(process)
@@ -109,14 +108,9 @@ def _become(command: Sequence[str], output: int, environment: Mapping[str, str])
         os.dup2(output, descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    if command[0] == "-m":
-        sys.argv = [command[1], *command[2:]]
-        sys.path[0] = str(ROOT)
-        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = list(command)
-        sys.path[0] = str(Path(command[0]).resolve().parent)
-        runpy.run_path(command[0], run_name="__main__")
+    sys.argv = list(command[1:])
+    sys.path[0] = str(ROOT)
+    runpy.run_module(command[1], run_name="__main__", alter_sys=True)
 
 
 @dataclass
@@ -187,7 +181,7 @@ def _faulted(stage: Stage, results: dict[str, Result], begun: Mapping[str, int])
     again = [
         label
         for label, result in results.items()
-        if result.code == FAULTED and stage.commands[label][0] != "-m" and begun[label] < MOST_BEGINNINGS
+        if result.code == FAULTED and not _is_pytest(stage.commands[label]) and begun[label] < MOST_BEGINNINGS
     ]
     for label in again:
         del results[label]
@@ -246,4 +240,8 @@ def _finish(command: _Running, results: dict[str, Result], ended: str, code: int
 def _verdict(command: Sequence[str], code: int) -> str:
     if code == 0:
         return "passed"
-    return "not run" if code == NOT_HERE and command[0] != "-m" else f"failed ({code})"
+    return "not run" if code == NOT_HERE and not _is_pytest(command) else f"failed ({code})"
+
+
+def _is_pytest(command: Sequence[str]) -> bool:
+    return tuple(command[:2]) == PYTEST  # whose exit codes are its own

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ratios import Ratio
-from summary import DENSE, Row, mean_and_deviation, relative_times
+from .ratios import Ratio
+from .summary import DENSE, Row, mean_and_deviation, relative_times
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h")

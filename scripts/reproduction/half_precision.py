@@ -1,4 +1,4 @@
-"""What masked decay does to models whose weights are bfloat16: ``python scripts/reproduction/half_precision.py``.
+"""What masked decay does to models whose weights are bfloat16: ``python -m scripts.reproduction.half_precision``.
 
 A small GPT is trained on the interpreter's own sources with float32 weights, and with bfloat16 weights whose decayed
 gradients are rounded at random (as the library does), rounded to the nearest number, or rounded to the nearest number

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import build
-from tasks import Task
-from training import Run, Validation, train
+
+from .methods import build
+from .tasks import Task
+from .training import Run, Validation, train
 
 
 @dataclass(frozen=True)

@@ -1,38 +1,24 @@
 """``scripts/reproduce_methods``: the same models by every method, several seeds, dense beside them."""
 
-import argparse
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from figure import plot
-from jobs import Finished, Job, run_all
-from methods import METHODS
-from provenance import commit, environment, sources_digest
-from ratios import PUBLISHED, Ratio, given, measured
-from report import show, write_csv, write_markdown
-from summary import DENSE, Row, summarise
-from tasks import MODELS, TASKS, Task
-from training import Run
-
-EXAMPLES = """
-examples:
-  scripts/reproduce_methods                                      # small GPT and images, all methods, three seeds
-  scripts/reproduce_methods --jobs 2                             # two runs at a time, the same numbers
-  scripts/reproduce_methods --task image --method fst\\ as\\ published --method recommended --seeds 1 --out runs/try
-  scripts/reproduce_methods --model 124M --measured docs/results/gemm.csv   # on a GPU
-
-An interrupted comparison goes on where it stopped when it is called again. The exit status is 1 if a mask was wrong
-or a run failed.
-"""
+from .command_line import command_of, ratio_of, read, tasks_of
+from .figure import plot
+from .jobs import Finished, Job, run_all
+from .methods import METHODS
+from .provenance import commit, environment, sources_digest
+from .report import show, write_csv, write_markdown
+from .summary import Row, summarise
+from .tasks import Task
+from .training import Run
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train, compare and return the exit code: 1 if a mask was wrong or a run failed."""
-    options = _options(arguments)
-    tasks, ratio = _tasks(options), _ratio(options)
+    options = read(arguments)
+    tasks, ratio = tasks_of(options), ratio_of(options)
     jobs = [
         Job(task, method, METHODS[method], seed)
         for task in tasks
@@ -45,106 +31,24 @@ def main(arguments: list[str] | None = None) -> int:
         return replace(run, environment=here, commit=now)
 
     finished = Finished(options.runs / "runs.jsonl")
-    runs, failures = run_all(
-        jobs, finished, f"{sources_digest()}, {here}", options.jobs, options.threads, stamp, options.fresh
-    )
-    seeds = f"{options.seeds} seed{'s' if options.seeds > 1 else ''}"
-    tables: dict[str, tuple[Task, list[Row]]] = {}
-    for task in tasks:
-        rows = summarise([run for run in runs if run.task == task.name], ratio.value)
-        if rows:
-            tables[task.name] = task, rows
-            show(
-                rows,
-                task,
-                f"{task.name}, {task.steps} steps, {seeds}; {ratio.source} ratio {ratio.value:g}",
-            )
+    digest = f"{sources_digest()}, {here}"
+    runs, failures = run_all(jobs, finished, digest, options.jobs, options.threads, stamp, options.fresh)
     for failure in failures:
         print(f"{failure.job} fails: {failure.reason}", file=sys.stderr)
+    summaries = [(task, summarise([run for run in runs if run.task == task.name], ratio.value)) for task in tasks]
+    tables: dict[str, tuple[Task, list[Row]]] = {task.name: (task, rows) for task, rows in summaries if rows}
     if not tables:
         return 1
+    seeds = f"{options.seeds} seed{'s' if options.seeds > 1 else ''}"
+    for task, rows in tables.values():
+        show(rows, task, f"{task.name}, {task.steps} steps, {seeds}; {ratio.source} ratio {ratio.value:g}")
     out: Path = options.out
-    write_csv(out.with_suffix(".csv"), runs)
-    title = f"{seeds}; {here}"
-    plot(out.with_suffix(".png"), {name: rows for name, (_, rows) in tables.items()}, ratio, title)
-    picture = out.with_suffix(".png").name
-    write_markdown(out.with_suffix(".md"), _command(options), tables, failures, seeds, ratio, here, picture)
-    print(f"wrote {out.with_suffix('.csv')}, .png and .md")
+    table, picture, text = (out.with_suffix(suffix) for suffix in (".csv", ".png", ".md"))
+    write_csv(table, runs)
+    plot(picture, {name: rows for name, (_, rows) in tables.items()}, ratio, f"{seeds}; {here}")
+    write_markdown(text, command_of(options), tables, failures, seeds, ratio, here, picture.name)
+    print(f"wrote {table}, .png and .md")
     return int(bool(failures) or any(run.violations for run in runs))
-
-
-def _tasks(options: argparse.Namespace) -> list[Task]:
-    tasks = [TASKS[name][options.model] for name in options.task]
-    return [replace(task, steps=options.steps) for task in tasks] if options.steps else tasks
-
-
-def _ratio(options: argparse.Namespace) -> Ratio:
-    if options.measured is not None:
-        return measured(options.measured)
-    return PUBLISHED if options.ratio is None else given(options.ratio)
-
-
-def _command(options: argparse.Namespace) -> str:
-    words = ["scripts/reproduce_methods", *(f"--task {name}" for name in options.task), f"--model {options.model}"]
-    words += [f"--steps {options.steps}"] if options.steps else []
-    words += [f"--seeds {options.seeds}"]
-    if options.method != list(METHODS):
-        words += [f"--method {shlex.quote(method)}" for method in options.method]
-    return " ".join(words)
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="scripts/reproduce_methods",
-        description="Train the same models by every method and compare losses; uses a GPU if there is one.",
-        epilog=EXAMPLES + "\nmethods: " + "; ".join(METHODS),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--task", action="append", choices=TASKS, help="repeatable (default: all that have the model)")
-    parser.add_argument("--model", choices=MODELS, default="small", help="size of the models (default: %(default)s)")
-    parser.add_argument("--steps", type=_count, help="optimizer steps of each run (default: by task)")
-    parser.add_argument("--seeds", type=_count, default=3, help="runs of each method (default: %(default)s)")
-    parser.add_argument(
-        "--method", action="append", choices=METHODS, metavar="NAME", help="one below; repeatable (default: all)"
-    )
-    ratio = parser.add_mutually_exclusive_group()
-    ratio.add_argument(
-        "--ratio", type=float, help=f"dense over sparse GEMM time (default: {PUBLISHED.value}, published)"
-    )
-    ratio.add_argument(
-        "--measured", type=Path, metavar="CSV", help="take this ratio from what scripts/bench gemm --csv wrote"
-    )
-    parser.add_argument(
-        "--threads", type=_count, default=0 if torch.cuda.is_available() else 1,
-        help="of torch in each process (default: 1 without a GPU, else torch's)",
-    )  # fmt: skip
-    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="train finished runs again")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs/reproduce_methods"), help="finished runs (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("docs/results/methods"), help="files without suffix (default: %(default)s)"
-    )
-    options = parser.parse_args(arguments)
-    if options.steps == 1:
-        parser.error("--steps is 1: at least 2 are needed, so that a schedule has parts.")
-    options.task = list(dict.fromkeys(options.task or [name for name in TASKS if options.model in TASKS[name]]))
-    for name in options.task:
-        if options.model not in TASKS[name]:
-            parser.error(f"--model is {options.model}: task {name} has {', '.join(TASKS[name])}.")
-    options.method = list(dict.fromkeys([DENSE, *options.method] if options.method else METHODS))
-    try:
-        _ratio(options)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    return options
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1.")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jobs import Failure
-from ratios import Ratio
 from rich.console import Console
 from rich.table import Table
-from summary import DENSE, Row, first_to_reach, mean_and_deviation
-from tasks import Task
-from training import Run
+
+from .jobs import Failure
+from .ratios import Ratio
+from .summary import DENSE, Row, first_to_reach, mean_and_deviation
+from .tasks import Task
+from .training import Run
 
 FIELDS = ("task", "method", "seed", "step", "loss", "accuracy", "share_of_sparse_flops_so_far",
           "share_of_sparse_steps_so_far", "violations", "ends", "seconds", "environment", "commit")  # fmt: skip

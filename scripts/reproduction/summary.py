@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from training import Run
+from .training import Run
 
 DENSE = "dense"
 

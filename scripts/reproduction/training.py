@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from tasks import Task
 
 from sparsetrain.callbacks import SparseTrainingCallback
 from sparsetrain.methods import Method
+
+from .tasks import Task
 
 VALIDATIONS = 10
 """Of a run, about."""

@@ -1,26 +1,30 @@
-"""Modules of ``scripts/``: imported by their plain names, as the scripts do, and forgotten afterwards."""
+"""Modules of the packages in ``scripts/``: fresh ones, so that a test may change them, and forgotten afterwards."""
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-BENCHMARKS, GPU = SCRIPTS / "benchmarks", SCRIPTS / "gpu"
+BENCHMARKS, GPU, REPRODUCTION = "scripts.benchmarks", "scripts.gpu", "scripts.reproduction"
 
 
 @contextmanager
-def importable(*folders: Path) -> Iterator[Callable[[str], ModuleType]]:
-    """Their names are not for others: ``main`` and ``step`` could be anybody's."""
-    names = {path.stem for folder in folders for path in folder.glob("*.py")}
-    path, before = list(sys.path), {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path[:0] = map(str, folders)
+def importable(*packages: str) -> Iterator[Callable[[str], ModuleType]]:
+    """Import a module by its plain name from the first of these packages that has it."""
+
+    def load(name: str) -> ModuleType:
+        package = next(package for package in packages if importlib.util.find_spec(f"{package}.{name}"))
+        return importlib.import_module(f"{package}.{name}")
+
+    before = _forget()
     try:
-        yield importlib.import_module
+        yield load
     finally:
-        sys.path[:] = path
-        for name in names:
-            sys.modules.pop(name, None)
+        _forget()
         sys.modules.update(before)
+
+
+def _forget() -> dict[str, ModuleType]:
+    return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] == "scripts"}

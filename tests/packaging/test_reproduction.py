@@ -1,12 +1,10 @@
 """``scripts/reproduce_methods`` with tiny models: what it trains, goes on from, and writes."""
 
 import csv
-import importlib
 import itertools
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,27 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+from script_modules import REPRODUCTION, importable
 
 from sparsetrain.methods import PRESETS
 
-FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "reproduction"
 FAILS = "fst by inputs that nobody saw"
 
 Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    """Import modules as the script does, and forget them afterwards: their names are not for others."""
-    monkeypatch.syspath_prepend(FOLDER)
-    names = {path.stem for path in FOLDER.glob("*.py")}
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
+def load():
     threads = torch.get_num_threads()
-    yield importlib.import_module
+    with importable(REPRODUCTION) as load:
+        yield load
     torch.set_num_threads(threads)
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 def arguments(folder: Path, *extra: str, methods: tuple[str, ...] = ("asp_one_shot",)) -> list[str]:

@@ -10,11 +10,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def script(name: str, *arguments: str, folder: str = "benchmarks") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / folder / name), *arguments]
+def script(module: str, *arguments: str, limit: int = 200) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"scripts.{module}", *arguments]
     # this checkout's package, whichever is installed; threads that wait for each other make small products slow
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=ROOT, env=environment)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -26,7 +26,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    done = script("gpu_check.py", "--out", str(tmp_path / "out"), folder="gpu")
+    done = script("gpu.gpu_check", "--out", str(tmp_path / "out"))
     assert done.returncode == 2
     assert "There is no CUDA device" in done.stdout
     assert not (tmp_path / "out").exists()
@@ -34,7 +34,7 @@ def test_the_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
 
 def test_the_kernel_benchmark_prints_a_table_and_writes_rows(tmp_path: Path) -> None:
     path = tmp_path / "kernels.csv"
-    done = script("main.py", "kernels", "--shape", "64x128", "--repeats", "2", "--csv", str(path))
+    done = script("benchmarks.main", "kernels", "--shape", "64x128", "--repeats", "2", "--csv", str(path))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "matmul-90" in done.stdout
     rows = rows_of(path)
@@ -43,7 +43,7 @@ def test_the_kernel_benchmark_prints_a_table_and_writes_rows(tmp_path: Path) -> 
 
 
 def test_a_wrong_shape_is_one_sentence() -> None:
-    done = script("main.py", "kernels", "--shape", "4096x5")
+    done = script("benchmarks.main", "kernels", "--shape", "4096x5")
     assert done.returncode == 2
     assert "'4096x5' is no shape: write rows and columns, multiples of 4" in done.stderr
 
@@ -51,7 +51,7 @@ def test_a_wrong_shape_is_one_sentence() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("arguments", [("gemm",), ("linear", "--quick"), ("step", "--model", "124M")], ids=" ".join)
 def test_benchmarks_of_a_gpu_say_in_a_sentence_that_there_is_none(arguments: tuple[str, ...]) -> None:
-    done = script("main.py", *arguments)
+    done = script("benchmarks.main", *arguments)
     assert done.returncode == 2
     assert "needs a CUDA device and there is none here" in done.stdout
     assert done.stdout.count("\n") == 1
@@ -59,7 +59,7 @@ def test_benchmarks_of_a_gpu_say_in_a_sentence_that_there_is_none(arguments: tup
 
 
 def test_the_whole_grid_is_not_measured_on_a_cpu() -> None:
-    done = script("main.py", "gemm", "--device", "cpu", "--tokens", "64")
+    done = script("benchmarks.main", "gemm", "--device", "cpu", "--tokens", "64")
     assert done.returncode == 2
     assert "gemm --device cpu needs small --tokens and --shape" in done.stdout
 
@@ -67,7 +67,7 @@ def test_the_whole_grid_is_not_measured_on_a_cpu() -> None:
 def test_the_gemm_benchmark_on_a_cpu_compares_dense_and_masked_products(tmp_path: Path) -> None:
     path = tmp_path / "gemm.csv"
     grid = ("--tokens", "32", "--tokens", "64", "--shape", "64x128", "--dtype", "bfloat16", "--repeats", "2")
-    done = script("main.py", "gemm", "--device", "cpu", *grid, "--csv", str(path))
+    done = script("benchmarks.main", "gemm", "--device", "cpu", *grid, "--csv", str(path))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "ratio to dense" in done.stdout
     rows = rows_of(path)
@@ -81,7 +81,7 @@ def test_the_gemm_benchmark_on_a_cpu_compares_dense_and_masked_products(tmp_path
 def test_the_linear_benchmark_times_steps_and_both_passes_of_every_backend_there_is(tmp_path: Path) -> None:
     path = tmp_path / "linear.csv"
     grid = ("--tokens", "32", "--shape", "64x128", "--repeats", "2", "--micro-batches", "2")
-    done = script("main.py", "linear", "--device", "cpu", *grid, "--csv", str(path))
+    done = script("benchmarks.main", "linear", "--device", "cpu", *grid, "--csv", str(path))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "cusparselt does not run here: " in done.stdout
     rows = rows_of(path)
@@ -94,9 +94,9 @@ def test_the_linear_benchmark_times_steps_and_both_passes_of_every_backend_there
 @pytest.mark.sweep
 def test_the_step_benchmark_trains_in_turns_and_a_variant_that_fails_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "step.csv"
-    variants = ("--compile", "none", "--backend", "masked", "--backend", "nowhere")
+    tiny = ("--model", "tiny", "--device", "cpu", "--compile", "none", "--backend", "masked", "--backend", "nowhere")
     turns = ("--steps", "45", "--rounds", "3")
-    done = script("main.py", "step", "--model", "tiny", "--device", "cpu", *turns, *variants, "--csv", str(path))
+    done = script("benchmarks.main", "step", *tiny, *turns, "--csv", str(path))
     assert done.returncode == 0, done.stderr[-2000:]
     failing = [line for line in done.stdout.splitlines() if "nowhere" in line]
     assert len(failing) == 1
@@ -118,24 +118,9 @@ def test_the_step_benchmark_trains_in_turns_and_a_variant_that_fails_is_one_line
 @pytest.mark.sweep
 def test_methods_are_compared_at_equal_seeds(tmp_path: Path) -> None:
     out = tmp_path / "results" / "methods"
-    main = ROOT / "scripts" / "reproduction" / "main.py"
-    command = [
-        sys.executable,
-        str(main),
-        "--task",
-        "gpt",
-        "--model",
-        "tiny",
-        "--steps",
-        "20",
-        "--seeds",
-        "2",
-        "--method",
-        "asp_one_shot",
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=280)
+    run = ("--task", "gpt", "--model", "tiny", "--steps", "20", "--seeds", "2", "--method", "asp_one_shot")
+    places = ("--runs", str(tmp_path / "runs"), "--out", str(out))
+    done = script("reproduction.main", *run, *places, limit=280)
     assert done.returncode == 0, done.stderr[-2000:]
     with out.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -54,7 +54,7 @@ def test_the_page_holds_the_table_its_inputs_and_says_that_it_is_a_model(load, c
     for gpu in ("A100", "H100", "H200", "B200", "RTX"):
         assert gpu in page.partition("\n\n")[2]
         assert f"| {gpu}" in table
-    options = load("main")._parser().parse_args(["model"])
+    options = load("command_line").command_line().parse_args(["model"])
     assert load("main")._model(options) == 0
     assert capsys.readouterr().out.strip() == table
 

@@ -50,7 +50,7 @@ def test_compiled_sparse_comes_first_and_eager_last(load) -> None:
         "sparse auto, compiled model", "sparse cusparselt, compiled model", "fp8 dense, compiled model",
         "sparse auto, eager", "sparse cusparselt, eager", "dense, eager",
     ]  # fmt: skip
-    assert load("main")._parser().parse_args(["step"]).compile == "model"
+    assert load("command_line").command_line().parse_args(["step"]).compile == "model"
 
 
 @pytest.mark.parametrize("kind", ["dense", "fp8 dense", "sparse"])
@@ -215,7 +215,7 @@ def test_eight_bit_layers_compute_all_three_products_of_rounded_numbers(load, bi
 
 
 def test_the_optimizer_of_sparse_layers_is_an_option(load) -> None:
-    options = load("main")._parser().parse_args(["step", "--optimizer", "sparse"])
+    options = load("command_line").command_line().parse_args(["step", "--optimizer", "sparse"])
     assert options.optimizer == "sparse"
     trainee = load("trainee")
     dense = trainee.Trainee(trainee.SIZES["tiny"], 1, trainee.Variant("dense", compiled="none"), "cpu", 5, "sparse")

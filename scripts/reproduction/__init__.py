@@ -1,0 +1,1 @@
+"""What ``scripts/reproduce_methods`` trains and compares."""
