@@ -236,10 +236,9 @@ class HuggingFaceSparseTraining(SparseRun, TrainerCallback):
         return self.total_steps or (left + clock if self.method.needs_total and isinstance(clock, int) else None)
 
     def _resume(self, optimizer: Optimizer, carried: dict[str, Any], adapters: list[Tensor]) -> None:
-        """Give the model and the optimizer what their files in the checkpoint lack, or leave them plain."""
+        """Give the optimizer what its file in the checkpoint lacks, or leave the model plain."""
         assert self.training is not None
         try:
-            self._restore_pruned(carried)
             load_apart(optimizer, carried, adapters)
         except BaseException:
             self.training.finish(zeros=False)

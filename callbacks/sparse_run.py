@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from sparsetrain.checkpoint import PRUNED_KEY, pruned_values, restore_pruned_
+from sparsetrain.checkpoint import PRUNED_KEY, pruned_values
 from sparsetrain.layers.claims import take_over
 from sparsetrain.layers.options import check_options
 from sparsetrain.methods import Method
@@ -89,8 +89,3 @@ class SparseRun:
         assert self.training is not None
         pruned = pruned_values(masters, self.training.masks.layers, self.method.adapter_merge)
         return {**self.training.state_dict(), PRUNED_KEY: {name: values.cpu() for name, values in pruned.items()}}
-
-    def _restore_pruned(self, state: Mapping[str, Any]) -> None:
-        """Give the model that a checkpoint held its dense weights back."""
-        assert self.training is not None
-        restore_pruned_(self.training.masks.layers, state["codes"], state[PRUNED_KEY])

@@ -140,11 +140,9 @@ class SparseTrainingCallback(SparseRun, Callback):
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         training = self._begin(pl_module, trainer.optimizers, total_steps, schedulers, self._loaded)
         self._metric_log = MetricLog(training, self.per_layer_metrics, resumed=self._loaded is not None)
-        if self._loaded is not None:
-            self._restore_pruned(self._loaded)
-            self._loaded = None
-        elif self._length is not None and length.is_measured:
+        if self._loaded is None and self._length is not None and length.is_measured:
             training.retime(None)  # until a batch has shown how many steps it takes
+        self._loaded = None
         if self.method.distillation and pl_module.automatic_optimization:
             self._hooks.callback(DistilledStep(pl_module, training.distilled).remove)
         rank_zero_info(training.report.summary())
@@ -241,7 +239,6 @@ class SparseTrainingCallback(SparseRun, Callback):
             )
         elif self.training is not None and not self.training.finished:
             self.training.load_state_dict(state)
-            self._restore_pruned(state)
             return
         self._loaded = state
 

@@ -23,7 +23,7 @@ SLOPE = {"preset": "slope", "adapter_start": 3, "adapter_rank": 2}
 def sparse(model: nn.Module, method: Any = "fst", steps: int = 4, total: int = 24) -> st.SparseTraining:
     training = st.SparseTraining(model, torch.optim.AdamW(model.parameters(), lr=1e-2), method, total, verbose=False)
     if steps:
-        train(model, training._run.optimizers[0], steps)
+        train(model, training._phases.run.optimizers[0], steps)
     return training
 
 

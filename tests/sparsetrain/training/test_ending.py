@@ -221,7 +221,7 @@ def test_a_state_goes_on_with_its_own_phases_and_with_the_length_it_is_given() -
         return st.SparseTraining(model, optimizer, method, total, verbose=False, **options)
 
     first = start(40)
-    train(first.model, first._run.optimizers[0], 12)
+    train(first.model, first._phases.run.optimizers[0], 12)
     first.retime(60)
     state = first.state_dict()
     assert start(60, state=state).timeline.starts == (0, 10, 30, 45)
