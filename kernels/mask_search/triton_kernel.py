@@ -1,4 +1,4 @@
-"""The exact transposable search as a Triton kernel; arithmetic and ties are those of ``reference.py``, bit for bit."""
+"""The exact transposable search as a Triton kernel; arithmetic and ties are those of ``cpu.py``, bit for bit."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Packing as torch operators: Triton on CUDA, the reference elsewhere."""
+"""Packing as torch operators: Triton on CUDA, ``cpu.py`` elsewhere."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ..launch import Known, kernels_now, relaunched
-from ..mask_search.reference import search_transposable
+from ..mask_search import search_transposable
 from ..metadata_order import Order, metadata_words
 from ..plan import Plans, layout_of
-from ..statistics.reference import FIELDS, measure
-from . import reference
+from ..statistics import FIELDS, measure
+from . import cpu, reference
 from .sides import Side
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,7 +40,7 @@ def pack_tiles(weight: Tensor, codes: Tensor, dtype: torch.dtype) -> tuple[Tenso
         [(4, 8), (4, 1), (16, 2), (16, 1)]
     """
     _check(weight, codes, dtype)
-    values, meta, values_t, meta_t = reference.pack(weight, codes, dtype)
+    values, meta, values_t, meta_t = cpu.pack(weight, codes, dtype)
     return values, meta, values_t, meta_t
 
 
@@ -65,7 +65,7 @@ def search_and_pack(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     """
     _check(weight, None, dtype)
     codes = search_transposable(weight, magnitude=True)
-    values, meta, values_t, meta_t = reference.pack(weight, codes, dtype)
+    values, meta, values_t, meta_t = cpu.pack(weight, codes, dtype)
     return codes, values, meta, values_t, meta_t
 
 
@@ -178,14 +178,14 @@ def _(values: Tensor, meta: Tensor) -> Tensor:
 @pack_tiles.register_fake
 def _(weight: Tensor, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(weight, codes, dtype)
-    values, meta, values_t, meta_t = reference.empty_packed(weight, dtype)
+    values, meta, values_t, meta_t = cpu.empty_packed(weight, dtype)
     return values, meta, values_t, meta_t
 
 
 @search_and_pack.register_fake
 def _(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check(weight, None, dtype)
-    values, meta, values_t, meta_t = reference.empty_packed(weight, dtype)
+    values, meta, values_t, meta_t = cpu.empty_packed(weight, dtype)
     return _empty_codes(weight), values, meta, values_t, meta_t
 
 
@@ -211,7 +211,7 @@ def _(
 @pack_tiles.register_kernel("cuda")
 def _(weight: Tensor, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(weight, codes, dtype)
-    values, meta, values_t, meta_t = reference.empty_packed(weight, dtype)
+    values, meta, values_t, meta_t = cpu.empty_packed(weight, dtype)
     _pack_on_cuda([weight], [codes.contiguous()], _side([values], [meta]), _side([values_t], [meta_t]), search=False)
     return values, meta, values_t, meta_t
 
@@ -220,7 +220,7 @@ def _(weight: Tensor, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
 def _(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check(weight, None, dtype)
     codes = _empty_codes(weight)
-    values, meta, values_t, meta_t = reference.empty_packed(weight, dtype)
+    values, meta, values_t, meta_t = cpu.empty_packed(weight, dtype)
     _pack_on_cuda([weight], [codes], _side([values], [meta]), _side([values_t], [meta_t]), search=True)
     return codes, values, meta, values_t, meta_t
 
@@ -339,11 +339,11 @@ def _pack_in_torch(weights: Sequence[Tensor], codes: Sequence[Tensor], side: Sid
     for position, (weight, code) in enumerate(zip(weights, codes, strict=True)):
         if not sides:
             return
-        packed = reference.pack(weight, code, sides[0].values[position].dtype, transposed=side_t is not None)
+        packed = cpu.pack(weight, code, sides[0].values[position].dtype, transposed=side_t is not None)
         pairs = (packed[:2], packed[2:])[side is None :]
         for given, (values, meta) in zip(sides, pairs, strict=False):
             given.values[position].copy_(values)
-            reference.place_words_(given.meta[position], meta, given.orders[position], given.tables[position])
+            cpu.place_words_(given.meta[position], meta, given.orders[position], given.tables[position])
 
 
 def _side(values: Sequence[Tensor], meta: Sequence[Tensor]) -> Side:

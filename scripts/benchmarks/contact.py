@@ -24,7 +24,7 @@ from sparsetrain.dispatch import Decision, DispatchTable, describe_environment
 from sparsetrain.dispatch.faults import FAULTS, device_works
 from sparsetrain.hardware.machine import cache_folder
 from sparsetrain.kernels.mask_search import search_tiles
-from sparsetrain.kernels.tile_codes.reference import unpack_codes
+from sparsetrain.kernels.tile_codes import unpack_codes
 
 SHAPE, TOKENS = (512, 768), 256
 SMALL_SHAPE, SMALL_TOKENS = (64, 128), 32  # of stand-ins

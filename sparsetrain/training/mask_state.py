@@ -14,7 +14,7 @@ from ..criteria import Criterion, Magnitude
 from ..criteria.criterion import scores_of
 from ..distributed.equal_codes import require_equal_codes
 from ..kernels.statistics.operator import tile_statistics
-from ..kernels.tile_codes.reference import unpack_codes
+from ..kernels.tile_codes import unpack_codes
 from ..layers.masked_layer import MaskedLayer
 from ..layers.one_pass import fits_one_pass, search_in_one_pass_
 from ..masks.dense_budget import dense_layers, dense_tiles

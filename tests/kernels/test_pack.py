@@ -1,17 +1,17 @@
-"""Packing by the kernel and by the reference against a plain loop, bit for bit."""
+"""Packing by the kernel and on a CPU against the definition, bit for bit."""
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from poisoned import Margins
 from torch import Tensor
 
-from sparsetrain.kernels.mask_search.reference import search_transposable
+from sparsetrain.kernels.mask_search import search_transposable
 from sparsetrain.kernels.metadata_order import Order
-from sparsetrain.kernels.pack import Side, operator, reference
+from sparsetrain.kernels.pack import Side, cpu, operator, reference
+from sparsetrain.kernels.pack.reference import pack_rows
 from sparsetrain.kernels.pack.triton_kernel import pack_into, unpack_into
 from sparsetrain.kernels.tile_codes.reference import pack_codes, unpack_codes
 
@@ -20,20 +20,6 @@ DTYPES = [
     (torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
     (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, torch.float32),
 ]  # fmt: skip
-
-
-def loop(dense: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and metadata of rows, entry by entry."""
-    rows, columns = dense.shape
-    values = torch.empty(rows, columns // 2, dtype=dense.dtype)
-    meta = np.zeros((rows, -(-columns // 16)), dtype=np.int64)
-    for row in range(rows):
-        for group in range(columns // 4):
-            first, last = mask[row, 4 * group : 4 * group + 4].nonzero().flatten().tolist()
-            values[row, 2 * group] = dense[row, 4 * group + first]
-            values[row, 2 * group + 1] = dense[row, 4 * group + last]
-            meta[row, group // 4] |= (first | last << 2) << 4 * (group % 4)
-    return values, torch.from_numpy(meta.astype(np.uint16).view(np.int16))
 
 
 def weights(kind: str, shape: tuple[int, int]) -> Tensor:
@@ -72,20 +58,27 @@ def parts_of(*packed: Side) -> list[Tensor]:
     return [part.cpu() for each in packed for part in (each.values[0], each.meta[0])]
 
 
+def test_a_word_of_metadata_by_hand() -> None:
+    mask = torch.zeros(1, 20, dtype=torch.bool)
+    mask[0, [0, 1, 4, 6, 9, 11, 14, 15, 16, 19]] = True
+    values, meta = pack_rows(torch.arange(20.0)[None], mask)
+    assert values.tolist() == [[0, 1, 4, 6, 9, 11, 14, 15, 16, 19]]
+    assert [word & 0xFFFF for word in meta[0].tolist()] == [0xED84, 0x000C]  # 2,3 | 1,3 | 0,2 | 0,1, and 0,3
+    assert torch.equal(reference.unpack_rows(values, meta), torch.arange(20.0)[None] * mask)
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # 3e38 is infinite in float16
 @pytest.mark.parametrize(("source", "target"), DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["gaussian", "ties", "nonfinite"])
-def test_reference_and_kernel_pack_what_a_loop_packs(
+def test_cpu_and_kernel_pack_what_the_reference_packs(
     kind: str, source: torch.dtype, target: torch.dtype, margins: Margins
 ) -> None:
     torch.manual_seed(0)
     for shape in SHAPES if kind == "gaussian" else SHAPES[:2]:
         weight = weights(kind, shape).to(source)
         codes = search_transposable(weight.abs())
-        mask = unpack_codes(codes)
-        dense = weight.to(target)
-        expected = [*loop(dense, mask), *loop(dense.t(), mask.t())]
-        found = reference.pack(weight, codes, target)
+        expected = reference.pack(weight, codes, target)
+        found = cpu.pack(weight, codes, target)
         assert all(map(same_bits, found, expected)), shape
         on_device = margins.of(weight)
         for search in (True, False):
@@ -101,8 +94,8 @@ def test_one_side_alone_packs_row_wise_masks(margins: Margins) -> None:
     kept = torch.rand(12, 21, 4).argsort(-1).argsort(-1) < 2
     mask = kept.view(12, 84)
     codes = pack_codes(mask)
-    expected = loop(weight, mask)
-    assert all(map(same_bits, reference.pack(weight, codes, torch.float32, transposed=False), expected))
+    expected = pack_rows(weight, mask)
+    assert all(map(same_bits, cpu.pack(weight, codes, torch.float32, transposed=False), expected))
     packed = side(margins, 12, 84, torch.float32)
     pack_into([margins.of(weight)], [margins.of(codes)], packed, None, search=False)
     assert all(map(same_bits, parts_of(packed), expected))
@@ -114,8 +107,8 @@ def test_the_transpose_needs_no_rows_that_keep_two(margins: Margins) -> None:
     mask = kept.view(20, 84)
     assert (mask.view(20, 21, 4).sum(2) != 2).any()
     codes = pack_codes(mask)
-    expected = loop(weight.t().bfloat16(), mask.t())
-    assert all(map(same_bits, reference.pack(weight, codes, torch.bfloat16)[2:], expected))
+    expected = pack_rows(weight.t().bfloat16(), mask.t())
+    assert all(map(same_bits, cpu.pack(weight, codes, torch.bfloat16)[2:], expected))
     packed = side(margins, 84, 20, torch.bfloat16)
     pack_into([margins.of(weight)], [margins.of(codes)], None, packed, search=False)
     assert all(map(same_bits, parts_of(packed), expected))
@@ -127,9 +120,9 @@ def test_the_transpose_needs_no_rows_that_keep_two(margins: Margins) -> None:
 def test_chunks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(100, 52)
     codes = search_transposable(weight.abs())
-    whole = reference.pack(weight, codes, torch.bfloat16)
-    monkeypatch.setitem(reference._TILES_PER_CHUNK, "cpu", 1)
-    assert all(map(torch.equal, reference.pack(weight, codes, torch.bfloat16), whole))
+    whole = cpu.pack(weight, codes, torch.bfloat16)
+    monkeypatch.setitem(cpu._TILES_PER_CHUNK, "cpu", 1)
+    assert all(map(torch.equal, cpu.pack(weight, codes, torch.bfloat16), whole))
 
 
 def test_the_transpose_is_the_mask_of_the_weight_transposed_even_with_ties(margins: Margins) -> None:

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import PATTERNS, mlp, train
+from support import mlp, train
 from torch import Tensor, nn
 
 import sparsetrain as st
 from sparsetrain.criteria import keep_dense_layers, keep_dense_tiles
+from sparsetrain.kernels.mask_search.reference import patterns
+
+PATTERNS = patterns(2).numpy()
 
 
 def brute_force_dense(scores: dict[str, Tensor], budget: float, rows_alone: bool) -> dict[str, np.ndarray]:
