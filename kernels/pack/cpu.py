@@ -1,11 +1,13 @@
 """Packing by tile codes in planes that fit a CPU's caches, in natural order and in others."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..metadata_order import Order, metadata_places
+from .sides import Side
 
 _TILES_PER_CHUNK = {"cpu": 1 << 17}  # whose planes stay in the caches
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -50,6 +52,30 @@ def pack(weight: Tensor, codes: Tensor, dtype: torch.dtype, transposed: bool = T
             _write_pairs(entries.transpose(0, 1), wide.transpose(0, 1), values_t[:, chunk])
             meta_t[:, words].copy_(_words(_nibbles(kept.transpose(0, 1)), -2))
     return packed
+
+
+@torch.no_grad()
+def pack_into(weights: Sequence[Tensor], codes: Sequence[Tensor], side: Side | None, side_t: Side | None) -> None:
+    """Pack several weights by their codes into the targets of W, of Wᵀ or of both, as the kernel does.
+
+    Args:
+        weights: ``[O, I]`` each.
+        codes: int16 ``[O/4, I/4]`` each.
+        side: Targets of W, overwritten; or None.
+        side_t: The same of Wᵀ.
+
+    Example:
+        >>> pack_into([], [], None, None)
+    """
+    sides = [given for given in (side, side_t) if given is not None]
+    for position, (weight, code) in enumerate(zip(weights, codes, strict=True)):
+        if not sides:
+            return
+        packed = pack(weight, code, sides[0].values[position].dtype, transposed=side_t is not None)
+        pairs = (packed[:2], packed[2:])[side is None :]
+        for given, (values, meta) in zip(sides, pairs, strict=False):
+            given.values[position].copy_(values)
+            place_words_(given.meta[position], meta, given.orders[position], given.tables[position])
 
 
 def empty_packed(weight: Tensor, dtype: torch.dtype, transposed: bool = True) -> list[Tensor]:

@@ -12,7 +12,8 @@ from sparsetrain.kernels.mask_search import search_transposable
 from sparsetrain.kernels.metadata_order import Order
 from sparsetrain.kernels.pack import Side, cpu, operator, reference
 from sparsetrain.kernels.pack.reference import pack_rows
-from sparsetrain.kernels.pack.triton_kernel import pack_into, unpack_into
+from sparsetrain.kernels.pack.triton_kernel import pack_into
+from sparsetrain.kernels.pack.triton_unpack import unpack_into
 from sparsetrain.kernels.tile_codes.reference import pack_codes, unpack_codes
 
 SHAPES = [(4, 4), (12, 20), (132, 36), (20, 260)]
