@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from poisoned import Margins
 from torch import Tensor
 
 from sparsetrain.kernels.adamw import RULES, Rule, adamw_, sparse_adamw_
@@ -244,10 +245,11 @@ def test_what_lies_around_a_weight_stays_as_it_was(dtype: torch.dtype, kernel_de
         assert int(storage.isnan().sum()) == storage.numel() - view.numel()
 
 
-def test_the_operator_passes_opcheck(kernel_device: str) -> None:
+def test_the_operator_passes_opcheck(kernel_device: str, margins: Margins) -> None:
     weights = [torch.randn(12, 20, device=kernel_device), torch.randn(20, 12, device=kernel_device).t()]
     codes = [pack_codes(mask_of((12, 20))).to(kernel_device) for _ in weights]
-    targets = [list(column) for column in zip(*(empty_packed(one, torch.bfloat16) for one in weights), strict=True)]
+    packed = [[margins.like(part) for part in empty_packed(one, torch.bfloat16)] for one in weights]
+    targets = [list(column) for column in zip(*packed, strict=True)]
     columns = [
         weights,
         [one.sin() for one in weights],

@@ -13,7 +13,6 @@ from sparsetrain.kernels.mask_search.operator import search_tiles, search_tiles_
 from sparsetrain.kernels.mask_search.triton_kernel import search_into, search_kernel
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
 
-POISON = 0x5A5A
 SHAPES = [(4, 4), (12, 20), (8, 1032)]  # one tile; less than a block; more than one block of columns
 
 
@@ -88,20 +87,20 @@ def test_strided_and_unaligned_views_are_read_in_place(start: int, margins: Marg
     assert torch.equal(launch(every_second, margins)[0], search_transposable(every_second.cpu()))
 
 
-def test_tensors_of_several_layouts_are_searched_in_one_call(kernel_device: str) -> None:
+def test_tensors_of_several_layouts_are_searched_in_one_call(kernel_device: str, margins: Margins) -> None:
     shapes = [(8, 16), (12, 20), (8, 16), (4, 4), (8, 16)]
     scores = [torch.randn(shape, device=kernel_device) for shape in shapes] + [
         torch.randn(8, 16, device=kernel_device).bfloat16()
     ]
-    codes = [
-        torch.full((s.shape[0] // 4, s.shape[1] // 4), POISON, dtype=torch.int16).to(kernel_device) for s in scores
-    ]
+    codes = [margins.empty(s.shape[0] // 4, s.shape[1] // 4, dtype=torch.int16) for s in scores]
     search_into(scores, codes, magnitude=True)
     for source, target in zip(scores, codes, strict=True):
         assert torch.equal(target.cpu(), search_transposable(source.cpu().abs()))
 
 
-def test_a_model_of_few_layouts_takes_few_launches(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_few_layouts_takes_few_launches(
+    kernel_device: str, margins: Margins, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grids = []
 
     class Counted:
@@ -112,16 +111,18 @@ def test_a_model_of_few_layouts_takes_few_launches(kernel_device: str, monkeypat
     monkeypatch.setattr(triton_kernel, "search_kernel", Counted())
     shapes = [(16, 32), (16, 32), (32, 16)] * 6
     weights = [torch.randn(shape, device=kernel_device) for shape in shapes]
-    codes = [torch.empty(w.shape[0] // 4, w.shape[1] // 4, dtype=torch.int16, device=kernel_device) for w in weights]
+    codes = [margins.empty(w.shape[0] // 4, w.shape[1] // 4, dtype=torch.int16) for w in weights]
     search_into(weights, codes, magnitude=True)
     assert [grid[1] for grid in grids] == [12, 6]
     assert all(torch.equal(c.cpu(), search_transposable(w.cpu(), True)) for w, c in zip(weights, codes, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_operators_pass_opcheck_and_equal_the_reference(dtype: torch.dtype, kernel_device: str) -> None:
+def test_operators_pass_opcheck_and_equal_the_reference(
+    dtype: torch.dtype, kernel_device: str, margins: Margins
+) -> None:
     scores = torch.randn(12, 20, device=kernel_device).to(dtype)
-    codes = torch.empty(3, 5, dtype=torch.int16, device=kernel_device)
+    codes = margins.empty(3, 5, dtype=torch.int16)
     for operator, arguments in (
         (search_tiles, (scores, True)),
         (search_tiles, (scores.t(), False)),

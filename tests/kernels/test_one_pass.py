@@ -139,12 +139,12 @@ def test_weights_that_are_zero_where_they_are_pruned_lose_nothing(margins: Margi
     assert statistics[0, 1] == 0
 
 
-def test_operators_with_orders_pass_opcheck(kernel_device: str) -> None:
+def test_operators_with_orders_pass_opcheck(kernel_device: str, margins: Margins) -> None:
     weight = torch.randn(64, 32, device=kernel_device)
     codes, values, _, values_t, _ = operator.search_and_pack(weight, torch.float16)
-    meta = torch.zeros(128, dtype=torch.int16, device=kernel_device)
+    meta = margins.empty(128, dtype=torch.int16)
     table = torch.randperm(128, device=kernel_device).int()
-    sides = ([values], [meta], [values_t], [meta.clone()])
+    sides = ([values], [meta], [values_t], [margins.like(meta)])
     orders = [int(Order.CUTLASS_SM90_1), int(Order.TABLE)]
     torch.library.opcheck(pack_tiles_, ([weight], [codes], *sides, [table], orders))
     torch.library.opcheck(search_and_pack_, ([weight], [codes], *sides, [table], orders))

@@ -146,12 +146,12 @@ def test_unpacking_gives_the_masked_weight_back() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_unpacking_kernel_equals_the_reference(dtype: torch.dtype, kernel_device: str) -> None:
+def test_the_unpacking_kernel_equals_the_reference(dtype: torch.dtype, kernel_device: str, margins: Margins) -> None:
     for shape in SHAPES:
         weight = torch.randn(shape, device=kernel_device)
         _, *parts = operator.search_and_pack(weight, dtype)
         for values, meta in (parts[:2], parts[2:]):
-            dense = torch.full((values.shape[0], 2 * values.shape[1]), 7.0, dtype=dtype, device=kernel_device)
+            dense = margins.empty(values.shape[0], 2 * values.shape[1], dtype=dtype)
             unpack_into(values, meta, dense)
             assert same_bits(dense.cpu(), reference.unpack_rows(values.cpu(), meta.cpu())), shape
             assert torch.equal(operator.unpack_rows(values, meta), dense)
@@ -183,10 +183,10 @@ def test_weights_of_several_layouts_are_packed_in_one_call(margins: Margins) -> 
         assert all(map(same_bits, found, expected))
 
 
-def test_operators_pass_opcheck(kernel_device: str) -> None:
+def test_operators_pass_opcheck(kernel_device: str, margins: Margins) -> None:
     weight = torch.randn(12, 20, device=kernel_device)
     parts = operator.search_and_pack(weight, torch.bfloat16)
-    columns = [[torch.empty_like(part)] for part in parts]
+    columns = [[margins.like(part)] for part in parts]
     for call, arguments in (
         (operator.search_and_pack, (weight, torch.bfloat16)),
         (operator.search_and_pack, (weight.t(), torch.float32)),

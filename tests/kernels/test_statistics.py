@@ -50,11 +50,11 @@ def test_large_sums_of_16_bit_weights_do_not_overflow() -> None:
     assert cpu.measure(weight, codes)[0].item() == pytest.approx(512 * 512 * weight[0, 0].item())
 
 
-def test_views_are_measured_in_place(kernel_device: str) -> None:
+def test_views_are_measured_in_place(kernel_device: str, margins: Margins) -> None:
     storage = torch.randn(40, 100, device=kernel_device)
     codes = random_codes((36, 64)).to(kernel_device)
     for view in (storage[1:37, 3:67], storage[2:38, 8:72]):
-        found = torch.empty(1, 6, dtype=torch.float64, device=kernel_device)
+        found = margins.empty(1, 6, dtype=torch.float64)
         partial_sums([view], [codes], [], found)
         wanted = reference.measure(view.cpu(), codes.cpu())[None]
         torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=0)
