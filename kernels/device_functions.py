@@ -93,7 +93,7 @@ def pruned_pair(nibble, x0, x1, x2, x3):
 
 
 @triton.jit
-def places(nibble):
+def meta_nibble(nibble):
     """``i0 | i1 << 2`` of the two set bits of a nibble; 0 for 0."""
     # halving tells the six nibbles apart, so eight entries of a table are enough: 0, 0011, 0101, 0110, 1001, 1010, 1100
     return (0x0EDC9840 >> ((nibble << 1) & 28)) & 15

@@ -6,8 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..pack.operator import pack_tiles_, sides_of
-from ..pack.sides import Side
+from ..pack import Side, pack_tiles_
+from ..pack.arguments import sides_of
 from .reference import RULES, Factors, Rule, adamw_, factors
 
 DTYPES = (torch.float32, torch.bfloat16)

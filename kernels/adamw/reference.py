@@ -70,23 +70,15 @@ def adamw_(
         clock: Of the step.
 
     Example:
-        >>> weight, gradient = torch.ones(4, 4), torch.ones(4, 4)
-        >>> moments = torch.zeros(4, 4), torch.zeros(4, 4)
+        >>> weight, moments = torch.ones(4, 4), torch.zeros(2, 4, 4)
         >>> codes = torch.full((1, 1), 0x000F, dtype=torch.int16)  # keeps the first row
-        >>> sums = factors(0.5, 0.75, 0.75, 0.0, 0.0, 1)
-        >>> adamw_(weight, gradient, *moments, codes, sums, "mask_gradient", zeros=True)
+        >>> adamw_(weight, torch.ones(4, 4), *moments, codes, factors(0.5, 0.75, 0.75, 0.0, 0.0, 1), zeros=True)
         >>> weight[:, 0].tolist()
         [0.5, 0.0, 0.0, 0.0]
 
-    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, arXiv 1711.05101; masked decay as
-    in :func:`..masked_update.reference.add_masked_decay_`.
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, arXiv 1711.05101.
     """
-    if rule == "decay_gradient":
-        gradient = add_masked_decay_(gradient.clone(), weight, codes, decay, number, clock)
-    elif rule == "decay_weight":
-        add_masked_decay_(weight, weight, codes, decay, number, clock)
-    elif rule == "mask_gradient":
-        gradient = apply_mask_(gradient.clone(), codes)
+    gradient = follow_rule_(weight, gradient, codes, rule, decay, number, clock)
     if maximize:
         gradient = -gradient
     if numbers.shrink != 1:
@@ -97,3 +89,22 @@ def adamw_(
     weight.addcdiv_(exp_avg, divisor, value=numbers.step_size)
     if zeros:
         apply_mask_(weight, codes)
+
+
+def follow_rule_(
+    weight: Tensor, gradient: Tensor, codes: Tensor, rule: Rule, decay: float, number: int, clock: int
+) -> Tensor:
+    """Do what the mask does before the update, as in :func:`adamw_`, and return the gradient that it follows.
+
+    Example:
+        >>> codes = torch.full((1, 1), 0x000F, dtype=torch.int16)  # keeps the first row
+        >>> follow_rule_(torch.ones(4, 4), torch.ones(4, 4), codes, "decay_gradient", 0.5, 0, 0)[:, 0].tolist()
+        [1.0, 1.5, 1.5, 1.5]
+    """
+    if rule == "decay_gradient":
+        return add_masked_decay_(gradient.clone(), weight, codes, decay, number, clock)
+    if rule == "decay_weight":
+        add_masked_decay_(weight, weight, codes, decay, number, clock)
+    elif rule == "mask_gradient":
+        return apply_mask_(gradient.clone(), codes)
+    return gradient

@@ -17,7 +17,7 @@ from ..launch import interpreted, on_device_of
 from ..masked_update.reference import SEED as KEY
 from ..masked_update.triton_kernel import rounded_at_random
 from ..pack.sides import Side
-from ..pack.triton_kernel import TRITON, groups_of_equal_sides, side_arguments, store_sides
+from ..pack.triton_sides import TRITON, groups_of_equal_sides, side_arguments, store_sides
 from ..plan import are_aligned
 from ..pointer_tables import members, table
 from .reference import RULES, Factors
@@ -102,7 +102,7 @@ def adamw_kernel(
     left = (tl.program_id(0) % blocks) * COLUMNS
     row, column = top + tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
     element = left * 4 + tl.arange(0, 4 * COLUMNS)[None, :]
-    within = (row < tile_rows) & (element < tile_columns * 4)
+    within = (row < tile_rows) & (element < tile_columns * 4)  # [ROWS, 4·COLUMNS] entries of one row of every tile
     codes = tensor_pointer(code_base, code_offsets, tensor, ALIGNED)
     if (RULE != 0) or ZEROS:
         kept = load_code(codes + row * tile_columns + element // 4, within) >> (element % 4)
@@ -128,7 +128,7 @@ def adamw_kernel(
     if FORWARD or TRANSPOSED:
         inside = (row < tile_rows) & (column < tile_columns)
         a, b, c, d = nibbles_of(load_code(codes + row * tile_columns + column, inside))
-        a0, a1, a2, a3 = split_columns(row_a, ROWS, COLUMNS)
+        a0, a1, a2, a3 = split_columns(row_a, ROWS, COLUMNS)  # [ROWS, COLUMNS] each
         b0, b1, b2, b3 = split_columns(row_b, ROWS, COLUMNS)
         c0, c1, c2, c3 = split_columns(row_c, ROWS, COLUMNS)
         d0, d1, d2, d3 = split_columns(row_d, ROWS, COLUMNS)

@@ -2,7 +2,8 @@
 
 from ..metadata_order import cusparselt_sm80_place, cutlass_place, cutlass_sm90_place, place_in_block
 from .known import cusparselt_sm80_layout, cutlass_layout, known_layout
-from .learning import Compressor, LayoutError, LearnedLayout, learn_layout, verify_layout
+from .learned_layout import LayoutError, LearnedLayout
+from .learning import Compressor, learn_layout, verify_layout
 from .reference import from_cusparselt_sm80, from_cutlass, to_cusparselt_sm80, to_cutlass
 
 __all__ = [

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from ..metadata_order import Order, metadata_places, metadata_words
-from .learning import LearnedLayout
+from .learned_layout import LearnedLayout
 
 
 def cutlass_layout(rows: int, columns: int, device: torch.device) -> LearnedLayout:

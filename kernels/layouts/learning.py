@@ -1,14 +1,12 @@
 """Learning where a vendor's compressor puts metadata, from probes whose metadata says where it came from."""
 
-import functools
 from collections.abc import Callable
-from copy import copy
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..pack import unpack_rows
+from .learned_layout import LayoutError, LearnedLayout
 
 Compressor = Callable[[Tensor], Tensor]
 """Of an exactly 2:4 float16 or bfloat16 ``[R, C]``: one contiguous buffer of any shape, values first, then metadata."""
@@ -19,135 +17,6 @@ _MOST_CHECKS = 16  # garbage passes one with probability 1/6
 _VERIFICATIONS = 3
 
 
-class LayoutError(ValueError):
-    """A compressor whose metadata is no fixed permutation of natural metadata behind natural values."""
-
-
-@dataclass(frozen=True, eq=False)
-class LearnedLayout:
-    """Where the units of natural metadata lie in a vendor's buffer, behind the values.
-
-    Args:
-        rows: R of the matrix ``[R, C]``.
-        columns: C.
-        unit_bits: What is moved in one piece: words of 16 bits, bytes or nibbles.
-        source: int32; for every place behind the values, the natural unit that lies there, or -1 for padding.
-        padding: What lies at the places of -1, in their order: int16 words, or uint8 bytes or nibbles; zero where the
-            vendor's padding is not constant.
-
-    Raises:
-        LayoutError: If the sizes, dtypes or entries do not fit.
-
-    Example:
-        >>> swapped = torch.tensor([1, 0, -1], dtype=torch.int32)
-        >>> layout = LearnedLayout(1, 32, 16, swapped, padding=torch.zeros(1, dtype=torch.int16))
-        >>> tail = torch.ones(3, dtype=torch.int16)
-        >>> layout.arrange_(torch.tensor([[5, 7]], dtype=torch.int16), tail)
-        >>> tail.tolist()
-        [7, 5, 0]
-    """
-
-    rows: int
-    columns: int
-    unit_bits: int
-    source: Tensor
-    padding: Tensor
-    _gather: Tensor = field(init=False, repr=False)
-    _padded: Tensor = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.unit_bits not in (4, 8, 16):
-            raise LayoutError(f"unit_bits is {self.unit_bits}: it must be 16, 8 or 4.")
-        units = self.rows * self.columns // self.unit_bits
-        if self.source.dtype != torch.int32 or self.source.dim() != 1 or self.source.numel() < units:
-            raise LayoutError(
-                f"source is {self.source.dtype} {tuple(self.source.shape)}: it must be torch.int32 with at least "
-                f"{units} entries."
-            )
-        if units and (int(self.source.min()) < -1 or int(self.source.max()) >= units):
-            raise LayoutError(f"source has entries outside of -1 to {units - 1}: relearn the layout.")
-        padded = (self.source < 0).nonzero().flatten()
-        kind = torch.int16 if self.unit_bits == 16 else torch.uint8
-        if self.padding.dtype != kind or self.padding.shape != padded.shape:
-            raise LayoutError(
-                f"padding is {self.padding.dtype} {tuple(self.padding.shape)}: with this source it must be {kind} "
-                f"{tuple(padded.shape)}."
-            )
-        object.__setattr__(self, "_gather", self.source.clamp(min=0) if padded.numel() else self.source)
-        object.__setattr__(self, "_padded", padded)
-
-    @torch.no_grad()
-    def arrange_(self, meta: Tensor, tail: Tensor) -> None:
-        """Write natural metadata, in the vendor's order, behind the values; never waits for the device.
-
-        Args:
-            meta: int16 ``[R, C/16]``, natural order.
-            tail: What lies behind the R·C/2 values of a vendor's buffer: contiguous, of any 16-bit dtype; overwritten.
-
-        Raises:
-            ValueError: If a shape, dtype or device does not fit; nothing is written then.
-        """
-        self._check(meta, tail)
-        words = tail.view(-1).view(torch.int16)
-        natural = meta.reshape(-1)
-        if self.unit_bits == 4:
-            units = natural.view(torch.uint8).index_select(0, self._gather >> 1)
-            units.bitwise_right_shift_((self._gather & 1).mul_(4).to(torch.uint8)).bitwise_and_(0xF)
-            pairs = self._pad_(units).view(-1, 2)
-            torch.bitwise_or(pairs[:, 0], pairs[:, 1] << 4, out=words.view(torch.uint8))
-        else:
-            kind = self.padding.dtype
-            self._pad_(torch.index_select(natural.view(kind), 0, self._gather, out=words.view(kind)))
-
-    @property
-    def words(self) -> int:
-        """Words behind the values, padding among them."""
-        return self.source.numel() * self.unit_bits // 16
-
-    @functools.cached_property
-    def places(self) -> Tensor | None:
-        """Int32 ``[R·C/16]``: where every natural word lies behind the values; None if that is no single place."""
-        words = self.rows * self.columns // 16
-        lying = (self.source >= 0).nonzero().flatten()
-        if self.unit_bits != 16 or lying.numel() != words:
-            return None
-        places = torch.full((words,), -1, dtype=torch.int32, device=self.source.device)
-        places.index_copy_(0, self.source[lying].long(), lying.int())
-        return None if bool((places < 0).any()) else places
-
-    def pad_(self, tail: Tensor) -> None:
-        """Write the padding of an order of words behind the values; the rest stays."""
-        self._pad_(tail.view(-1).view(torch.int16))
-
-    def _pad_(self, units: Tensor) -> Tensor:
-        return units.index_copy_(0, self._padded, self.padding) if self._padded.numel() else units
-
-    def to(self, device: torch.device) -> "LearnedLayout":
-        """Return the layout with its tables on a device."""
-        moved = copy(self)
-        for name in ("source", "padding", "_padded"):
-            object.__setattr__(moved, name, getattr(self, name).to(device))
-        moved.__dict__.pop("places", None)
-        shared = self._gather is self.source
-        object.__setattr__(moved, "_gather", moved.source if shared else self._gather.to(device))
-        return moved
-
-    def _check(self, meta: Tensor, tail: Tensor) -> None:
-        shape, device = (self.rows, self.columns // 16), self.source.device
-        if meta.dtype != torch.int16 or tuple(meta.shape) != shape or meta.device != device:
-            raise ValueError(
-                f"meta is {meta.dtype} {tuple(meta.shape)} on {meta.device}: it must be torch.int16 {shape} on "
-                f"{device}."
-            )
-        words = self.words
-        fits = tail.numel() == words and tail.dtype.itemsize == 2 and tail.is_contiguous()
-        if not fits or tail.device != device:
-            raise ValueError(
-                f"tail is {tail.dtype} {tuple(tail.shape)} on {tail.device}: it must be the {words} contiguous 16-bit "
-                f"elements behind the values, on {device}."
-            )
-
-
 @torch.no_grad()
 def learn_layout(
     compress: Compressor, rows: int, columns: int, dtype: torch.dtype, device: torch.device
@@ -155,16 +24,14 @@ def learn_layout(
     """Learn the order of a vendor's metadata by compressing matrices whose nibbles spell their own number.
 
     Args:
-        compress: Takes an exactly 2:4 ``[R, C]``; returns one contiguous buffer: R·C/2 values row by row, then metadata
-            in any order, with any padding.
+        compress: Of an exactly 2:4 ``[R, C]``: R·C/2 values row by row, then metadata in any order, with any padding.
         rows: R, a multiple of 4.
         columns: C, a multiple of 16.
         dtype: Of the matrices: float16 or bfloat16.
         device: Of the matrices.
 
     Returns:
-        The order in its largest unit: words of 16 bits, bytes or nibbles. It gave the vendor's bytes for three random
-        matrices, padding aside.
+        The order in its largest unit: words, bytes or nibbles; three random matrices were compressed as it says.
 
     Raises:
         LayoutError: If sizes or dtype do not fit, values are not first and natural, some nibble ``i0 | i1 << 2`` is not
@@ -172,31 +39,17 @@ def learn_layout(
 
     Example:
         >>> from sparsetrain.kernels.layouts import to_cutlass
-        >>> from sparsetrain.kernels.pack.reference import pack
-        >>> from sparsetrain.kernels.tile_codes.reference import pack_codes
+        >>> from sparsetrain.kernels.pack.reference import pack_rows
         >>> def compress(matrix):
-        ...     values, meta = pack(matrix, pack_codes(matrix != 0), matrix.dtype, transposed=False)
+        ...     values, meta = pack_rows(matrix, matrix != 0)
         ...     return torch.cat([values.flatten(), to_cutlass(meta).flatten().view(matrix.dtype)])
         >>> layout = learn_layout(compress, 32, 64, torch.float16, torch.device("cpu"))
         >>> layout.unit_bits, layout.source[:6].tolist()  # two words of row 0 beside those of row 8
         (16, [0, 32, 1, 33, 64, 96])
-
-    Source: a vendor documents no order; the derivation is in the README beside this file.
     """
-    if dtype not in (torch.float16, torch.bfloat16) or rows < 4 or columns < 16 or rows % 4 or columns % 16:
-        raise LayoutError(
-            f"the matrix is {dtype} {rows} × {columns}: it must be float16 or bfloat16, rows a multiple of 4 and "
-            "columns of 16, so pad the weight."
-        )
     probes = _Probes(compress, rows, columns, dtype, device)
     source = _source_of_nibbles(probes)
-    found = source[source >= 0]
-    seen = torch.zeros(probes.count, dtype=torch.bool, device=device).index_fill_(0, found.long(), True)
-    if found.numel() != probes.count or not bool(seen.all()):
-        raise LayoutError(
-            f"compress shows {int(seen.sum())} of {probes.count} natural nibbles at {found.numel()} places: a layout "
-            "can be learned only if each is found exactly once, so use the vendor's buffers as they are."
-        )
+    _require_permutation(source, probes.count)
     unit_bits, source = _in_largest_units(source)
     layout = LearnedLayout(rows, columns, unit_bits, source, _units(probes.constant_words(), unit_bits)[source < 0])
     for _ in range(_VERIFICATIONS):
@@ -243,6 +96,11 @@ class _Probes:
     """Matrices with chosen metadata, and what a compressor makes of them."""
 
     def __init__(self, compress: Compressor, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        if dtype not in (torch.float16, torch.bfloat16) or rows < 4 or columns < 16 or rows % 4 or columns % 16:
+            raise LayoutError(
+                f"the matrix is {dtype} {rows} × {columns}: it must be float16 or bfloat16, rows a multiple of 4 and "
+                "columns of 16, so pad the weight."
+            )
         self.compress, self.shape, self.dtype = compress, (rows, columns), dtype
         self.count = rows * columns // 4  # nibbles
         self.numbers = torch.arange(self.count, dtype=torch.int32, device=device)
@@ -315,6 +173,17 @@ def _source_of_nibbles(probes: _Probes) -> Tensor:
         if check and int((source >= 0).sum()) <= probes.count:
             break
     return source
+
+
+def _require_permutation(source: Tensor, count: int) -> None:
+    """Raise unless every one of the natural nibbles lies at exactly one place."""
+    found = source[source >= 0]
+    seen = torch.zeros(count, dtype=torch.bool, device=source.device).index_fill_(0, found.long(), True)
+    if found.numel() != count or not bool(seen.all()):
+        raise LayoutError(
+            f"compress shows {int(seen.sum())} of {count} natural nibbles at {found.numel()} places: a layout can be "
+            "learned only if each is found exactly once, so use the vendor's buffers as they are."
+        )
 
 
 def _in_largest_units(source: Tensor) -> tuple[int, Tensor]:

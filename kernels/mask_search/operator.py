@@ -1,11 +1,12 @@
-"""The search as torch operators: Triton on CUDA, the reference elsewhere."""
+"""The search as torch operators: Triton on CUDA, ``cpu.py`` elsewhere."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .reference import search_transposable
+from ..tile_codes import unpack_codes
+from .cpu import search_transposable
 
 
 @torch.library.custom_op("sparsetrain::search_tiles", mutates_args=())
@@ -42,8 +43,6 @@ def search_tiles_with_mask(scores: Tensor, magnitude: bool = False) -> tuple[Ten
         >>> mask.sum().item()
         64
     """
-    from ..tile_codes.reference import unpack_codes
-
     codes = search_tiles(scores, magnitude)
     return codes, unpack_codes(codes)
 
@@ -120,8 +119,6 @@ def _search_on_cuda(
     for i in wide:
         codes[i].copy_(search_transposable(scores[i], magnitude))
         if masks:
-            from ..tile_codes.reference import unpack_codes
-
             masks[i].copy_(unpack_codes(codes[i]))
     rest = [i for i, source in enumerate(scores) if i not in wide and source.numel()]
     if rest:

@@ -1,4 +1,4 @@
-"""The exact transposable search as a Triton kernel; arithmetic and ties are those of ``reference.py``, bit for bit."""
+"""The exact transposable search as a Triton kernel; arithmetic and ties are those of ``cpu.py``, bit for bit."""
 
 from collections.abc import Sequence
 
@@ -136,6 +136,7 @@ def search_kernel(
     b0, b1, b2, b3 = load_row(pointers + stride, inside, MAGNITUDE, ROWS, COLUMNS)
     c0, c1, c2, c3 = load_row(pointers + 2 * stride, inside, MAGNITUDE, ROWS, COLUMNS)
     d0, d1, d2, d3 = load_row(pointers + 3 * stride, inside, MAGNITUDE, ROWS, COLUMNS)
+    # [ROWS, COLUMNS] each, four columns of four rows of every tile
     a, b, c, d = best_nibbles(a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3)
     inside = (row < tile_rows) & (column < tile_columns)
     code = (a | (b << 4) | (c << 8) | (d << 12)).to(tl.int16)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..mvue.reference import philox
-from ..tile_codes.reference import unpack_codes
+from ..tile_codes import unpack_codes
 
 SEED = int.from_bytes(b"decay", "little")
 """Key of the random numbers that round."""

@@ -129,7 +129,7 @@ def masked_update_kernel(
     blocks = tl.cdiv(tile_columns, COLUMNS)
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     element = (tl.program_id(0) % blocks) * (4 * COLUMNS) + tl.arange(0, 4 * COLUMNS)[None, :]
-    within = (row < tile_rows) & (element < tile_columns * 4)
+    within = (row < tile_rows) & (element < tile_columns * 4)  # [ROWS, 4·COLUMNS] entries of one row of every tile
     codes = tensor_pointer(code_base, code_offsets, tensor, ALIGNED) + row * tile_columns + (element >> 2)
     bits = load_code(codes, within) >> (element & 3)  # bit 4·line says whether the entry of a line is kept
     targets = tensor_pointer(target_base, target_offsets, tensor, ALIGNED) + row * 4 * target_stride + element

@@ -148,7 +148,7 @@ def estimate_four(pointers, stride, inside, bits, more_bits, SHIFT: tl.constexpr
         first, last, nibble = draw_exact(x0, x1, x2, x3, uniform(bits), SHIFT)
     else:
         first, last, nibble = draw_two(x0, x1, x2, x3, uniform(bits), uniform(more_bits), SHIFT)
-    pair = tl.permute(tl.join(first, last), (1, 0, 2))
+    pair = tl.permute(tl.join(first, last), (1, 0, 2))  # [WORDS, FEATURES, 2] turned
     if EMULATE_ROUNDING and DTYPE == tl.bfloat16:
         return rounded_bits(pair, DTYPE, EMULATE_ROUNDING).to(tl.int16).to(DTYPE, bitcast=True), nibble
     else:
@@ -188,5 +188,5 @@ def mvue_kernel(
     written = tl.reshape(tl.permute(fours, (0, 1, 3, 4, 2)), (FEATURES, 8 * WORDS))
     tl.store(values + row * (2 * quads) + column, written, mask=(row < features) & (column < 2 * quads))
     used = (1 << 4 * tl.minimum(quads - quad, 4)) - 1  # no nibbles for tokens that are not there
-    code = tl.trans((n0 | n1 | n2 | n3) & used).to(tl.int16)
+    code = tl.trans((n0 | n1 | n2 | n3) & used).to(tl.int16)  # [FEATURES, WORDS]
     tl.store(meta + row * words + place, code, mask=(row < features) & (place < words))

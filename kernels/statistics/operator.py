@@ -1,11 +1,12 @@
-"""Statistics as a torch operator: Triton on CUDA, the reference elsewhere."""
+"""Statistics as a torch operator: Triton on CUDA, ``cpu.py`` elsewhere."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .reference import FIELDS, measure
+from .cpu import measure
+from .reference import FIELDS
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -71,7 +71,7 @@ def statistics_kernel(
     nonfinite = tl.zeros((ROWS, COLUMNS), tl.int32)
     for line in tl.static_range(4):
         values = tl.load(pointers + line * stride, mask=within, other=0.0).to(tl.float32)
-        x0, x1, x2, x3 = split_columns(tl.abs(values), ROWS, COLUMNS)
+        x0, x1, x2, x3 = split_columns(tl.abs(values), ROWS, COLUMNS)  # [ROWS, 4·COLUMNS] to [ROWS, COLUMNS] each
         nibble = code >> (4 * line)
         kept, pruned, nonfinite = add_entry(x0, nibble & 1, kept, pruned, nonfinite)
         kept, pruned, nonfinite = add_entry(x1, nibble & 2, kept, pruned, nonfinite)

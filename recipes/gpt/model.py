@@ -1,14 +1,30 @@
 """A decoder-only transformer whose linear layers are all plain ``nn.Linear``."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsetrain.checks.suggestions import did_you_mean
+from sparsetrain.kernels.gated_activation import KINDS, gated_activation
+
 INIT_STD = 0.02
 ROPE_BASE = 10_000.0
+
+ActivationName = Literal["swiglu", "geglu", "relu2", "gelu"]
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate) * up,
+    "relu2": lambda up: F.relu(up).square(),
+    "gelu": F.gelu,
+}
+"""What the MLP does to its hidden layer, in torch."""
+
+GATED = ("swiglu", "geglu")
+"""Which of them take a gate, the output of another linear layer."""
 
 
 class GPT(nn.Module):
@@ -21,11 +37,13 @@ class GPT(nn.Module):
         heads: Attention heads of a block.
         context: Longest sequence.
         positions: ``"rope"`` rotates queries and keys; ``"learned"`` adds an embedding.
-        mlp: ``"swiglu"`` or ``"gelu"``.
-        hidden: Size of the MLP's hidden layer; None is 4·width for GELU and, for SwiGLU, 8/3·width
-            rounded up to a multiple of 32.
+        mlp: ``"swiglu"``, ``"geglu"``, ``"relu2"`` or ``"gelu"``.
+        hidden: Size of the MLP's hidden layer; None is 4·width or, with a gate (SwiGLU, GEGLU), 8/3·width rounded up to
+            a multiple of 32.
         tied: Share the head's weight with the token embedding.
         dropout: Share of attention weights and of each branch's output that is zeroed while training.
+        fused_activation: Compute the MLP's activation by the operator ``gated_activation``: one kernel, rounded once,
+            that keeps its inputs alone for the backward. GELU without a gate has none.
 
     Raises:
         ValueError: If a size does not fit.
@@ -44,10 +62,11 @@ class GPT(nn.Module):
         heads: int = 4,
         context: int = 128,
         positions: Literal["rope", "learned"] = "rope",
-        mlp: Literal["swiglu", "gelu"] = "swiglu",
+        mlp: ActivationName = "swiglu",
         hidden: int | None = None,
         tied: bool = True,
         dropout: float = 0.0,
+        fused_activation: bool = False,
     ) -> None:
         super().__init__()
         if width % (2 * heads):
@@ -56,17 +75,22 @@ class GPT(nn.Module):
             )
         if positions not in ("rope", "learned"):
             raise ValueError(f"positions is {positions!r}: it must be 'rope' or 'learned'.")
-        if mlp not in ("swiglu", "gelu"):
-            raise ValueError(f"mlp is {mlp!r}: it must be 'swiglu' or 'gelu'.")
+        if mlp not in ACTIVATIONS:
+            known = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"mlp is {mlp!r}{did_you_mean(mlp, ACTIVATIONS)}: it must be one of {known}.")
+        if fused_activation and mlp not in KINDS:
+            raise ValueError(
+                f"fused_activation is True, but mlp is {mlp!r}: it must be one of {', '.join(map(repr, KINDS))}, or "
+                "leave fused_activation False."
+            )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1.")
-        hidden = hidden or (4 * width if mlp == "gelu" else 32 * math.ceil(width * 8 / 3 / 32))
+        hidden = hidden or (32 * math.ceil(width * 8 / 3 / 32) if mlp in GATED else 4 * width)
         self.context = context
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width) if positions == "learned" else None
         self.blocks = nn.ModuleList(
-            Block(width, heads, hidden, gated=mlp == "swiglu", rotary=positions == "rope", dropout=dropout)
-            for _ in range(depth)
+            Block(width, heads, hidden, mlp, positions == "rope", dropout, fused_activation) for _ in range(depth)
         )
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
@@ -100,12 +124,21 @@ class GPT(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream ``[batch, time, width]``."""
 
-    def __init__(self, width: int, heads: int, hidden: int, gated: bool, rotary: bool, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        activation: ActivationName,
+        rotary: bool,
+        dropout: float = 0.0,
+        fused_activation: bool = False,
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
         self.attention = Attention(width, heads, rotary, dropout)
         self.mlp_norm = nn.RMSNorm(width)
-        self.mlp = MLP(width, hidden, gated)
+        self.mlp = MLP(width, hidden, activation, fused_activation)
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,17 +170,22 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU or GELU feed-forward layer."""
+    """Feed-forward layer, with a gate or without one."""
 
-    def __init__(self, width: int, hidden: int, gated: bool) -> None:
+    def __init__(self, width: int, hidden: int, activation: ActivationName, fused: bool = False) -> None:
         super().__init__()
+        self.activation, self.fused = activation, fused
         self.up = nn.Linear(width, hidden, bias=False)
-        self.gate = nn.Linear(width, hidden, bias=False) if gated else None
+        self.gate = nn.Linear(width, hidden, bias=False) if activation in GATED else None
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform every position: ``[..., width]`` to the same."""
-        hidden = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        inner = [self.up(x)] if self.gate is None else [self.gate(x), self.up(x)]
+        if self.fused:
+            hidden = gated_activation(inner[0], inner[1] if self.gate is not None else None, self.activation)
+        else:
+            hidden = ACTIVATIONS[self.activation](*inner)
         y: Tensor = self.down(hidden)
         return y
 

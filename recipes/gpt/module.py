@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from ..optimization import WarmupCosine, require_lr_cycle, weight_decay_groups, with_warmup_cosine
-from .model import GPT
+from .model import GPT, ActivationName
 
 __all__ = ["GPTModule", "WarmupCosine"]
 
@@ -26,7 +26,7 @@ class GPTModule(LightningModule):
         heads: Attention heads of a block.
         context: Longest sequence.
         positions: ``"rope"`` or ``"learned"``.
-        mlp: ``"swiglu"`` or ``"gelu"``.
+        mlp: ``"swiglu"``, ``"geglu"``, ``"relu2"`` or ``"gelu"``.
         hidden: Size of the MLP's hidden layer; None chooses by the kind of MLP.
         tied: Share the head's weight with the token embedding.
         learning_rate: Peak learning rate.
@@ -36,6 +36,7 @@ class GPTModule(LightningModule):
         weight_decay: Of matrices; vectors have none.
         betas: Of AdamW.
         dropout: Share of attention weights and of each branch's output that is zeroed while training.
+        fused_activation: Compute the MLP's activation by one kernel, see :class:`.GPT`.
 
     Raises:
         ValueError: If a size does not fit, or the learning rate is to decay over a run without an end.
@@ -53,7 +54,7 @@ class GPTModule(LightningModule):
         heads: int = 4,
         context: int = 128,
         positions: Literal["rope", "learned"] = "rope",
-        mlp: Literal["swiglu", "gelu"] = "swiglu",
+        mlp: ActivationName = "swiglu",
         hidden: int | None = None,
         tied: bool = True,
         learning_rate: float = 2e-3,
@@ -63,11 +64,14 @@ class GPTModule(LightningModule):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         dropout: float = 0.0,
+        fused_activation: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         require_lr_cycle(lr_cycle)
-        self.model = GPT(vocabulary, width, depth, heads, context, positions, mlp, hidden, tied, dropout)
+        self.model = GPT(
+            vocabulary, width, depth, heads, context, positions, mlp, hidden, tied, dropout, fused_activation
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits ``[batch, time, vocabulary]`` for token ids ``[batch, time]``."""

@@ -1,7 +1,6 @@
 """What there was before: exact search by enumeration, and the operators of torch and cuSPARSELt."""
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain import transposable_mask
+from sparsetrain.kernels.mask_search.reference import patterns
 
 from .measure import milliseconds, quantiles
 
@@ -20,9 +20,9 @@ def matmul90(scores: Tensor, chunk: int) -> Tensor:
     """The usual exact search: ``(tiles × 16) · (16 × 90)`` in chunks, argmax, gather."""
     rows, columns = scores.shape
     tiles = scores.view(rows // 4, 4, columns // 4, 4).transpose(1, 2).reshape(-1, 16)
-    patterns = _patterns(scores.device)
-    best = torch.cat([(part @ patterns.T).argmax(1) for part in tiles.split(chunk)])
-    mask = patterns.bool()[best]
+    grids = _grids(scores.device)
+    best = torch.cat([(part @ grids.T).argmax(1) for part in tiles.split(chunk)])
+    mask = grids.bool()[best]
     return mask.view(rows // 4, columns // 4, 4, 4).transpose(1, 2).reshape(rows, columns)
 
 
@@ -68,11 +68,5 @@ BASELINES = (
 
 
 @functools.lru_cache(maxsize=4)
-def _patterns(device: torch.device) -> Tensor:
-    lines = [line for line in itertools.product((0.0, 1.0), repeat=4) if sum(line) == 2]
-    grids = [
-        grid
-        for grid in itertools.product(lines, repeat=4)
-        if all(sum(column) == 2 for column in zip(*grid, strict=True))
-    ]
-    return torch.tensor(grids, device=device).view(90, 16)
+def _grids(device: torch.device) -> Tensor:
+    return patterns(2).view(90, 16).to(device, torch.float32)

@@ -21,7 +21,7 @@ from sparsetrain.dispatch import Decision, DispatchTable, describe_environment
 from sparsetrain.dispatch.faults import FAULTS, device_works
 from sparsetrain.hardware.machine import cache_folder
 from sparsetrain.kernels.mask_search import search_tiles
-from sparsetrain.kernels.tile_codes.reference import unpack_codes
+from sparsetrain.kernels.tile_codes import unpack_codes
 
 from . import gemm, stand_in
 from .grid import first_line

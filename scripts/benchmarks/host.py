@@ -26,8 +26,8 @@ from sparsetrain.backends import BACKENDS, Operand
 from sparsetrain.backends.masked import MaskedBackend
 from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.kernels.masked_update.operator import NOW
-from sparsetrain.kernels.pack.operator import NOW as PACK_NOW
-from sparsetrain.kernels.pack.operator import pack_tiles_
+from sparsetrain.kernels.pack import pack_tiles_
+from sparsetrain.kernels.pack.eager import NOW as PACK_NOW
 from sparsetrain.layers.conversion import to_sparse_
 from sparsetrain.matmul.execution import Execution
 

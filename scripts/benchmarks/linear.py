@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparsetrain.backends import BACKENDS
 from sparsetrain.kernels.mask_search import search_tiles
-from sparsetrain.kernels.tile_codes.reference import unpack_codes
+from sparsetrain.kernels.tile_codes import unpack_codes
 from sparsetrain.layers.conversion import to_sparse_
 from sparsetrain.layers.linear import SparseLinear
 from sparsetrain.matmul.choices import describe

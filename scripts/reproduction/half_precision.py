@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetrain import Method, Phase, Schedule, SparseTraining
-from sparsetrain.kernels.tile_codes.reference import unpack_codes
+from sparsetrain.kernels.tile_codes import unpack_codes
 from sparsetrain.modifiers import masked_decay
 from sparsetrain.recipes.gpt import GPT
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..kernels.launch import Known, Launch
 from ..kernels.masked_update.operator import apply_masks_
 from ..kernels.metadata_order import Order
-from ..kernels.pack.operator import pack_tiles_now_, unpack_rows
+from ..kernels.pack import unpack_rows
+from ..kernels.pack.eager import pack_tiles_now_
 from .interface import Backend, Operand
 
 

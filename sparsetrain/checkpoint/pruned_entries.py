@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..checks.rules import DICT, TEXT, Rule, mapping, sequence, shown, whole
 from ..checks.states import refuse, tensor
-from ..kernels.tile_codes.reference import unpack_codes
+from ..kernels.tile_codes import unpack_codes
 from ..layers.masked_layer import MaskedLayer
 from ..masks.matrices import weight_of
 

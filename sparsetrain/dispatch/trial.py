@@ -8,7 +8,7 @@ from ..backends import Backend, Operand
 from ..backends.packing import Packed, PackJob, fill_, operand_of_packed
 from ..kernels.mask_search.operator import search_tiles
 from ..kernels.pack.operator import pack_tiles_
-from ..kernels.tile_codes.reference import unpack_codes
+from ..kernels.tile_codes import unpack_codes
 from .problem import Problem, bucket
 from .verify import Multiply
 

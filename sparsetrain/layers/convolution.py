@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..kernels.tile_codes.reference import unpack_codes
+from ..kernels.tile_codes import unpack_codes
 from ..masks.gradient_rules import GradientRule
 from ..masks.matrices import weight_of
 from ..matmul.autocast import as_autocast, autocast_dtype

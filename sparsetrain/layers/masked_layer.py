@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..kernels.tile_codes.reference import unpack_codes
+from ..kernels.tile_codes import unpack_codes
 from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.matrices import matrix_of, weight_of
 from ..masks.soft_threshold import SoftThreshold, soft_thresholded

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from ..kernels.adamw.reference import Rule
+from ..kernels.adamw import Rule
 from .masked_layer import MaskedLayer
 
 

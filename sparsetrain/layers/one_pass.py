@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..backends import Operand
 from ..backends.packing import Targets
-from ..kernels.pack.operator import DTYPES, search_and_pack_
+from ..kernels.pack import search_and_pack_
+from ..kernels.pack.arguments import DTYPES
 from .masked_layer import MaskedLayer
 
 Sides = tuple[Operand | None, Operand | None]

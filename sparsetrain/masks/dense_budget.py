@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks.rules import instance, number, require
 from ..checks.tensors import require_floating
-from ..kernels.tile_codes.reference import unpack_codes
+from ..kernels.tile_codes import unpack_codes
 from .patterns import resolve_pattern
 from .tile_codes import require_tiles
 

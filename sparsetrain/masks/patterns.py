@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..checks.rules import one_of, require
-from ..kernels.tile_codes.reference import count_bits, pack_codes, transpose_codes, unpack_codes
+from ..kernels.tile_codes import count_bits, pack_codes, transpose_codes, unpack_codes
 from .search import nm_mask, transposable_codes
 
 

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from ..checks.tensors import require_dtype, require_floating
-from ..kernels.mask_search.operator import search_tiles, search_tiles_with_mask
-from ..kernels.mask_search.permutations import search_permutations
-from ..kernels.mask_search.reference import search_row_wise
-from ..kernels.tile_codes.reference import unpack_codes
+from ..kernels.mask_search import search_permutations, search_row_wise, search_tiles, search_tiles_with_mask
+from ..kernels.tile_codes import unpack_codes
 from .tile_codes import require_tiles
 
 

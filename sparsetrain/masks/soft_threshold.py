@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.tile_codes.reference import unpack_codes
+from ..kernels.tile_codes import unpack_codes
 
 
 def soft_thresholded(weight: Tensor, codes: Tensor, transposable: bool = False) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks.tensors import require_dtype
-from ..kernels.tile_codes.reference import count_bits, pack_codes, transpose_codes, unpack_codes
+from ..kernels.tile_codes import count_bits, pack_codes, transpose_codes, unpack_codes
 
 KEEP_ALL = -1
 """The code of a tile that keeps all 16 entries."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..kernels.masked_update.operator import apply_masks_
-from ..kernels.tile_codes.reference import unpack_codes
+from ..kernels.tile_codes import unpack_codes
 from ..masks.matrices import weight_of
 from .eager import is_eager
 from .tensor_state import fingerprint, hold, storage_address

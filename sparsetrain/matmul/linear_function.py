@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Product
-from ..kernels.tile_codes.reference import unpack_codes
+from ..kernels.tile_codes import unpack_codes
 from ..masks.gradient_rules import GradientRule
 from .estimated_weight_gradient import estimated_weight_gradient
 from .masked_matmul import masked_matmul, multiply_rows

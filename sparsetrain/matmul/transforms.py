@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn import Module
 
-from ..kernels.tile_codes.reference import unpack_codes
+from ..kernels.tile_codes import unpack_codes
 from ..masks.gradient_rules import GradientRule
 from ..masks.matrices import weight_of
 

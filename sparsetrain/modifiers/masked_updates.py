@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from ..checks.rules import NOT_NEGATIVE, mapping
 from ..checks.states import require_part
-from ..kernels.adamw.reference import Rule
+from ..kernels.adamw import Rule
 from ..layers.masked_layer import MaskedLayer
 from ..layers.masked_step import MaskedStep, TakesMaskedSteps
 from ..masks.gradient_rules import resolve_gradient_rule

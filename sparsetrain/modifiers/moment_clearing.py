@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..kernels.masked_update.reference import apply_mask_
+from ..kernels.masked_update import apply_mask_
 from ..layers.masked_layer import MaskedLayer, written_as_matrices
 from .base import Entry, Modifier, Run, Setup
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..criteria import Criterion, Magnitude
 from ..criteria.criterion import scores_of
-from ..kernels.tile_codes.reference import unpack_codes
+from ..kernels.tile_codes import unpack_codes
 from ..layers.masked_layer import MaskedLayer
 from ..layers.one_pass import fits_one_pass
 from ..masks.dense_budget import dense_tiles

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.equal_codes import require_equal_codes
-from ..kernels.tile_codes.reference import unpack_codes
+from ..kernels.tile_codes import unpack_codes
 from ..layers.masked_layer import MaskedLayer
 from ..layers.one_pass import search_in_one_pass_
 from ..masks.dense_budget import dense_layers

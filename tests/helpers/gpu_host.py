@@ -16,13 +16,14 @@ from sparsetrain.backends import BACKENDS, Operand
 from sparsetrain.backends.masked import MaskedBackend
 from sparsetrain.kernels.mask_search.operator import search_tiles_
 from sparsetrain.kernels.masked_update import operator as masked_update
-from sparsetrain.kernels.pack import operator as pack
+from sparsetrain.kernels.pack import eager as pack
+from sparsetrain.kernels.pack import pack_tiles_
 from sparsetrain.kernels.statistics.operator import tile_statistics
 
 OPERATORS = (
     masked_update.add_masked_decays_,
     masked_update.apply_masks_,
-    pack.pack_tiles_,
+    pack_tiles_,
     search_tiles_,
     tile_statistics,
 )

@@ -4,15 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from poisoned import Margins
 from torch import Tensor
 
 from sparsetrain.kernels.adamw import RULES, Rule, adamw_, sparse_adamw_
 from sparsetrain.kernels.adamw.reference import factors
 from sparsetrain.kernels.adamw.triton_kernel import update_in_place
 from sparsetrain.kernels.metadata_order import Order
-from sparsetrain.kernels.pack.reference import empty_packed
-from sparsetrain.kernels.pack.sides import Side
-from sparsetrain.kernels.tile_codes.reference import pack_codes
+from sparsetrain.kernels.pack import Side, empty_packed
+from sparsetrain.kernels.pack.reference import pack_rows
+from sparsetrain.kernels.tile_codes import pack_codes
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 DECAY = 0.02
@@ -203,7 +204,7 @@ def test_several_weights_are_updated_and_packed_in_one_launch_a_layout(
             if given is not None:
                 values = matrix[kept].view(matrix.shape[0], -1)  # two of every four of a row
                 assert torch.equal(given.values[position].cpu(), values.to(values_dtype))
-                meta, words = given.meta[position].cpu().flatten(), words_of(kept).flatten()
+                meta, words = given.meta[position].cpu().flatten(), pack_rows(kept, kept)[1].flatten()
                 places = given.tables[position].cpu().long() if order == Order.TABLE else slice(None)
                 assert torch.equal(meta[places], words)
 
@@ -221,16 +222,6 @@ def near(found: Tensor, wanted: Tensor) -> None:
     """Equal, but for sums beside the middle of two numbers."""
     relative = 1e-6 if wanted.dtype == torch.float32 else 2**-7
     torch.testing.assert_close(found.cpu().float(), wanted.float(), rtol=relative, atol=1e-30)
-
-
-def words_of(mask: Tensor) -> Tensor:
-    """Natural metadata of a mask that keeps two of every four of a row, by loops."""
-    words = torch.zeros(mask.shape[0], -(-mask.shape[1] // 16), dtype=torch.int32)
-    for row, entries in enumerate(mask.tolist()):
-        for four in range(len(entries) // 4):
-            low, high = (place for place in range(4) if entries[4 * four + place])
-            words[row, four // 4] |= (low | high << 2) << 4 * (four % 4)
-    return words.to(torch.int16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -254,10 +245,11 @@ def test_what_lies_around_a_weight_stays_as_it_was(dtype: torch.dtype, kernel_de
         assert int(storage.isnan().sum()) == storage.numel() - view.numel()
 
 
-def test_the_operator_passes_opcheck(kernel_device: str) -> None:
+def test_the_operator_passes_opcheck(kernel_device: str, margins: Margins) -> None:
     weights = [torch.randn(12, 20, device=kernel_device), torch.randn(20, 12, device=kernel_device).t()]
     codes = [pack_codes(mask_of((12, 20))).to(kernel_device) for _ in weights]
-    targets = [list(column) for column in zip(*(empty_packed(one, torch.bfloat16) for one in weights), strict=True)]
+    packed = [[margins.like(part) for part in empty_packed(one, torch.bfloat16)] for one in weights]
+    targets = [list(column) for column in zip(*packed, strict=True)]
     columns = [
         weights,
         [one.sin() for one in weights],

@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 from sparsetrain.kernels import launch, plan, pointer_tables
 from sparsetrain.kernels.masked_update import operator as masked_update
 from sparsetrain.kernels.metadata_order import Order, metadata_words
-from sparsetrain.kernels.pack import operator as pack
+from sparsetrain.kernels.pack import eager as pack
 
 DECAY = torch.tensor(0.5)
 SHAPES = [(16, 32), (32, 16), (16, 32), (32, 32), (16, 32)]

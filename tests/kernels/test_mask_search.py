@@ -1,4 +1,7 @@
+"""The searches of the CPU against their definitions: the 90 and the 24 patterns of a tile, and a stable sort."""
+
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -6,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from oracles import PATTERNS, brute_force_sums, tiles_of
+from torch import Tensor
 
-from sparsetrain.kernels.mask_search import reference
-from sparsetrain.kernels.mask_search.reference import NONFINITE_KEY, ranking_keys, search_row_wise, search_transposable
+from sparsetrain.kernels.mask_search import cpu, reference
+from sparsetrain.kernels.mask_search.cpu import ranking_keys, search_row_wise, search_transposable
+from sparsetrain.kernels.mask_search.cpu_permutations import search_permutations
+from sparsetrain.kernels.mask_search.reference import NONFINITE_KEY, PAIRINGS, patterns
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
 
 
@@ -34,32 +39,44 @@ DISTRIBUTIONS = {
     "huge": lambda shape: torch.randn(shape) * 1e38,
     "nan and inf": _nonfinite,
 }
+EXACT = ("ties", "signed ties", "zeros")
+"""Whose sums no rounding changes, so that ties are ties in every arithmetic."""
+SEARCHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "cpu": search_transposable,
+    "reference": reference.search_transposable,
+}
 
 
-def assert_optimal(scores: torch.Tensor) -> None:
-    mask = unpack_codes(search_transposable(scores))
-    tiles = tiles_of(mask.double()).view(-1, 4, 4)
-    assert (tiles.sum(1) == 2).all()
-    assert (tiles.sum(2) == 2).all()
-    keys = ranking_keys(scores).double()
-    kept = (tiles_of(keys) * tiles_of(mask.double())).sum(1)
-    best = brute_force_sums(keys)
-    scale = tiles_of(keys).abs().sum(1)
-    assert (kept >= best - 1e-6 * scale).all()
+def assert_optimal(scores: Tensor) -> None:
+    mask, best = unpack_codes(search_transposable(scores)), unpack_codes(reference.search_transposable(scores))
+    assert (mask.unflatten(0, (-1, 4)).sum(1) == 2).all()
+    assert (mask.unflatten(1, (-1, 4)).sum(2) == 2).all()
+    keys = reference.ranking_keys(scores).double()
+    kept, most, scale = (sums_of_tiles(entries) for entries in (keys * mask, keys * best, keys.abs()))
+    assert (kept >= most - 1e-6 * scale).all()
+
+
+def sums_of_tiles(matrix: Tensor) -> Tensor:
+    return matrix.unflatten(1, (-1, 4)).unflatten(0, (-1, 4)).sum((1, 3))
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_search_equals_brute_force_over_the_90_patterns(name: str, dtype: torch.dtype) -> None:
     for shape in [(64, 96), (4, 4), (12, 20), (1028, 36)]:
-        assert_optimal(DISTRIBUTIONS[name](shape).to(dtype))
+        scores = DISTRIBUTIONS[name](shape).to(dtype)
+        assert_optimal(scores)
+        if name in EXACT:
+            for magnitude in (False, True):
+                expected = reference.search_transposable(scores, magnitude)
+                assert torch.equal(search_transposable(scores, magnitude), expected)
 
 
 def test_search_finds_the_unique_best_pattern_exactly() -> None:
-    scores = torch.randn(128, 128, dtype=torch.float64)
-    sums = tiles_of(scores) @ torch.from_numpy(PATTERNS.reshape(90, 16)).double().T
-    best = torch.from_numpy(PATTERNS.reshape(90, 16))[sums.argmax(1)]
-    assert torch.equal(tiles_of(unpack_codes(search_transposable(scores))).long(), best.long())
+    for scores in (torch.randn(128, 128, dtype=torch.float64), torch.randn(128, 128, dtype=torch.float64) ** 3):
+        for magnitude in (False, True):
+            expected = reference.search_transposable(scores, magnitude)
+            assert torch.equal(search_transposable(scores, magnitude), expected)
 
 
 @settings(max_examples=200, deadline=None)
@@ -70,22 +87,37 @@ def test_any_float_gives_an_optimal_valid_mask(scores: np.ndarray) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(hnp.arrays(np.int8, (4, 4), elements=st.integers(-2, 2)))
-def test_small_integers_with_many_ties_are_optimal(scores: np.ndarray) -> None:
-    assert_optimal(torch.from_numpy(scores).float())
+def test_small_integers_with_many_ties_give_the_codes_of_the_reference(scores: np.ndarray) -> None:
+    tile = torch.from_numpy(scores).float()
+    assert torch.equal(search_transposable(tile), reference.search_transposable(tile))
+    for n in (1, 3):
+        assert torch.equal(search_permutations(tile, n), reference.search_transposable(tile, n=n))
 
 
 def test_every_one_of_the_90_patterns_is_found() -> None:
-    tiles = torch.from_numpy(PATTERNS).float()
+    tiles = patterns(2).float()
     found = unpack_codes(search_transposable(tiles.reshape(-1, 4)))
     assert torch.equal(found.view(90, 4, 4).float(), tiles)
 
 
 def test_every_pattern_splits_into_two_pairs_of_complementary_rows() -> None:
-    for pattern in PATTERNS:
-        assert any(all((pattern[i] + pattern[j] == 1).all() for i, j in pairing) for pairing in reference.PAIRINGS)
+    for pattern in patterns(2):
+        assert any(all((pattern[i] ^ pattern[j]).all() for i, j in pairing) for pairing in PAIRINGS)
 
 
-def test_ties_follow_the_documented_order() -> None:
+@pytest.mark.parametrize(("n", "count"), [(1, 24), (2, 90), (3, 24)])
+def test_patterns_are_all_grids_that_keep_n_of_every_line(n: int, count: int) -> None:
+    codes = torch.arange(-(2**15), 2**15).to(torch.int16)
+    grids = unpack_codes(codes[:, None, None])
+    every = grids[((grids.sum(1) == n) & (grids.sum(2) == n)).all(1)]
+    assert len(every) == len(patterns(n)) == count
+    assert {tuple(grid.flatten().tolist()) for grid in every} == {
+        tuple(grid.flatten().tolist()) for grid in patterns(n)
+    }
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_ties_follow_the_documented_order(search: Callable[[Tensor], Tensor]) -> None:
     corner = torch.zeros(4, 4)
     corner[0, 3] = 1
     left = torch.zeros(4, 4)
@@ -96,7 +128,7 @@ def test_ties_follow_the_documented_order() -> None:
         "c3a5": left,  # one of each half is best for row 0; rows 2 and 3 are free
     }
     for code, scores in expected.items():
-        assert f"{search_transposable(scores).item() & 0xFFFF:04x}" == code
+        assert f"{search(scores).item() & 0xFFFF:04x}" == code
 
 
 def test_zeros_of_either_sign_are_the_same_score() -> None:
@@ -109,7 +141,7 @@ def test_zeros_of_either_sign_are_the_same_score() -> None:
 def test_chunks_do_not_change_the_result(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.randint(0, 4, (52, 44)).float()
     whole, rows = search_transposable(scores), search_row_wise(scores, 2, 4)
-    monkeypatch.setattr(reference, "_TILES_PER_CHUNK", {"cpu": limit})
+    monkeypatch.setattr(cpu, "_TILES_PER_CHUNK", {"cpu": limit})
     assert torch.equal(search_transposable(scores), whole)
     assert torch.equal(search_row_wise(scores, 2, 4), rows)
 
@@ -123,22 +155,34 @@ def test_strided_and_transposed_inputs_are_read_correctly_and_left_alone() -> No
 
 
 def test_non_finite_scores_are_ranked_at_the_ends() -> None:
-    keys = ranking_keys(torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0]))
-    assert keys.tolist() == [NONFINITE_KEY, NONFINITE_KEY, -NONFINITE_KEY, 1.0]
+    for keys_of in (ranking_keys, reference.ranking_keys):
+        keys = keys_of(torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0]))
+        assert keys.tolist() == [NONFINITE_KEY, NONFINITE_KEY, -NONFINITE_KEY, 1.0]
     tile = torch.rand(4, 4)
     tile[1, 2] = float("nan")
     tile[3, 0] = -float("inf")
-    mask = unpack_codes(search_transposable(tile))
-    assert mask[1, 2]
-    assert not mask[3, 0]
+    for search in SEARCHES.values():
+        mask = unpack_codes(search(tile))
+        assert mask[1, 2]
+        assert not mask[3, 0]
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (1, 4), (3, 4), (4, 8), (0, 4), (4, 4), (2, 16)])
 def test_row_wise_search_equals_a_stable_sort(n: int, m: int) -> None:
-    for scores in (torch.randn(24, 32), torch.randint(0, 3, (24, 32)).float(), torch.zeros(4, 32)):
-        order = scores.view(-1, m).sort(dim=1, descending=True, stable=True).indices
-        expected = torch.zeros(scores.numel() // m, m, dtype=torch.bool).scatter_(1, order[:, :n], True)
-        assert torch.equal(search_row_wise(scores, n, m), expected.view(24 if scores.shape[0] == 24 else 4, 32))
+    for scores in (torch.randn(24, 32), torch.randint(0, 3, (24, 32)).float(), torch.zeros(4, 32), _nonfinite((8, 32))):
+        assert torch.equal(search_row_wise(scores, n, m), reference.search_row_wise(scores, n, m))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_permutations_equal_the_24_patterns(name: str, n: int) -> None:
+    scores = DISTRIBUTIONS[name]((36, 20))
+    keys = reference.ranking_keys(scores).double()
+    found, best = search_permutations(scores, n), reference.search_transposable(scores, n=n)
+    kept, most = (sums_of_tiles(keys * unpack_codes(codes)) for codes in (found, best))
+    assert (kept >= most - 1e-6 * sums_of_tiles(keys.abs())).all()
+    if name in EXACT:
+        assert torch.equal(found, best)
 
 
 def test_transposing_the_weight_gives_a_mask_of_the_same_sum() -> None:
@@ -150,11 +194,12 @@ def test_transposing_the_weight_gives_a_mask_of_the_same_sum() -> None:
 
 def test_an_empty_weight_has_empty_codes() -> None:
     for shape, expected in (((0, 8), (0, 2)), ((8, 0), (2, 0))):
-        assert tuple(search_transposable(torch.empty(shape)).shape) == expected
+        for search in SEARCHES.values():
+            assert tuple(search(torch.empty(shape)).shape) == expected
 
 
 def test_pairings_cover_all_splits_of_four_rows() -> None:
-    assert {frozenset(map(frozenset, pairing)) for pairing in reference.PAIRINGS} == {
+    assert {frozenset(map(frozenset, pairing)) for pairing in PAIRINGS} == {
         frozenset({frozenset(pair), frozenset(range(4)) - frozenset(pair)})
         for pair in itertools.combinations(range(4), 2)
     }

@@ -6,11 +6,12 @@ from metadata_walks import WALKS
 from poisoned import Margins
 from torch import Tensor
 
-from sparsetrain.kernels.mask_search.reference import search_transposable
+from sparsetrain.kernels.mask_search import search_transposable
 from sparsetrain.kernels.metadata_order import Order, metadata_words
 from sparsetrain.kernels.pack import Side, operator, pack_tiles_, reference, search_and_pack_
 from sparsetrain.kernels.pack.triton_kernel import pack_into
-from sparsetrain.kernels.tile_codes.reference import unpack_codes
+from sparsetrain.kernels.statistics.reference import measure
+from sparsetrain.kernels.tile_codes import unpack_codes
 
 POISON = -1
 
@@ -62,14 +63,6 @@ def side(matrices: list[Matrix]) -> Side:
     )  # fmt: skip
 
 
-def measured(weight: Tensor, before: Tensor, after: Tensor) -> list[float]:
-    mask, finite = unpack_codes(after), weight.isfinite()
-    magnitude = torch.where(finite, weight.double().abs(), 0.0)
-    flips = (mask != unpack_codes(before)).sum()
-    sums = (magnitude * mask).sum(), (magnitude * ~mask).sum(), mask.sum()
-    return [*map(float, sums), weight.numel(), float((~finite).sum()), float(flips)]
-
-
 def some_weights(dtype: torch.dtype, shapes: list[tuple[int, int]]) -> list[Tensor]:
     weights = [torch.randn(shape).to(dtype) for shape in shapes]
     weights[0][0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
@@ -106,7 +99,7 @@ def test_one_launch_searches_packs_both_sides_in_their_orders_and_measures(
         values, meta, values_t, meta_t = reference.pack(weight, found, torch.bfloat16)
         packed[position].check(values, meta)
         packed_t[position].check(values_t, meta_t)
-        wanted = torch.tensor(measured(weight, before[position], found), dtype=torch.float64)
+        wanted = measure(weight, found, before[position])
         torch.testing.assert_close(statistics[position].cpu(), wanted, rtol=1e-6, atol=0)
         assert torch.equal(statistics[position, 2:].cpu(), wanted[2:])
 
@@ -146,12 +139,12 @@ def test_weights_that_are_zero_where_they_are_pruned_lose_nothing(margins: Margi
     assert statistics[0, 1] == 0
 
 
-def test_operators_with_orders_pass_opcheck(kernel_device: str) -> None:
+def test_operators_with_orders_pass_opcheck(kernel_device: str, margins: Margins) -> None:
     weight = torch.randn(64, 32, device=kernel_device)
     codes, values, _, values_t, _ = operator.search_and_pack(weight, torch.float16)
-    meta = torch.zeros(128, dtype=torch.int16, device=kernel_device)
+    meta = margins.empty(128, dtype=torch.int16)
     table = torch.randperm(128, device=kernel_device).int()
-    sides = ([values], [meta], [values_t], [meta.clone()])
+    sides = ([values], [meta], [values_t], [margins.like(meta)])
     orders = [int(Order.CUTLASS_SM90_1), int(Order.TABLE)]
     torch.library.opcheck(pack_tiles_, ([weight], [codes], *sides, [table], orders))
     torch.library.opcheck(search_and_pack_, ([weight], [codes], *sides, [table], orders))

@@ -1,18 +1,19 @@
-"""Packing by the kernel and by the reference against a plain loop, bit for bit."""
+"""Packing by the kernel and on a CPU against the definition, bit for bit."""
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from poisoned import Margins
 from torch import Tensor
 
-from sparsetrain.kernels.mask_search.reference import search_transposable
+from sparsetrain.kernels.mask_search import search_transposable
 from sparsetrain.kernels.metadata_order import Order
-from sparsetrain.kernels.pack import Side, operator, reference
-from sparsetrain.kernels.pack.triton_kernel import pack_into, unpack_into
+from sparsetrain.kernels.pack import Side, cpu, operator, reference
+from sparsetrain.kernels.pack.reference import pack_rows
+from sparsetrain.kernels.pack.triton_kernel import pack_into
+from sparsetrain.kernels.pack.triton_unpack import unpack_into
 from sparsetrain.kernels.tile_codes.reference import pack_codes, unpack_codes
 
 SHAPES = [(4, 4), (12, 20), (132, 36), (20, 260)]
@@ -20,20 +21,6 @@ DTYPES = [
     (torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
     (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, torch.float32),
 ]  # fmt: skip
-
-
-def loop(dense: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and metadata of rows, entry by entry."""
-    rows, columns = dense.shape
-    values = torch.empty(rows, columns // 2, dtype=dense.dtype)
-    meta = np.zeros((rows, -(-columns // 16)), dtype=np.int64)
-    for row in range(rows):
-        for group in range(columns // 4):
-            first, last = mask[row, 4 * group : 4 * group + 4].nonzero().flatten().tolist()
-            values[row, 2 * group] = dense[row, 4 * group + first]
-            values[row, 2 * group + 1] = dense[row, 4 * group + last]
-            meta[row, group // 4] |= (first | last << 2) << 4 * (group % 4)
-    return values, torch.from_numpy(meta.astype(np.uint16).view(np.int16))
 
 
 def weights(kind: str, shape: tuple[int, int]) -> Tensor:
@@ -72,20 +59,27 @@ def parts_of(*packed: Side) -> list[Tensor]:
     return [part.cpu() for each in packed for part in (each.values[0], each.meta[0])]
 
 
+def test_a_word_of_metadata_by_hand() -> None:
+    mask = torch.zeros(1, 20, dtype=torch.bool)
+    mask[0, [0, 1, 4, 6, 9, 11, 14, 15, 16, 19]] = True
+    values, meta = pack_rows(torch.arange(20.0)[None], mask)
+    assert values.tolist() == [[0, 1, 4, 6, 9, 11, 14, 15, 16, 19]]
+    assert [word & 0xFFFF for word in meta[0].tolist()] == [0xED84, 0x000C]  # 2,3 | 1,3 | 0,2 | 0,1, and 0,3
+    assert torch.equal(reference.unpack_rows(values, meta), torch.arange(20.0)[None] * mask)
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # 3e38 is infinite in float16
 @pytest.mark.parametrize(("source", "target"), DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["gaussian", "ties", "nonfinite"])
-def test_reference_and_kernel_pack_what_a_loop_packs(
+def test_cpu_and_kernel_pack_what_the_reference_packs(
     kind: str, source: torch.dtype, target: torch.dtype, margins: Margins
 ) -> None:
     torch.manual_seed(0)
     for shape in SHAPES if kind == "gaussian" else SHAPES[:2]:
         weight = weights(kind, shape).to(source)
         codes = search_transposable(weight.abs())
-        mask = unpack_codes(codes)
-        dense = weight.to(target)
-        expected = [*loop(dense, mask), *loop(dense.t(), mask.t())]
-        found = reference.pack(weight, codes, target)
+        expected = reference.pack(weight, codes, target)
+        found = cpu.pack(weight, codes, target)
         assert all(map(same_bits, found, expected)), shape
         on_device = margins.of(weight)
         for search in (True, False):
@@ -101,8 +95,8 @@ def test_one_side_alone_packs_row_wise_masks(margins: Margins) -> None:
     kept = torch.rand(12, 21, 4).argsort(-1).argsort(-1) < 2
     mask = kept.view(12, 84)
     codes = pack_codes(mask)
-    expected = loop(weight, mask)
-    assert all(map(same_bits, reference.pack(weight, codes, torch.float32, transposed=False), expected))
+    expected = pack_rows(weight, mask)
+    assert all(map(same_bits, cpu.pack(weight, codes, torch.float32, transposed=False), expected))
     packed = side(margins, 12, 84, torch.float32)
     pack_into([margins.of(weight)], [margins.of(codes)], packed, None, search=False)
     assert all(map(same_bits, parts_of(packed), expected))
@@ -114,8 +108,8 @@ def test_the_transpose_needs_no_rows_that_keep_two(margins: Margins) -> None:
     mask = kept.view(20, 84)
     assert (mask.view(20, 21, 4).sum(2) != 2).any()
     codes = pack_codes(mask)
-    expected = loop(weight.t().bfloat16(), mask.t())
-    assert all(map(same_bits, reference.pack(weight, codes, torch.bfloat16)[2:], expected))
+    expected = pack_rows(weight.t().bfloat16(), mask.t())
+    assert all(map(same_bits, cpu.pack(weight, codes, torch.bfloat16)[2:], expected))
     packed = side(margins, 84, 20, torch.bfloat16)
     pack_into([margins.of(weight)], [margins.of(codes)], None, packed, search=False)
     assert all(map(same_bits, parts_of(packed), expected))
@@ -127,9 +121,9 @@ def test_the_transpose_needs_no_rows_that_keep_two(margins: Margins) -> None:
 def test_chunks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(100, 52)
     codes = search_transposable(weight.abs())
-    whole = reference.pack(weight, codes, torch.bfloat16)
-    monkeypatch.setitem(reference._TILES_PER_CHUNK, "cpu", 1)
-    assert all(map(torch.equal, reference.pack(weight, codes, torch.bfloat16), whole))
+    whole = cpu.pack(weight, codes, torch.bfloat16)
+    monkeypatch.setitem(cpu._TILES_PER_CHUNK, "cpu", 1)
+    assert all(map(torch.equal, cpu.pack(weight, codes, torch.bfloat16), whole))
 
 
 def test_the_transpose_is_the_mask_of_the_weight_transposed_even_with_ties(margins: Margins) -> None:
@@ -152,12 +146,12 @@ def test_unpacking_gives_the_masked_weight_back() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_unpacking_kernel_equals_the_reference(dtype: torch.dtype, kernel_device: str) -> None:
+def test_the_unpacking_kernel_equals_the_reference(dtype: torch.dtype, kernel_device: str, margins: Margins) -> None:
     for shape in SHAPES:
         weight = torch.randn(shape, device=kernel_device)
         _, *parts = operator.search_and_pack(weight, dtype)
         for values, meta in (parts[:2], parts[2:]):
-            dense = torch.full((values.shape[0], 2 * values.shape[1]), 7.0, dtype=dtype, device=kernel_device)
+            dense = margins.empty(values.shape[0], 2 * values.shape[1], dtype=dtype)
             unpack_into(values, meta, dense)
             assert same_bits(dense.cpu(), reference.unpack_rows(values.cpu(), meta.cpu())), shape
             assert torch.equal(operator.unpack_rows(values, meta), dense)
@@ -189,10 +183,10 @@ def test_weights_of_several_layouts_are_packed_in_one_call(margins: Margins) -> 
         assert all(map(same_bits, found, expected))
 
 
-def test_operators_pass_opcheck(kernel_device: str) -> None:
+def test_operators_pass_opcheck(kernel_device: str, margins: Margins) -> None:
     weight = torch.randn(12, 20, device=kernel_device)
     parts = operator.search_and_pack(weight, torch.bfloat16)
-    columns = [[torch.empty_like(part)] for part in parts]
+    columns = [[margins.like(part)] for part in parts]
     for call, arguments in (
         (operator.search_and_pack, (weight, torch.bfloat16)),
         (operator.search_and_pack, (weight.t(), torch.float32)),

@@ -1,4 +1,4 @@
-"""Statistics by the kernel and by the reference against sums over plain masks."""
+"""Statistics by the kernel and on a CPU against sums over plain masks."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,9 @@ import torch
 from poisoned import Margins
 from torch import Tensor
 
-from sparsetrain.kernels.statistics import operator, reference
+from sparsetrain.kernels.statistics import cpu, operator, reference
 from sparsetrain.kernels.statistics.triton_kernel import partial_sums
-from sparsetrain.kernels.tile_codes.reference import pack_codes, unpack_codes
+from sparsetrain.kernels.tile_codes import pack_codes
 
 SHAPES = [(4, 4), (12, 20), (36, 1036)]
 
@@ -18,18 +18,10 @@ def random_codes(shape: tuple[int, int]) -> Tensor:
     return torch.randint(-(2**15), 2**15, (shape[0] // 4, shape[1] // 4)).to(torch.int16)
 
 
-def expected(weight: Tensor, codes: Tensor, previous: Tensor | None) -> list[float]:
-    mask, finite = unpack_codes(codes), weight.isfinite()
-    magnitude = torch.where(finite, weight.double().abs(), 0.0)
-    flips = 0 if previous is None else (mask != unpack_codes(previous)).sum().item()
-    sums = [(magnitude * mask).sum(), (magnitude * ~mask).sum(), mask.sum()]
-    return [*(float(value) for value in sums), weight.numel(), float((~finite).sum()), flips]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("nonfinite", [False, True])
 @pytest.mark.parametrize("compare", [False, True])
-def test_kernel_and_reference_sum_what_plain_masks_sum(
+def test_kernel_and_cpu_sum_what_plain_masks_sum(
     dtype: torch.dtype, nonfinite: bool, compare: bool, margins: Margins
 ) -> None:
     torch.manual_seed(0)
@@ -42,29 +34,29 @@ def test_kernel_and_reference_sum_what_plain_masks_sum(
         weights.append(weight)
         codes.append(random_codes(shape))
         previous.append(random_codes(shape))
-        wanted.append(expected(weight, codes[-1], previous[-1] if compare else None))
+        wanted.append(reference.measure(weight, codes[-1], previous[-1] if compare else None))
     found = operator.tile_statistics(weights, codes, previous if compare else [])
-    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-6, atol=0)
     on_device = [[margins.of(tensor) for tensor in column] for column in (weights, codes, previous)]
     found = margins.empty(4, 6, dtype=torch.float64)
     partial_sums(on_device[0], on_device[1], on_device[2] if compare else [], found)
-    torch.testing.assert_close(found.cpu(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=0)
-    assert torch.equal(found[:, 2:].cpu(), torch.tensor(wanted, dtype=torch.float64)[:, 2:])
+    torch.testing.assert_close(found.cpu(), torch.stack(wanted), rtol=1e-5, atol=0)
+    assert torch.equal(found[:, 2:].cpu(), torch.stack(wanted)[:, 2:])
 
 
 def test_large_sums_of_16_bit_weights_do_not_overflow() -> None:
     weight = torch.full((512, 512), 6e4, dtype=torch.float16)
     codes = pack_codes(torch.ones(512, 512, dtype=torch.bool))
-    assert reference.measure(weight, codes)[0].item() == pytest.approx(512 * 512 * weight[0, 0].item())
+    assert cpu.measure(weight, codes)[0].item() == pytest.approx(512 * 512 * weight[0, 0].item())
 
 
-def test_views_are_measured_in_place(kernel_device: str) -> None:
+def test_views_are_measured_in_place(kernel_device: str, margins: Margins) -> None:
     storage = torch.randn(40, 100, device=kernel_device)
     codes = random_codes((36, 64)).to(kernel_device)
     for view in (storage[1:37, 3:67], storage[2:38, 8:72]):
-        found = torch.empty(1, 6, dtype=torch.float64, device=kernel_device)
+        found = margins.empty(1, 6, dtype=torch.float64)
         partial_sums([view], [codes], [], found)
-        wanted = torch.tensor([expected(view.cpu(), codes.cpu(), None)], dtype=torch.float64)
+        wanted = reference.measure(view.cpu(), codes.cpu())[None]
         torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=0)
     torch.testing.assert_close(
         operator.tile_statistics([view.t()], [codes.t().contiguous()], []).cpu()[0, 4:], wanted[0, 4:]

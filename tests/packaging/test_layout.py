@@ -84,6 +84,8 @@ def complaint(name: str, relative: bool, floor: str) -> str | None:
         return f"{floor} imports {name}" if top in FORBIDDEN[floor] else None
     if BOTTOM_UP.index(floor_of(name)) > BOTTOM_UP.index(floor):
         return f"{floor} imports {name}, which is a floor above"
+    if floor != "kernels" and floor_of(name) == "kernels" and "reference" in name.split("."):
+        return f"{floor} imports {name}: a definition is for tests, so import from the package of the operation"
     if floor_of(name) == floor and not relative:
         return f"{floor} imports {name} of its own floor absolutely: use a relative import"
     return None
@@ -108,6 +110,7 @@ def test_a_floor_imports_floors_below_alone(floor: str) -> None:
         ("from sparsetrain import recipes", "sparsetrain"),
         ("from ..recipes.gpt import GPTModule", "sparsetrain.callbacks"),
         ("from ...masks import nm_mask", "sparsetrain.kernels.tile_codes"),
+        ("from ..kernels.tile_codes.reference import unpack_codes", "sparsetrain.masks"),
         ("import sparsetrain", "sparsetrain.kernels.tile_codes"),
         ("import numpy", "sparsetrain.kernels.tile_codes"),
         ("import lightning.pytorch", "sparsetrain"),

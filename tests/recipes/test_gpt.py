@@ -15,7 +15,7 @@ SMALL = {"width": 32, "depth": 2, "heads": 2, "context": 16}
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+@pytest.mark.parametrize("mlp", ["swiglu", "geglu", "relu2", "gelu"])
 def test_a_later_token_never_changes_earlier_logits(positions: str, mlp: str) -> None:
     model = GPT(**SMALL, positions=positions, mlp=mlp)
     tokens = torch.randint(0, 256, (2, 16))
@@ -59,7 +59,12 @@ def test_the_model_compiles_into_one_graph() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"width": 30, "heads": 4}, "multiple of"), ({"positions": "alibi"}, "'alibi'"), ({"mlp": "relu"}, "'relu'")],
+    [
+        ({"width": 30, "heads": 4}, "multiple of"),
+        ({"positions": "alibi"}, "'alibi'"),
+        ({"mlp": "relu"}, "'relu' .did you mean 'relu2'"),
+        ({"mlp": "gelu", "fused_activation": True}, "fused_activation is True, but mlp is 'gelu'"),
+    ],
 )
 def test_a_wrong_size_is_named(arguments, words) -> None:
     with pytest.raises(ValueError, match=words):
@@ -89,7 +94,13 @@ def test_training_lowers_the_loss_and_checkpoints_load(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "mlp_layers", "hidden"),
-    [({}, ["up", "gate", "down"], 352), ({"mlp": "gelu"}, ["up", "down"], 512), ({"hidden": 48}, None, 48)],
+    [
+        ({}, ["up", "gate", "down"], 352),
+        ({"mlp": "gelu"}, ["up", "down"], 512),
+        ({"mlp": "geglu"}, ["up", "gate", "down"], 352),
+        ({"mlp": "relu2"}, ["up", "down"], 512),
+        ({"hidden": 48}, None, 48),
+    ],
 )
 def test_layers_have_their_names_and_sizes(options: dict[str, Any], mlp_layers: list[str] | None, hidden: int) -> None:
     model = GPT(depth=1, **options)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...kernels.layouts import Compressor, LayoutError, LearnedLayout, known_layout, learn_layout, verify_layout
 from ...kernels.metadata_order import Order, metadata_words
 from ...kernels.pack import pack_tiles_
-from ...kernels.tile_codes.reference import unpack_codes
+from ...kernels.tile_codes import unpack_codes
 from ..interface import SPARSE_DTYPES
 from ..packing import Packed
 

@@ -5,7 +5,8 @@ import triton.language as tl
 from compile_only import Case
 
 from sparsetrain.kernels.metadata_order import Order
-from sparsetrain.kernels.pack.triton_kernel import ALONE, BOTH, pack_kernel, unpack_kernel
+from sparsetrain.kernels.pack.triton_kernel import ALONE, BOTH, pack_kernel
+from sparsetrain.kernels.pack.triton_unpack import GROUPS, ROWS, WARPS, unpack_kernel
 
 INPUTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTPUTS = {"fp32": ("i64", tl.float32), "bf16": ("i32", tl.bfloat16), "fp16": ("i32", tl.float16)}
@@ -71,9 +72,9 @@ CASES = [
             unpack_kernel,
             {"pairs": f"*{pair}", "meta": "*i16", "dense": f"*{entry}", "rows": "i32", "groups": "i32", "words": "i32",
              "BITS": "constexpr", "ROWS": "constexpr", "GROUPS": "constexpr"},
-            {"BITS": bits, "ROWS": ALONE[0], "GROUPS": 4 * ALONE[1]},
-            elements=16 * ALONE[0] * ALONE[1],
-            warps=ALONE[2],
+            {"BITS": bits, "ROWS": ROWS, "GROUPS": GROUPS},
+            elements=4 * ROWS * GROUPS,
+            warps=WARPS,
             aligned=("pairs", "meta", "dense", "groups", "words"),
         )
         for dtype, pair, entry, bits in (("bf16", "i32", "i16", 16), ("fp32", "i64", "i32", 32))

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from models import mlp, train
-from oracles import PATTERNS
 from torch import Tensor, nn
 
 import sparsetrain as st
 from sparsetrain.criteria import keep_dense_layers, keep_dense_tiles
+from sparsetrain.kernels.mask_search.reference import patterns
+
+PATTERNS = patterns(2).numpy()
 
 
 def brute_force_dense(scores: dict[str, Tensor], budget: float, rows_alone: bool) -> dict[str, np.ndarray]:

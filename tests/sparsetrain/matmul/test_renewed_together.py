@@ -11,7 +11,7 @@ from torch import nn
 from sparsetrain import SparseTraining
 from sparsetrain.backends import BACKENDS
 from sparsetrain.kernels.mask_search import search_tiles
-from sparsetrain.kernels.pack import operator as pack
+from sparsetrain.kernels.pack import eager as pack
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
 from sparsetrain.layers.conversion import to_sparse_
 from sparsetrain.layers.layer_group import LayerGroups

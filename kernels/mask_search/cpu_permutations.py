@@ -1,11 +1,11 @@
-"""Exact transposable 1:4 and 3:4 search in plain torch: a tile keeps, or prunes, one of the 24 permutations."""
+"""Exact transposable 1:4 and 3:4 search on a CPU: a tile keeps, or prunes, one of the 24 permutations."""
 
 import itertools
 
 import torch
 from torch import Tensor
 
-from .reference import ranking_keys
+from .cpu import ranking_keys
 
 PERMUTATIONS = tuple(itertools.permutations(range(4)))
 """Column of each row, in lexicographic order; ties go to the first."""
