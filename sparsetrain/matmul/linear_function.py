@@ -132,7 +132,7 @@ def _weight_gradient(
             whole = _in(whole, dtype)
         quick = None if rule.name != "masked" else operands
         whole = rule.apply(whole, codes) if quick is None else quick.kept.prune_(whole, codes)
-    return _in(whole, dtype)
+    return whole if whole.dtype is dtype else whole.to(dtype)  # in every backward, so without a call
 
 
 def masked_weight(weight: Tensor, codes: Tensor) -> Tensor:
