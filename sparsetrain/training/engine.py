@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from .setup_checks import STATE_VERSION, check_setup, check_statistics
 from .state_checks import check_state, saved_timeline
 from .state_versions import in_this_version
 from .step_hooks import StepHooks, owned_parameters
+from .timing import StepTimer
 
 
 class SparseTraining:
@@ -120,6 +121,7 @@ class SparseTraining:
         )  # fmt: skip
         self.model = model = plain_model(model)
         self.ending: Ending | None = None
+        self.timer: StepTimer | None = None
         self._verbose, self._watch_dense = verbose, watch_dense
         optimizers = list(map(plain_optimizer, [optimizer] if isinstance(optimizer, Optimizer) else optimizer))
         timeline = self.method.schedule.resolve(total_steps)
@@ -298,6 +300,10 @@ class SparseTraining:
         self._repack()
 
     def _refresh(self, names: set[str] | None = None) -> None:
+        with nullcontext() if self.timer is None else self.timer.part("refresh"):
+            self._search(names)
+
+    def _search(self, names: set[str] | None) -> None:
         counted = self.phase == "sparse" and bool(self.masks.flips)
         self.masks.refresh(self.clock, virtual=self.phase == "dense", names=names)
         self._last_refresh = self.clock
@@ -531,4 +537,8 @@ class SparseTraining:
         self._masked.clear()
 
     def _repack(self, moment: object = None) -> None:
-        self._repack_ms = self._run.groups.repack_(self.masks.layers, moment)
+        if self.timer is None:
+            self._repack_ms = self._run.groups.repack_(self.masks.layers, moment)
+            return
+        with self.timer.part("repack"):
+            self._repack_ms = self._run.groups.repack_(self.masks.layers, moment)
