@@ -33,7 +33,6 @@ def prune(arguments: Sequence[str]) -> int:
     if options.checkpoint is None and options.pattern is not None:
         raise ValueError("--pattern goes with --checkpoint: without one, the recipe's own method decides.")
     weights = None if options.checkpoint is None else read_checkpoint(options.checkpoint, "checkpoint")["state_dict"]
-    from sparsetrain.callbacks import SparseTrainingCallback
     from sparsetrain.methods import asp_one_shot
 
     from ..history import History
@@ -47,10 +46,7 @@ def prune(arguments: Sequence[str]) -> int:
         raise ValueError(f"ckpt_path is {resumed!r}, which goes with fit: pass trained weights as --checkpoint.")
     trainer: Any = cli.trainer  # Lightning adds `callbacks` and others at run time
     model, data = cli.model, cli.datamodule
-    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, SparseTrainingCallback)]
-    if not callbacks:
-        raise ValueError(f"config {config!r} has no SparseTrainingCallback: add one to trainer.callbacks.")
-    callback = callbacks[0]
+    callback = _sparse_callback(trainer, config)
     history = History()
     trainer.callbacks.insert(trainer.callbacks.index(callback) + 1, history)
     if weights is not None:
@@ -82,6 +78,15 @@ def _parser() -> Parser:
     parser.add_argument("--steps", type=int, help="optimizer steps; with --checkpoint, of retraining")
     parser.add_argument("--output", default="runs/prune", help="folder for pruned.ckpt and report.md")
     return parser
+
+
+def _sparse_callback(trainer: Any, config: str) -> Any:
+    from sparsetrain.callbacks import SparseTrainingCallback
+
+    callback = next((entry for entry in trainer.callbacks if isinstance(entry, SparseTrainingCallback)), None)
+    if callback is None:
+        raise ValueError(f"config {config!r} has no SparseTrainingCallback: add one to trainer.callbacks.")
+    return callback
 
 
 def _load(model: Any, weights: Any, path: str) -> None:

@@ -50,31 +50,11 @@ def split_documents(
     Returns:
         uint8 ``[bytes]`` twice: training, validation.
     """
-    datasets = require("datasets", "recipes", "TextDataModule")
     (column,) = documents.column_names
-    surplus = 0  # bytes of the last document behind max_bytes
-    if max_bytes is not None:
-        size = 0
-        for count, row in enumerate(documents, start=1):
-            size += len((row[column] or "").encode())
-            if size >= max_bytes:
-                documents, surplus = documents.select(range(count)), size - max_bytes
-                break
-    folders = {os.path.dirname(file["filename"]) for file in documents.cache_files}
-    encoded = documents.map(
-        encode_documents,
-        batched=True,
-        batch_size=256,
-        writer_batch_size=256,
-        remove_columns=[column],
-        features=datasets.Features(tokens=datasets.Value("large_binary"), held_out=datasets.Value("int8")),
-        fn_kwargs={"column": column, "fraction": fraction},
-        num_proc=num_proc and max(1, min(num_proc, len(documents))),
-        keep_in_memory=not all(os.access(folder, os.W_OK) for folder in folders),
-    )
+    documents, surplus = (documents, 0) if max_bytes is None else _first_bytes(documents, column, max_bytes)
     sides = (bytearray(), bytearray())
     side = 0
-    for table in encoded.with_format("arrow").iter(256):
+    for table in _encoded(documents, column, fraction, num_proc).with_format("arrow").iter(256):
         for tokens, side in zip(table.column("tokens"), table.column("held_out").to_pylist(), strict=True):
             sides[side].extend(tokens.as_buffer())
     if surplus:
@@ -85,6 +65,32 @@ def split_documents(
         sides = (whole[:cut], whole[cut:])
     train, validation = (torch.from_numpy(np.frombuffer(side, np.uint8)) for side in sides)
     return train, validation
+
+
+def _first_bytes(documents: Any, column: str, max_bytes: int) -> tuple[Any, int]:
+    """Return the first documents that have so many bytes together, and the surplus bytes of the last of them."""
+    size = 0
+    for count, row in enumerate(documents, start=1):
+        size += len((row[column] or "").encode())
+        if size >= max_bytes:
+            return documents.select(range(count)), size - max_bytes
+    return documents, 0
+
+
+def _encoded(documents: Any, column: str, fraction: float, num_proc: int | None) -> Any:
+    datasets = require("datasets", "recipes", "TextDataModule")
+    folders = {os.path.dirname(file["filename"]) for file in documents.cache_files}
+    return documents.map(
+        encode_documents,
+        batched=True,
+        batch_size=256,
+        writer_batch_size=256,
+        remove_columns=[column],
+        features=datasets.Features(tokens=datasets.Value("large_binary"), held_out=datasets.Value("int8")),
+        fn_kwargs={"column": column, "fraction": fraction},
+        num_proc=num_proc and max(1, min(num_proc, len(documents))),
+        keep_in_memory=not all(os.access(folder, os.W_OK) for folder in folders),
+    )
 
 
 def encode_documents(rows: dict[str, list[str | None]], column: str, fraction: float) -> dict[str, list[Any]]:

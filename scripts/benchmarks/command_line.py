@@ -26,6 +26,7 @@ def command_line() -> argparse.ArgumentParser:
     for shaped in (every, gemm, linear):
         text = "(O, I) of the weight, such as 4096x14336; repeatable (default: several)"
         shaped.add_argument("--shape", action="append", type=_shape, default=[], help=text)
+    gemm.add_argument("--way", action="append", default=[], help="to sparse tensor cores; repeatable (default: all)")
     for stand_in in (gemm, step):
         stand_in.add_argument("--stand-in", action="store_true", help="with the tests' stand-ins for sparse backends")
     commands.add_parser("model", help="the speed-up that arithmetic expects for each GPU; measures nothing")
@@ -50,7 +51,6 @@ def _products(gemm: argparse.ArgumentParser, linear: argparse.ArgumentParser) ->
         grid.add_argument("--dtype", action="append", choices=["bfloat16", "float16"], default=[], help="repeatable")
         grid.add_argument("--quick", action="store_true", help=f"what an H200 does in {QUICK_SECONDS:.0f} seconds")
         grid.add_argument("--repeats", type=_count, help="timed calls of each (default: 30, with --quick 10)")
-    gemm.add_argument("--way", action="append", default=[], help="to sparse tensor cores; repeatable (default: all)")
 
 
 def _step(step: argparse.ArgumentParser) -> None:

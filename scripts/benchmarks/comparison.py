@@ -94,17 +94,30 @@ def take_turns(comparison: Comparison, repeats: int, device: str) -> None:
 def show(title: str, comparisons: Sequence[Comparison], device: str) -> None:
     """Print one table of several comparisons."""
     table = Table(
-        "what", "provider", "algorithm", "ms (20 %)", "ms (median)", "ms (80 %)", "TFLOP/s", "host ms",
-        "ratio to dense", title=f"{title}; ratio: dense time / time",
-    )  # fmt: skip
+        "what",
+        "provider",
+        "algorithm",
+        "ms (20 %)",
+        "ms (median)",
+        "ms (80 %)",
+        "TFLOP/s",
+        "host ms",
+        "ratio to dense",
+        title=f"{title}; ratio: dense time / time",
+    )
     for comparison in comparisons:
         for provider in comparison.providers:
             low, median, high = quantiles(provider.device_ms)
             host = f"{quantiles(provider.host_ms)[1]:.3f}" if device == "cuda" else "-"
             table.add_row(
-                comparison.what, provider.name, provider.algorithm, *(f"{value:.3f}" for value in (low, median, high)),
-                f"{comparison.flops / median / 1e9:.3g}", host, f"{comparison.ratio(provider):.2f}",
-            )  # fmt: skip
+                comparison.what,
+                provider.name,
+                provider.algorithm,
+                *(f"{value:.3f}" for value in (low, median, high)),
+                f"{comparison.flops / median / 1e9:.3g}",
+                host,
+                f"{comparison.ratio(provider):.2f}",
+            )
         table.add_section()
     Console(width=140).print(table)
 
@@ -116,8 +129,12 @@ def rows(
     result: list[dict[str, object]] = []
     for comparison in comparisons:
         for provider in comparison.providers:
-            common = {"kernel_name": f"{command} {comparison.what} {problem}", "kernel_provider": provider.name,
-                      "x_name": "tokens", "x_value": tokens}  # fmt: skip
+            common = {
+                "kernel_name": f"{command} {comparison.what} {problem}",
+                "kernel_provider": provider.name,
+                "x_name": "tokens",
+                "x_value": tokens,
+            }
             name = "device time" if device == "cuda" else "wall time"
             metrics = [(name, "ms", provider.device_ms)]
             if provider.host_ms:

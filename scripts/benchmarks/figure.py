@@ -76,9 +76,14 @@ def caption(rows: list[dict[str, str]]) -> str:
     """Return device, versions and dates of the rows, each once."""
     facts = {fact: " / ".join(dict.fromkeys(row[fact] for row in rows if row[fact])) for fact in FACTS}
     dates = sorted({row["timestamp"][:10] for row in rows})
-    words = [facts["device"], f"driver {facts['driver']}" if facts["driver"] else "", f"torch {facts['torch_version']}",
-             f"triton {facts['triton_version']}", f"sparsetrain {facts['sparsetrain_version']} ({facts['commit']})",
-             " / ".join(dates)]  # fmt: skip
+    words = [
+        facts["device"],
+        f"driver {facts['driver']}" if facts["driver"] else "",
+        f"torch {facts['torch_version']}",
+        f"triton {facts['triton_version']}",
+        f"sparsetrain {facts['sparsetrain_version']} ({facts['commit']})",
+        " / ".join(dates),
+    ]
     return ", ".join(word for word in words if word)
 
 
@@ -102,9 +107,14 @@ def draw(panels: Panels, what: str, dtype: str, text: str) -> Figure:
     labels = [*names, BASELINE]
     # a title of the figure's own would lie over the legend
     figure.legend(
-        [handles[name] for name in labels], labels, loc="outside upper center", ncols=min(4, len(labels)),
-        frameon=False, fontsize=8, title=f"{what}, {dtype}",
-    )  # fmt: skip
+        [handles[name] for name in labels],
+        labels,
+        loc="outside upper center",
+        ncols=min(4, len(labels)),
+        frameon=False,
+        fontsize=8,
+        title=f"{what}, {dtype}",
+    )
     figure.supxlabel(
         f"tokens\n{text}\nlines: median dense time over median time; bands: over the 20 and 80 % quantiles of the time",
         fontsize=7,

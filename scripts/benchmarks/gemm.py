@@ -19,7 +19,7 @@ from sparsetrain.dispatch import (
     Problem,
     Tuner,
     describe_environment,
-)  # fmt: skip
+)
 from sparsetrain.dispatch.stopwatch import median_milliseconds
 from sparsetrain.hardware.machine import cache_folder
 from sparsetrain.kernels.mask_search import search_tiles

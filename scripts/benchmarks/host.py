@@ -55,9 +55,13 @@ class StandIn(MaskedBackend):
         return Operand(shape, (values, meta), values, meta)
 
     def product(
-        self, operand: Operand, rows: Tensor, bias: Tensor | None = None, algorithm: str = "",
+        self,
+        operand: Operand,
+        rows: Tensor,
+        bias: Tensor | None = None,
+        algorithm: str = "",
         transposed_output: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return an empty output."""
         return rows.new_empty(rows.size(0), operand.shape[0])
 
@@ -203,9 +207,14 @@ def masked_pairs(repeats: int) -> list[Pair]:
 
 
 def taken_in_turn(
-    name: str, sparse: Callable[[], object], dense: Callable[[], object], repeats: int, limit: str, calls: int = 1,
+    name: str,
+    sparse: Callable[[], object],
+    dense: Callable[[], object],
+    repeats: int,
+    limit: str,
+    calls: int = 1,
     prepare: Callable[[], None] = lambda: None,
-) -> Pair:  # fmt: skip
+) -> Pair:
     """Time both in turn, the one first that was second before; ``prepare`` comes before each, not timed."""
     pair = Pair(name, [], [], limit)
     sides = [(sparse, pair.sparse), (dense, pair.dense)]
@@ -235,9 +244,14 @@ def _sparse(layer: nn.Linear, backend: str) -> nn.Module:
 
 def _print(pairs: Sequence[Pair], repeats: int) -> None:
     table = Table(
-        "what", "dense µs", "sparse µs", "over µs", "ratio", "goal",
+        "what",
+        "dense µs",
+        "sparse µs",
+        "over µs",
+        "ratio",
+        "goal",
         title=f"host time on {torch.get_num_threads()} threads, medians of {repeats} pairs; {STAND_IN}, no launches",
-    )  # fmt: skip
+    )
     for pair in pairs:
         medians = [statistics.median(values) for values in (pair.dense, pair.sparse, pair.over, pair.ratio)]
         table.add_row(pair.name, *(f"{value:.1f}" for value in medians[:3]), f"{medians[3]:.2f}x", pair.limit)

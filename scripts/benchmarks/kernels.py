@@ -163,10 +163,18 @@ def whole_model(repeats: int, csv: Path | None) -> None:
         low, median, high = quantiles(cuda_milliseconds(call, weights[:1], max(3, repeats // 3)))
         print(f"{name} of all MLP weights of a 7B model (bfloat16): {median:.2f} ms")
         result.append(
-            {"kernel_name": name, "kernel_provider": "sparsetrain", "metric_name": "time", "metric_unit": "ms",
-             "x_name": "model", "x_value": "MLP of a 7B model, bfloat16", "y_value_20": low, "y_value_50": median,
-             "y_value_80": high}
-        )  # fmt: skip
+            {
+                "kernel_name": name,
+                "kernel_provider": "sparsetrain",
+                "metric_name": "time",
+                "metric_unit": "ms",
+                "x_name": "model",
+                "x_value": "MLP of a 7B model, bfloat16",
+                "y_value_20": low,
+                "y_value_50": median,
+                "y_value_80": high,
+            }
+        )
     if csv is not None:
         append_csv(csv, result)
 
@@ -177,10 +185,17 @@ def show(
     """Print one table."""
     last = "of copy" if bandwidth else "of matmul-90"
     table = Table(
-        "kernel", "provider", "input", "ms (20 %)", "ms (median)", "ms (80 %)", "GB/s", last,
+        "kernel",
+        "provider",
+        "input",
+        "ms (20 %)",
+        "ms (median)",
+        "ms (80 %)",
+        "GB/s",
+        last,
         title=f"{shape[0]} × {shape[1]}"
         + (f", device copy {bandwidth / 1e9:.0f} GB/s" if bandwidth else f", {torch.get_num_threads()} threads"),
-    )  # fmt: skip
+    )
     baseline = next(quantiles(t)[1] for e, t in zip(entries, times, strict=True) if e.provider == "matmul-90")
     for entry, values in zip(entries, times, strict=True):
         low, median, high = quantiles(values)
@@ -200,8 +215,12 @@ def rows(
     result: list[dict[str, object]] = []
     for entry, values in zip(entries, times, strict=True):
         found = [round(value, 4) for value in quantiles(values)]
-        common = {"kernel_name": entry.kernel, "kernel_provider": entry.provider, "x_name": "shape, input",
-                  "x_value": f"{shape[0]}x{shape[1]} {str(entry.dtype).removeprefix('torch.')}"}  # fmt: skip
+        common = {
+            "kernel_name": entry.kernel,
+            "kernel_provider": entry.provider,
+            "x_name": "shape, input",
+            "x_value": f"{shape[0]}x{shape[1]} {str(entry.dtype).removeprefix('torch.')}",
+        }
         quantities = dict(zip(("y_value_20", "y_value_50", "y_value_80"), found, strict=True))
         result.append({**common, "metric_name": "time", "metric_unit": "ms", **quantities})
         if bandwidth:

@@ -104,8 +104,11 @@ def find_mismatch(layer: Layer) -> str | None:
     assert isinstance(sparse, SparseLinear)
     weight = sparse.weight.detach().masked_fill(~unpack_codes(sparse.mask_codes), 0)
     rows, gradient = layer.rows.detach().float(), layer.gradient.float()
-    wanted = {"output": rows @ weight.t(), "gradient of the rows": gradient @ weight,
-              "gradient of the weight": gradient.t() @ rows}  # fmt: skip
+    wanted = {
+        "output": rows @ weight.t(),
+        "gradient of the rows": gradient @ weight,
+        "gradient of the weight": gradient.t() @ rows,
+    }
     found = (layer.forward().detach(), *layer.backward())
     for (name, want), have in zip(wanted.items(), found, strict=True):
         error = float((have.float() - want).norm() / want.norm())

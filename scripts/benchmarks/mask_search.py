@@ -41,9 +41,14 @@ def run(rows: int, columns: int, repeats: int, csv: Path | None) -> int:
 
 def _print(rows: int, columns: int, chunk: int, times: dict[str, list[float]], memory: dict[str, float]) -> None:
     table = Table(
-        "method", "ms (20 %)", "ms (median)", "ms (80 %)", "of matmul-90", "extra memory (MB)",
+        "method",
+        "ms (20 %)",
+        "ms (median)",
+        "ms (80 %)",
+        "of matmul-90",
+        "extra memory (MB)",
         title=f"exact transposable masks of {rows} × {columns} float32, {torch.get_num_threads()} threads",
-    )  # fmt: skip
+    )
     baseline = quantiles(times["matmul-90"])[1]
     for name, values in times.items():
         low, median, high = quantiles(values)

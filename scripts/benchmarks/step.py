@@ -205,9 +205,7 @@ class Comparison:
         loss = float(trainee.last_loss)
         if not loss < float("inf"):
             raise RuntimeError(f"the loss is {loss}: it must be finite.")
-        return Result(
-            trainee.milliseconds, against, memory, loss, trainee.clock.shares(), trainee.products()
-        )  # fmt: skip
+        return Result(trainee.milliseconds, against, memory, loss, trainee.clock.shares(), trainee.products())
 
 
 def peak(plan: Plan) -> tuple[float, str] | None:
@@ -229,12 +227,21 @@ def show(plan: Plan, results: dict[Variant, Result]) -> None:
     size = SIZES[plan.model]
     first, _ = variants(plan)
     table = Table(
-        "variant", "ms a step (20 %)", "median", "(80 %)", "mean", "tokens/s", "peak MiB", "refresh", "repack", "loss",
+        "variant",
+        "ms a step (20 %)",
+        "median",
+        "(80 %)",
+        "mean",
+        "tokens/s",
+        "peak MiB",
+        "refresh",
+        "repack",
+        "loss",
         "ratio",
         title=f"GPT {plan.model}: {plan.batch} sequences of {size.context} tokens, bfloat16 autocast, fused AdamW, "
         f"masks searched every {REFRESH_EVERY} steps, {plan.rounds} turns of {plan.steps_of_a_round} steps; ratio: "
         "time of the baseline in the same turns / time",
-    )  # fmt: skip
+    )
     for variant, result in results.items():
         low, median, high = quantiles(result.milliseconds)
         shares = [f"{result.shares[name]:.1%}" if name in result.shares else "-" for name in ("refresh", "repack")]
@@ -265,11 +272,18 @@ def verdict(plan: Plan, milliseconds: float) -> str:
 def rows(plan: Plan, variant: Variant, result: Result) -> list[dict[str, object]]:
     """Return the CSV rows of a variant."""
     size = SIZES[plan.model]
-    common = {"kernel_name": f"training step of GPT {plan.model}", "kernel_provider": variant.name,
-              "x_name": "batch x sequence", "x_value": f"{plan.batch}x{size.context}"}  # fmt: skip
+    common = {
+        "kernel_name": f"training step of GPT {plan.model}",
+        "kernel_provider": variant.name,
+        "x_name": "batch x sequence",
+        "x_value": f"{plan.batch}x{size.context}",
+    }
     speeds = [1e3 * plan.tokens / ms for ms in result.milliseconds]
-    metrics = [("step time", "ms", result.milliseconds), ("mean step time", "ms", [result.mean]),
-               ("speed", "tokens/s", speeds)]  # fmt: skip
+    metrics = [
+        ("step time", "ms", result.milliseconds),
+        ("mean step time", "ms", [result.mean]),
+        ("speed", "tokens/s", speeds),
+    ]
     if result.memory is not None:
         metrics.append(("peak memory", "MiB", [result.memory]))
     metrics += [(f"share of {name}", "", [share]) for name, share in result.shares.items()]

@@ -1,9 +1,7 @@
 """A GPT that is trained step by step, dense or sparse, and the times of its steps."""
 
 import itertools
-import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +15,11 @@ from sparsetrain.recipes.optimization import weight_decay_groups
 from sparsetrain.training import SparseTraining
 
 from . import float8
-from .measure import recorded_event
+from .step_timer import StepTimer, synchronize
 
 REFRESH_EVERY = 40
 BATCHES = 8  # different ones, in turn
 LEARNING_RATE, BETAS, WEIGHT_DECAY = 3e-4, (0.9, 0.95), 0.1
-PARTS = {"refresh": "_refresh", "repack": "_repack"}
-"""What is timed within steps, and the methods of ``SparseTraining`` that do it."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ class Trainee:
         make = sparse_adamw if optimizer == "sparse" and not variant.is_dense else fused_adamw
         self.optimizer = make(groups)
         self.training: SparseTraining | None = None
-        self.clock = StepClock(device)
+        self.clock = StepTimer(device)
         if not variant.is_dense:
             # without the preset's dense tail: every timed step is sparse
             method = {"preset": "fst", "refresh_every": REFRESH_EVERY, "dense_tail": 0, "mvue": variant.mvue}
@@ -163,64 +159,6 @@ class Trainee:
         return dict(Counter(choice.products for choice in self.training.report.sparse)) if self.training else {}
 
 
-class StepClock:
-    """Marks ends of steps, and what happens within them, without waiting for the device."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.spans: dict[str, list[tuple[Any, Any]]] = {}
-        self._marks: list[Any] = []
-        self._total = 0.0
-        self._runs = False
-
-    def __enter__(self) -> "StepClock":
-        """Start."""
-        self._runs, self._marks = True, []
-        self.mark()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Stop, and wait for what was enqueued."""
-        self._runs = False
-        synchronize(self.device)
-
-    def watch(self, training: SparseTraining) -> None:
-        """Put marks around the parts of a step."""
-        for part, method in PARTS.items():
-            if hasattr(training, method):
-                self.spans[part] = []
-                setattr(training, method, self._marked(part, getattr(training, method)))
-
-    def mark(self) -> None:
-        """Mark the end of a step."""
-        self._marks.append(self._now())
-
-    def steps(self) -> list[float]:
-        """Return the milliseconds between the marks since the start."""
-        found = [self._between(*pair) for pair in itertools.pairwise(self._marks)]
-        self._total += sum(found)
-        return found
-
-    def shares(self) -> dict[str, float]:
-        """Return the share of all timed steps that each part took."""
-        return {part: sum(self._between(*span) for span in spans) / self._total for part, spans in self.spans.items()}
-
-    def _marked(self, part: str, method: Callable[..., None]) -> Callable[..., None]:
-        def marked(*arguments: Any) -> None:
-            start = self._now()
-            method(*arguments)
-            if self._runs:
-                self.spans[part].append((start, self._now()))
-
-        return marked
-
-    def _now(self) -> Any:
-        return recorded_event() if self.device == "cuda" else time.perf_counter()
-
-    def _between(self, start: Any, end: Any) -> float:
-        return float(start.elapsed_time(end) if self.device == "cuda" else 1e3 * (end - start))
-
-
 def fused_adamw(groups: list[dict[str, Any]]) -> Optimizer:
     """Return torch's fused AdamW."""
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
@@ -236,9 +174,3 @@ def sparse_adamw(groups: list[dict[str, Any]]) -> Optimizer:
 
     made: Optimizer = importlib.import_module("sparsetrain.optim").SparseAdamW(groups, lr=LEARNING_RATE, betas=BETAS)
     return made
-
-
-def synchronize(device: str) -> None:
-    """Wait for a GPU."""
-    if device == "cuda":
-        torch.cuda.synchronize()

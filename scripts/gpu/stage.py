@@ -77,9 +77,14 @@ class Starter(Protocol):
 def spawn(command: Sequence[str], output: int, environment: Mapping[str, str]) -> Process:
     """Start a new Python."""
     return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-        env={**os.environ, **environment}, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, *command],
+        cwd=ROOT,
+        stdout=output,
+        stderr=output,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
 
 
 class _Fork:

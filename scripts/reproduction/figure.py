@@ -42,16 +42,7 @@ def plot(path: Path, tables: Mapping[str, Sequence[Row]], ratio: Ratio, title: s
     size = (18, 4.9 * len(tables) + 0.35 * math.ceil(len(methods) / 4) + 0.3)
     figure, grid = plt.subplots(len(tables), 3, figsize=size, constrained_layout=True, squeeze=False)
     for axes, (name, rows) in zip(grid, tables.items(), strict=True):
-        _gaps(axes[0], rows, [100 * row.steps_share for row in rows], styles)
-        _gaps(axes[1], rows, [100 * row.flops_share for row in rows], styles)
-        _losses(axes[2], rows, ratio.value, styles)
-        axes[0].set(xlabel="steps with a mask in force (%)", ylabel="final loss minus dense (nats)")
-        axes[1].set(xlabel="GEMM FLOPs that could run sparse (%)", ylabel="final loss minus dense (nats)")
-        source = f"sparse GEMMs {ratio.value:g}× as fast, {ratio.source}"
-        axes[2].set(xlabel=f"estimated time in dense steps ({source})", ylabel="validation loss (nats)")
-        for axis in axes:
-            axis.set_title(name, fontsize=10, loc="left")
-            axis.grid(alpha=0.25)
+        _task(axes, name, rows, ratio, styles)
     lost = {row.method for rows in tables.values() for row in rows if row.lost}
     handles = [
         Line2D([], [], label=method + " †" * (method in lost), linestyle="none", markersize=7, **styles[method])
@@ -104,6 +95,21 @@ def ceiling(gaps: Sequence[float]) -> float:
 
 def _middle(group: Sequence[int], places: Sequence[float]) -> float:
     return statistics.mean(places[number] for number in group)
+
+
+def _task(
+    axes: Sequence[Any], name: str, rows: Sequence[Row], ratio: Ratio, styles: Mapping[str, Mapping[str, Any]]
+) -> None:
+    _gaps(axes[0], rows, [100 * row.steps_share for row in rows], styles)
+    _gaps(axes[1], rows, [100 * row.flops_share for row in rows], styles)
+    _losses(axes[2], rows, ratio.value, styles)
+    axes[0].set(xlabel="steps with a mask in force (%)", ylabel="final loss minus dense (nats)")
+    axes[1].set(xlabel="GEMM FLOPs that could run sparse (%)", ylabel="final loss minus dense (nats)")
+    source = f"sparse GEMMs {ratio.value:g}× as fast, {ratio.source}"
+    axes[2].set(xlabel=f"estimated time in dense steps ({source})", ylabel="validation loss (nats)")
+    for axis in axes:
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.grid(alpha=0.25)
 
 
 def _gaps(axis: Any, rows: Sequence[Row], places: Sequence[float], styles: Mapping[str, Mapping[str, Any]]) -> None:

@@ -41,9 +41,14 @@ class WithRemainder:
         self.lost: dict[int, Tensor] = {}
 
     def __call__(
-        self, gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
-        numbers: Sequence[int], clock: int,
-    ) -> None:  # fmt: skip
+        self,
+        gradients: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        codes: Sequence[Tensor],
+        decay: Tensor,
+        numbers: Sequence[int],
+        clock: int,
+    ) -> None:
         """Change the gradients."""
         for gradient, weight, code, number in zip(gradients, weights, codes, numbers, strict=True):
             pull = weight.float().masked_fill(unpack_codes(code), 0) * decay + self.lost.get(number, 0.0)

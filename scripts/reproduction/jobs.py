@@ -75,9 +75,14 @@ class Finished:
 
 
 def run_all(
-    jobs: Sequence[Job], finished: Finished, conditions: str, workers: int, threads: int,
-    stamp: Callable[[Run], Run] = lambda run: run, fresh: bool = False,
-) -> tuple[list[Run], list[Failure]]:  # fmt: skip
+    jobs: Sequence[Job],
+    finished: Finished,
+    conditions: str,
+    workers: int,
+    threads: int,
+    stamp: Callable[[Run], Run] = lambda run: run,
+    fresh: bool = False,
+) -> tuple[list[Run], list[Failure]]:
     """Make the runs that are not finished; returns all of them in the order of the jobs, and those that failed.
 
     Args:

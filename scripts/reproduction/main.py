@@ -33,15 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
     finished = Finished(options.runs / "runs.jsonl")
     digest = f"{sources_digest()}, {here}"
     runs, failures = run_all(jobs, finished, digest, options.jobs, options.threads, stamp, options.fresh)
-    for failure in failures:
-        print(f"{failure.job} fails: {failure.reason}", file=sys.stderr)
     summaries = [(task, summarise([run for run in runs if run.task == task.name], ratio.value)) for task in tasks]
     tables: dict[str, tuple[Task, list[Row]]] = {task.name: (task, rows) for task, rows in summaries if rows}
-    if not tables:
-        return 1
     seeds = f"{options.seeds} seed{'s' if options.seeds > 1 else ''}"
     for task, rows in tables.values():
         show(rows, task, f"{task.name}, {task.steps} steps, {seeds}; {ratio.source} ratio {ratio.value:g}")
+    for failure in failures:
+        print(f"{failure.job} fails: {failure.reason}", file=sys.stderr)
+    if not tables:
+        return 1
     out: Path = options.out
     table, picture, text = (out.with_suffix(suffix) for suffix in (".csv", ".png", ".md"))
     write_csv(table, runs)

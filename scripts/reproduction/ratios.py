@@ -2,6 +2,7 @@
 
 import csv
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,17 +58,13 @@ def measured(path: Path) -> Ratio:
         ValueError: If it holds no such product, or those of several GPUs.
         OSError: If it cannot be read.
     """
-    times: dict[tuple[str, int], dict[str, float]] = {}
-    devices = set()
     with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            name = row.get("kernel_name") or ""
-            if not (name.startswith("gemm forward ") and name.endswith(" bfloat16")):
-                continue
-            if row["metric_name"] != "device time" or int(row["x_value"]) < FEWEST_TOKENS:
-                continue
-            devices.add(row["device"])
-            times.setdefault((name, int(row["x_value"])), {})[row["kernel_provider"]] = float(row["y_value_50"])
+        rows = [row for row in csv.DictReader(file) if _counts(row)]
+    devices = {row["device"] for row in rows}
+    times: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        problem = row["kernel_name"], int(row["x_value"])
+        times.setdefault(problem, {})[row["kernel_provider"]] = float(row["y_value_50"])
     ratios = []
     for providers in times.values():
         sparse = [value for provider, value in providers.items() if provider not in DENSE_PRODUCTS]
@@ -90,3 +87,10 @@ def measured(path: Path) -> Ratio:
         f"{FEWEST_TOKENS} tokens and more, {min(ratios):.2f} to {max(ratios):.2f}, each by its fastest sparse provider"
     )
     return Ratio(round(value, 3), f"measured on {device}", words)
+
+
+def _counts(row: Mapping[str, str]) -> bool:
+    """Whether a row is of a bf16 product of enough tokens on a GPU."""
+    name = row.get("kernel_name") or ""
+    is_product = name.startswith("gemm forward ") and name.endswith(" bfloat16")
+    return is_product and row["metric_name"] == "device time" and int(row["x_value"]) >= FEWEST_TOKENS

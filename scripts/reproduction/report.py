@@ -29,11 +29,23 @@ def write_csv(path: Path, runs: Sequence[Run]) -> None:
         writer.writerow(FIELDS)
         for run in runs:
             for step, loss, accuracy in run.validations:
-                writer.writerow([
-                    run.task, run.method, run.seed, step, f"{loss:.5f}", "" if accuracy is None else f"{accuracy:.5f}",
-                    f"{run.flops_share(step) if step else 0:.4f}", f"{run.steps_share(step) if step else 0:.4f}",
-                    run.violations, run.ends, f"{run.seconds:.0f}", run.environment, run.commit,
-                ])  # fmt: skip
+                writer.writerow(
+                    [
+                        run.task,
+                        run.method,
+                        run.seed,
+                        step,
+                        f"{loss:.5f}",
+                        "" if accuracy is None else f"{accuracy:.5f}",
+                        f"{run.flops_share(step) if step else 0:.4f}",
+                        f"{run.steps_share(step) if step else 0:.4f}",
+                        run.violations,
+                        run.ends,
+                        f"{run.seconds:.0f}",
+                        run.environment,
+                        run.commit,
+                    ]
+                )
 
 
 def cells(row: Row) -> list[str]:
@@ -42,11 +54,17 @@ def cells(row: Row) -> list[str]:
     if row.lost:
         loss += f" (not finite: seed {', '.join(map(str, row.lost))})"
     return [
-        row.method, loss, spread(row.gaps, "{:+.4f}"),
+        row.method,
+        loss,
+        spread(row.gaps, "{:+.4f}"),
         spread([100 * value for value in row.accuracies], "{:.1f}", " %"),
-        f"{row.steps_share:.1%}", f"{row.flops_share:.1%}", f"{row.time:.3f}", _reached(row),
-        " or ".join(sorted({run.ends for run in row.runs})), str(row.violations),
-    ]  # fmt: skip
+        f"{row.steps_share:.1%}",
+        f"{row.flops_share:.1%}",
+        f"{row.time:.3f}",
+        _reached(row),
+        " or ".join(sorted({run.ends for run in row.runs})),
+        str(row.violations),
+    ]
 
 
 def spread(values: Sequence[float], form: str, unit: str = "") -> str:
@@ -72,9 +90,15 @@ def show(rows: Sequence[Row], task: Task, title: str) -> None:
 
 
 def write_markdown(
-    path: Path, command: str, tables: Mapping[str, tuple[Task, list[Row]]], failures: Sequence[Failure], seeds: str,
-    ratio: Ratio, environment: str, picture: str,
-) -> None:  # fmt: skip
+    path: Path,
+    command: str,
+    tables: Mapping[str, tuple[Task, list[Row]]],
+    failures: Sequence[Failure],
+    seeds: str,
+    ratio: Ratio,
+    environment: str,
+    picture: str,
+) -> None:
     """Write a table for every task, with its conditions."""
     lines = [f"# Methods compared: `{command}`", ""]
     for name, (task, rows) in tables.items():

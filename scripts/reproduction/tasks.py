@@ -54,9 +54,18 @@ class Task:
 
 
 def _gpt(
-    model: str, width: int, depth: int, heads: int, context: int, batch: int, max_bytes: int | None, steps: int,
-    validation_blocks: int = 256, precision: Literal["32-true", "bf16-mixed"] = "32-true", **options: Any,
-) -> Task:  # fmt: skip
+    model: str,
+    width: int,
+    depth: int,
+    heads: int,
+    context: int,
+    batch: int,
+    max_bytes: int | None,
+    steps: int,
+    validation_blocks: int = 256,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    **options: Any,
+) -> Task:
     return Task(
         name=f"GPT {model}",
         subject=f"Byte-level GPT of width {width} with {depth} blocks on Python source code, {batch} × {context} bytes "
@@ -65,12 +74,15 @@ def _gpt(
         module_options={"width": width, "depth": depth, "heads": heads, "context": context, **options},
         data=TextDataModule,
         data_options={
-            "context": context, "batch_size": batch, "validation_blocks": validation_blocks, "max_bytes": max_bytes
+            "context": context,
+            "batch_size": batch,
+            "validation_blocks": validation_blocks,
+            "max_bytes": max_bytes,
         },
         targets="mlp",
         steps=steps,
         precision=precision,
-    )  # fmt: skip
+    )
 
 
 def _image(model: str, widths: tuple[int, ...], images: int, size: int, batch: int, steps: int) -> Task:

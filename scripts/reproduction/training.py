@@ -128,11 +128,20 @@ def _train(task: Task, name: str, method: Method, seed: int) -> Run:
     callback = SparseTrainingCallback(method, targets=targets, total_steps=task.steps)
     watch = Watch(callback, task.accuracy)
     trainer = Trainer(
-        max_steps=task.steps, max_epochs=-1, devices=1, precision=task.precision, logger=False,
-        callbacks=[callback, watch], gradient_clip_val=1.0, val_check_interval=max(1, task.steps // VALIDATIONS),
-        check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_checkpointing=False, enable_model_summary=False,
+        max_steps=task.steps,
+        max_epochs=-1,
+        devices=1,
+        precision=task.precision,
+        logger=False,
+        callbacks=[callback, watch],
+        gradient_clip_val=1.0,
+        val_check_interval=max(1, task.steps // VALIDATIONS),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
         enable_progress_bar=False,
-    )  # fmt: skip
+    )
     start = time.perf_counter()
     trainer.fit(model, data)
     seconds = time.perf_counter() - start

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import brute_force_sums, tiles_of
 from poisoned import Margins
 from torch import Tensor
 
