@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsetrain as st
 from sparsetrain.callbacks import SparseTrainingCallback
+from sparsetrain.checkpoint.sparse_weights import evaluated_in_state_dicts
 
 SLOPE = {"preset": "slope", "adapter_start": 3, "adapter_rank": 2}
 
@@ -177,7 +178,7 @@ def test_lightning_saves_a_shared_module_sparse_under_every_name(tmp_path: Path)
 def test_parameters_are_returned_themselves_where_they_are_asked_for() -> None:
     model = mlp()
     sparse(model, steps=0)
-    found = st.sparse_weights.evaluated_in_state_dicts(model.modules())
+    found = evaluated_in_state_dicts(model.modules())
     assert model.state_dict(keep_vars=True)["0.weight"] is model[0].weight
     assert int((st.sparse_state_dict(model)["0.weight"] == 0).sum()) == 256  # beside a hook that is there
     found.close()
