@@ -3,23 +3,14 @@
 import torch
 from torch import Tensor
 
+from sparsetrain.kernels.tile_codes.reference import unpack_codes
 from sparsetrain.layers.masked_layer import MaskedLayer
-
-
-def bits(codes: Tensor) -> Tensor:
-    """Tile codes to a mask, one bit at a time: bit ``4·row + column``."""
-    rows, columns = codes.shape
-    mask = torch.zeros(4 * rows, 4 * columns, dtype=torch.bool)
-    for row in range(4):
-        for column in range(4):
-            mask[row::4, column::4] = (codes >> (4 * row + column)) & 1 == 1
-    return mask
 
 
 def masked_by_hand(layer: MaskedLayer) -> Tensor:
     """W⊙M, or β·sign(w)·(|w| - t) with t the largest pruned magnitude of the four, plus U·D of an adapter."""
     transposed = any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__)  # of transformers: [I, O]
-    weight, mask = layer.weight.detach(), bits(layer.mask_codes)
+    weight, mask = layer.weight.detach(), unpack_codes(layer.mask_codes)
     weight = weight.mT if transposed else weight
     matrix = weight.flatten(1) if weight.dim() == 2 else weight.flatten(2).mT.reshape(weight.shape[0], -1)
     seen = torch.where(mask, matrix, 0)
