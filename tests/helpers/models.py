@@ -1,9 +1,12 @@
-"""Small models, and a plain loop that trains them."""
+"""Small models, and how tests train them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import sparsetrain as st
 
 
 def mlp(width: int = 16, hidden: int = 32, seed: int = 0, bias: bool = True) -> nn.Sequential:
@@ -16,6 +19,22 @@ def convnet(channels: int = 4, hidden: int = 16, seed: int = 0) -> nn.Sequential
     torch.manual_seed(seed)
     convolutions = nn.Conv2d(channels, hidden, 3, padding=1), nn.Tanh(), nn.Conv2d(hidden, channels, 1)
     return nn.Sequential(nn.Unflatten(1, (channels, 2, 2)), *convolutions, nn.Flatten())
+
+
+def adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def sparse_run(
+    method: Any = "fst", total: int | None = 12, seed: int = 0, **options: Any
+) -> tuple[nn.Sequential, torch.optim.AdamW, st.SparseTraining]:
+    model = mlp(seed=seed)
+    optimizer = adamw(model)
+    return model, optimizer, st.SparseTraining(model, optimizer, method, total, verbose=False, **options)
 
 
 def train(

@@ -7,19 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.backends import Operand
-
-
-def independent_unpack(values: Tensor, meta: Tensor) -> Tensor:
-    """``[R, C/2]`` and int16 ``[R, ceil(C/16)]`` to ``[R, C]``, four columns at a time."""
-    rows, half = values.shape
-    fours = half // 2
-    words = meta.to(torch.int64) & 0xFFFF
-    nibbles = torch.stack([words >> shift & 15 for shift in (0, 4, 8, 12)], dim=2).reshape(rows, -1)[:, :fours]
-    dense = torch.zeros(rows, fours, 4, dtype=values.dtype)
-    pairs = values.reshape(rows, fours, 2)
-    dense.scatter_(2, (nibbles & 3).unsqueeze(2), pairs[..., :1])
-    dense.scatter_(2, (nibbles >> 2).unsqueeze(2), pairs[..., 1:])
-    return dense.reshape(rows, 4 * fours)
+from sparsetrain.kernels.pack.reference import unpack_rows
 
 
 class SimulatedBackend:
@@ -63,7 +51,7 @@ class SimulatedBackend:
     ) -> Tensor:  # fmt: skip
         self.calls["product"] += 1
         values, meta = operand.tensors
-        dense = independent_unpack(values, meta if self.native else meta.flip(0, 1))
+        dense = unpack_rows(values, meta if self.native else meta.flip(0, 1))
         result = torch.nn.functional.linear(rows, dense, bias)
         if algorithm == "broken":
             raise RuntimeError("operation not supported\nsecond line")

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from by_kernels import use_kernels
-from simulated_backend import SimulatedBackend, independent_unpack
+from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS, Operand
 from sparsetrain.kernels.masked_update.operator import add_masked_decays_
+from sparsetrain.kernels.pack import reference
 from sparsetrain.kernels.pack.operator import unpack_rows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="takes Triton's interpreter")
@@ -28,7 +29,7 @@ class UnpackingBackend(SimulatedBackend):
     ) -> Tensor:  # fmt: skip
         self.calls["product"] += 1
         values, meta = operand.tensors
-        unpack = unpack_rows if self.calls["product"] % 4 == 0 else independent_unpack
+        unpack = unpack_rows if self.calls["product"] % 4 == 0 else reference.unpack_rows
         result = nn.functional.linear(rows, unpack(values, meta), bias)
         return result.t().contiguous() if transposed_output else result
 

@@ -10,13 +10,14 @@ import torch
 from lightning.pytorch import Trainer
 from lightning_runs import Regression, batches
 from models import convnet, mlp, train
-from simulated_backend import SimulatedBackend, independent_unpack
+from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS, packing
 from sparsetrain.callbacks import SparseTrainingCallback
+from sparsetrain.kernels.pack.reference import unpack_rows
 from sparsetrain.optim import SparseAdamW
 
 STEPS = 10
@@ -137,7 +138,7 @@ def test_operands_are_packed_once_a_step_and_hold_the_updated_weights(
                 for (_, product, dtype), operand in layer.operands._made.items():
                     meta = operand.tensors[1] if native else operand.tensors[1].flip(0, 1)
                     wanted = (layer.weight.detach() * layer.mask).to(dtype)
-                    found = independent_unpack(operand.tensors[0], meta)
+                    found = unpack_rows(operand.tensors[0], meta)
                     assert torch.equal(found, wanted.t() if product == "input_gradient" else wanted)
         runs.append(run)
     require_equal(*runs)

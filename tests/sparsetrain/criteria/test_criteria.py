@@ -1,33 +1,19 @@
+"""Criteria: their scores and statistics against independent computations, what is saved, and what is refused."""
+
 import copy
-import os
 import pickle
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from models import mlp
+from observed_models import batches, loss_of, numpy_step, observed
 from oracles import brute_force_mask
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
-from sparsetrain.criteria import (
-    CRITERIA,
-    Criterion,
-    Fisher,
-    Movement,
-    Wanda,
-    WeightGradient,
-    resolve_criterion,
-)
-from sparsetrain.layers.conversion import to_sparse_
+from sparsetrain.criteria import CRITERIA, Fisher, Movement, Wanda, WeightGradient, resolve_criterion
 from sparsetrain.modifiers.criterion_observer import Observer
 from sparsetrain.training.step_hooks import StepHooks
 
@@ -38,17 +24,6 @@ STATISTICS = {
     "wanda": Wanda(beta=0.75),
 }
 DECAY = 0.3
-
-
-def observed(criterion: Criterion, **options: Any) -> tuple[nn.Sequential, Observer]:
-    """A model of two masked layers under a fresh copy of the criterion."""
-    model = mlp(bias=False, **options)
-    layers = {name: to_sparse_(model[int(name)]) for name in ("0", "2")}
-    for layer in layers.values():
-        layer.set_codes_(st.encode_tiles(st.transposable_mask(layer.weight.detach().abs())))
-    observer = Observer(copy.deepcopy(criterion), layers)
-    observer.attach()
-    return model, observer
 
 
 def hang_on(observer: Observer, optimizers: list[torch.optim.Optimizer]) -> StepHooks:
@@ -62,33 +37,6 @@ def hang_on(observer: Observer, optimizers: list[torch.optim.Optimizer]) -> Step
             layer.weight.grad.add_(DECAY * (1 if scale is None else scale) * layer.weight.detach() * ~layer.mask)
 
     return StepHooks(optimizers, adjust, lambda optimizer: None, observer.count)
-
-
-def batches(step: int, count: int = 2) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return (torch.randn(6, 16, generator=generator) for _ in range(count))
-
-
-def loss_of(output: Tensor, x: Tensor) -> Tensor:
-    return (output - x.flip(1)).square().mean()
-
-
-def numpy_step(model: nn.Sequential, micro_batches: list[Tensor], clip: float | None) -> tuple[list, list]:
-    """Straight-through gradients and squared norms of the inputs of both layers, from the equations, in float64."""
-    layers = [model[0], model[2]]
-    used = [(layer.weight.detach() * layer.mask).double().numpy() for layer in layers]
-    gradients, norms = [0.0, 0.0], [0.0, 0.0]
-    for batch in micro_batches:
-        x = batch.double().numpy()
-        hidden = np.tanh(x @ used[0].T)
-        d_out = 2 * (hidden @ used[1].T - x[:, ::-1]) / x.size
-        gradients[0] = gradients[0] + ((d_out @ used[1]) * (1 - hidden**2)).T @ x
-        gradients[1] = gradients[1] + d_out.T @ hidden
-        norms = [old + (value**2).sum(0) for old, value in zip(norms, (x, hidden), strict=True)]
-    if clip is not None:
-        total = np.sqrt(sum((gradient**2).sum() for gradient in gradients))
-        gradients = [gradient * min(1.0, clip / (total + 1e-6)) for gradient in gradients]
-    return gradients, norms
 
 
 def numpy_count(name: str, running: Any, w: np.ndarray, g: np.ndarray, squares: np.ndarray) -> Any:
@@ -155,87 +103,6 @@ def test_no_number_is_read_from_the_device(name: str) -> None:
             observer.criterion.scores(model[0].weight, layer="0", clock=1)
 
 
-def wanda_run(forward: Any = None, wrap: Any = None, between: Any = None) -> dict[str, Tensor]:
-    """Two micro-batches of one step; the statistics after it."""
-    model, observer = observed(Wanda(beta=0.0))
-    function = wrap(model) if wrap else model
-    for x in batches(0):
-        x.requires_grad_()
-        loss_of(forward(function, x) if forward else function(x), x).backward()
-        if between:
-            between(model)
-    observer.note({name: layer.weight.grad for name, layer in observer.layers.items()}, None)
-    observer.count()
-    return observer.criterion.state_dict()["running"]
-
-
-def _segments(model: nn.Sequential, x: Tensor, reentrant: bool) -> Tensor:
-    return checkpoint(model[1:], checkpoint(model[0], x, use_reentrant=reentrant), use_reentrant=reentrant)
-
-
-CHECKPOINTED = {
-    "reentrant": lambda model, x: checkpoint(model, x, use_reentrant=True),
-    "plain": lambda model, x: checkpoint(model, x, use_reentrant=False),
-    "reentrant segments": lambda model, x: _segments(model, x, True),
-    "plain segments": lambda model, x: _segments(model, x, False),
-    "nested": lambda model, x: checkpoint(_segments, model, x, False, use_reentrant=False),
-}
-
-
-@pytest.mark.parametrize("how", CHECKPOINTED)
-def test_recomputed_inputs_count_once(how: str) -> None:
-    _, norms = numpy_step(observed(Wanda())[0], list(batches(0)), None)
-    plain, found = wanda_run(), wanda_run(CHECKPOINTED[how])
-    for layer, expected in zip(("0", "2"), norms, strict=True):
-        assert torch.equal(found[layer], plain[layer])
-        torch.testing.assert_close(found[layer].double(), torch.from_numpy(expected), rtol=1e-5, atol=0)
-
-
-def test_forwards_without_a_backward_do_not_count() -> None:
-    def between(model: nn.Module) -> None:
-        model.eval()(torch.randn(4, 16))
-        model.train()
-        model(torch.randn(4, 16))  # no backward
-        with torch.no_grad():
-            model(torch.randn(4, 16))
-
-    plain, found = wanda_run(), wanda_run(between=between)
-    assert all(torch.equal(plain[layer], found[layer]) for layer in plain)
-
-
-@pytest.mark.parametrize("checkpointing", [None, True, False])
-def test_compiled_models_count_the_same_in_one_graph(checkpointing: bool | None) -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def compiled(model: nn.Module) -> Any:
-        def forward(x: Tensor) -> Tensor:
-            return model(x) if checkpointing is None else checkpoint(model, x, use_reentrant=checkpointing)
-
-        return torch.compile(forward, backend=counter, fullgraph=not checkpointing)
-
-    plain, found = wanda_run(), wanda_run(wrap=compiled)
-    torch._dynamo.reset()
-    for layer in plain:
-        torch.testing.assert_close(found[layer], plain[layer], rtol=1e-6, atol=0)
-    assert checkpointing or counter.frame_count == 1
-
-
-def test_inputs_by_keyword_and_outputs_changed_in_place_are_no_trouble() -> None:
-    plain = wanda_run()
-    found = wanda_run(lambda model, x: model[2](input=model[1](model[0](input=x))))
-    assert all(torch.equal(plain[layer], found[layer]) for layer in plain)
-    model, observer = observed(Wanda(beta=0.0))
-    model[1] = nn.ReLU(inplace=True)
-    x = next(batches(0))
-    for function in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        function(x).sum().backward()
-        observer.note(dict.fromkeys(("0", "2"), torch.zeros(())), None)
-        observer.count()
-        hidden = model[0](x).detach().relu()
-        torch.testing.assert_close(observer.criterion.state_dict()["running"]["2"], hidden.square().sum(0))
-    torch._dynamo.reset()
-
-
 def test_a_step_skipped_with_zeroed_gradients_leaves_no_infinity_behind() -> None:
     model, observer = observed(Wanda(beta=0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -298,51 +165,6 @@ def test_states_of_other_criteria_leave_no_statistics_and_damaged_ones_are_refus
     assert movement.state_dict()["running"] == {}
 
 
-@pytest.mark.parametrize("name", CRITERIA)
-def test_hooks_are_installed_where_inputs_are_needed_alone_and_removed(name: str) -> None:
-    model, observer = observed(resolve_criterion(name))
-    observer.attach()
-    hooks = {name: (len(layer._forward_hooks), len(layer.weight._backward_hooks or ()))
-             for name, layer in observer.layers.items()}  # fmt: skip
-    assert hooks == dict.fromkeys(("0", "2"), (1, 1) if name == "wanda" else (0, 0))
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    observer.detach()
-    assert not any(layer._forward_hooks or layer.weight._backward_hooks for layer in observer.layers.values())
-    before = observer.criterion.state_dict()
-    model(torch.randn(4, 16)).sum().backward()
-    assert not before.get("running")
-    assert observer.criterion.state_dict() == before
-
-
-def test_copies_of_a_model_are_not_observed() -> None:
-    model, observer = observed(Wanda())
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        twin(torch.randn(4, 16)).sum().backward()
-        assert twin[0].weight.grad is not None
-        assert all(hook.observer is None for hook in twin[0]._forward_hooks.values())
-    observer.note(dict.fromkeys(("0", "2"), torch.zeros(())), None)
-    observer.count()
-    assert not any(value.any() for value in observer.criterion.state_dict()["running"].values())
-    # and without inputs, the order is that of magnitudes
-    torch.testing.assert_close(
-        observer.criterion.scores(model[0].weight, layer="0", clock=1), model[0].weight.detach().abs()
-    )
-
-
-def test_inputs_of_frozen_weights_count() -> None:
-    model, observer = observed(Wanda())
-    observer.detach()
-    model[2].weight.requires_grad_(False)
-    observer = Observer(Wanda(beta=0.0), observer.layers)
-    observer.attach()
-    x = next(batches(0))
-    model(x).sum().backward()
-    observer.note({"0": model[0].weight.grad}, None)
-    observer.count()
-    hidden = model[:2](x).detach()
-    torch.testing.assert_close(observer.criterion.state_dict()["running"]["2"], hidden.square().sum(0))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_statistics_are_float32_whatever_the_weight(dtype: torch.dtype) -> None:
     weight, gradient = torch.randn(4, 8).to(dtype), torch.randn(4, 8).to(dtype)
@@ -401,25 +223,3 @@ def test_configurations_compare_and_copies_have_statistics_of_their_own() -> Non
     assert repr(twin) == "WeightGradient(beta=0.5)"
     assert criterion.state_dict()["running"] == {}
     assert st.Method(criterion=twin).describe()["criterion"] == "WeightGradient(beta=0.5)"
-
-
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model, observer = observed(Wanda(beta=0.0))
-    x = list(batches(0))[rank]
-    model(x).sum().backward()
-    observer.note({name: layer.weight.grad for name, layer in observer.layers.items()}, None)
-    observer.count()
-    torch.save(observer.criterion.state_dict(), f"{folder}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # gloo's threads may abort an orderly exit
-
-
-@pytest.mark.sweep
-def test_data_parallel_ranks_share_their_inputs(tmp_path: Path) -> None:
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt")["running"] for rank in (0, 1))
-    expected = torch.cat(list(batches(0))).square().sum(0)
-    torch.testing.assert_close(first["0"], expected)
-    assert all(torch.equal(first[layer], second[layer]) for layer in ("0", "2"))

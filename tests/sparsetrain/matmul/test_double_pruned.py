@@ -9,23 +9,14 @@ import torch
 import torch.nn.functional as F
 from models import mlp, train
 from oracles import two_of_those
-from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import sparsetrain as st
-from sparsetrain.backends import BACKENDS
 from sparsetrain.masks.patterns import DOUBLE_PRUNED, prune_again
 from sparsetrain.matmul.masked_matmul import masked_matmul
 
 SLOPE = {"preset": "slope", "refresh_every": 3, "adapter_rank": 0}
-
-
-@pytest.fixture(params=[False, True], ids=["own order", "natural order"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimulatedBackend:
-    simulated = SimulatedBackend(native=request.param)
-    monkeypatch.setitem(BACKENDS, "simulated", simulated)
-    return simulated
 
 
 def dense_of(layer: st.SparseLinear) -> Tensor:

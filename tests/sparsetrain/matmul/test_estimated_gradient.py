@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from simulated_backend import SimulatedBackend, independent_unpack
+from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import sparsetrain as st
 from sparsetrain.backends import BACKENDS
 from sparsetrain.kernels.mvue import mvue
+from sparsetrain.kernels.pack.reference import unpack_rows
 from sparsetrain.matmul.estimated_weight_gradient import draw_counter, estimated_weight_gradient
 
 
@@ -37,7 +38,7 @@ def test_the_weight_gradient_is_that_of_the_estimate(backend, name: str, tokens:
     rows = -(-tokens // 16) * 16
     padded = torch.zeros(rows, 48)
     padded[:tokens] = dy
-    estimate = independent_unpack(*mvue(padded, draw_counter(0), 0, 0)).t()[:tokens]
+    estimate = unpack_rows(*mvue(padded, draw_counter(0), 0, 0)).t()[:tokens]
     torch.testing.assert_close(sparse.weight.grad, estimate.t() @ x.detach(), rtol=1e-5, atol=1e-5)
     assert (estimate != 0).sum() <= tokens / 2 * 48 + 2 * 48
     torch.testing.assert_close(x.grad, dy @ (sparse.weight * sparse.mask), rtol=1e-5, atol=1e-5)

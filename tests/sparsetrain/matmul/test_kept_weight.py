@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from by_hand import masked_by_hand
 from models import mlp, train
 from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
@@ -27,22 +28,9 @@ from sparsetrain.matmul.execution import Execution
 KINDS = ("linear", "conv1d", "conv2d 1x1", "conv2d 3x3", "conv2d channels last", "transposed")
 
 
-def decoded(codes: Tensor) -> Tensor:
-    """The mask ``[O, K]``: bit ``4·row + column`` of a tile's word."""
-    bits = (codes.long()[..., None] >> torch.arange(16)) & 1  # [O/4, K/4, 16]
-    rows, columns = codes.shape
-    return bits.view(rows, columns, 4, 4).transpose(1, 2).reshape(4 * rows, 4 * columns).bool()
-
-
-def masked_by_hand(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
-    """The weight with zeros where the codes prune, in the weight's shape and order."""
-    weight = (layer.weight if weight is None else weight).detach()
-    mask = decoded(layer.mask_codes)
-    if layer.transposed:
-        mask = mask.t()
-    elif weight.dim() > 2:  # [O, kernel, I] to [O, I, kernel]
-        mask = mask.view(weight.shape[0], -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-    return torch.where(mask, weight, torch.zeros_like(weight))
+def masked(layer: nn.Module) -> Tensor:
+    """In the weight's memory order."""
+    return layer.weight.detach().clone().copy_(masked_by_hand(layer))
 
 
 def random_codes(layer: nn.Module) -> Tensor:
@@ -77,7 +65,7 @@ def by_hand(layer: nn.Module, x: Tensor) -> Tensor:
     """What the dense class computes with a weight that is masked now."""
     plain = copy.deepcopy(layer)
     plain.phase = "dense"
-    plain.weight = nn.Parameter(masked_by_hand(layer))
+    plain.weight = nn.Parameter(masked(layer))
     return plain(x)
 
 
@@ -144,7 +132,7 @@ def _step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _largest_kept(layer: nn.Module) -> Tensor:
-    index = torch.unravel_index(masked_by_hand(layer).abs().argmax(), layer.weight.shape)
+    index = torch.unravel_index(masked(layer).abs().argmax(), layer.weight.shape)
     return layer.weight.data[tuple(index)]
 
 
@@ -217,7 +205,7 @@ def test_a_run_masks_once_a_step() -> None:
 def test_float32_gradients_are_those_of_the_weight_masked_in_every_product(kind: str, rule: str) -> None:
     layer, x = layer_of(kind)
     layer.gradient = {"ste": st.scaled(1, 1), "masked": st.scaled(1, 0), "scaled": st.scaled(0.5, 0.25)}[rule]
-    mask = masked_by_hand(layer, torch.ones_like(layer.weight))
+    mask = masked(layer) != 0
     for _ in range(2):  # the second finds it made
         layer.zero_grad()
         rows, again = (x.clone().requires_grad_() for _ in range(2))
@@ -226,10 +214,10 @@ def test_float32_gradients_are_those_of_the_weight_masked_in_every_product(kind:
         output.backward(direction)
         plain = copy.deepcopy(layer)
         plain.phase = "dense"
-        plain.weight = nn.Parameter(masked_by_hand(layer))
+        plain.weight = nn.Parameter(masked(layer))
         expected = plain(again)
         expected.backward(direction)
-        factor = torch.where(mask.bool(), layer.gradient.kept, layer.gradient.pruned)
+        factor = torch.where(mask, layer.gradient.kept, layer.gradient.pruned)
         assert torch.equal(output, expected)
         torch.testing.assert_close(rows.grad, again.grad, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(layer.weight.grad, plain.weight.grad * factor, rtol=1e-6, atol=1e-6)
@@ -255,17 +243,16 @@ def test_gradients_of_gradients_are_those_of_the_masked_weight() -> None:
     layer(x)
     rows, again = (x.clone().requires_grad_() for _ in range(2))
     twin = nn.Parameter(layer.weight.detach().clone())
-    mask = masked_by_hand(layer, torch.ones_like(twin))
+    kept = masked(layer) != 0
 
     def penalty(output: Tensor, inputs: Tensor) -> Tensor:
         (gradient,) = torch.autograd.grad(output.tanh().sum(), inputs, create_graph=True)
         return gradient.square().sum()
 
     penalty(layer(rows), rows).backward()
-    penalty(F.linear(again, twin * mask, layer.bias.detach()), again).backward()
+    penalty(F.linear(again, twin * kept, layer.bias.detach()), again).backward()
     torch.testing.assert_close(rows.grad, again.grad)
-    kept = mask.bool()  # where the rule and the mask agree
-    torch.testing.assert_close(layer.weight.grad[kept], twin.grad[kept])
+    torch.testing.assert_close(layer.weight.grad[kept], twin.grad[kept])  # where the rule and the mask agree
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -288,7 +275,7 @@ def test_a_backward_after_a_write_that_autograd_cannot_see_uses_one_whole_weight
     layer.weight.data.mul_(2)
     layer(x)  # renews what is kept, in place
     output.backward(torch.ones_like(output))
-    torch.testing.assert_close(rows.grad, torch.ones_like(output) @ masked_by_hand(layer))
+    torch.testing.assert_close(rows.grad, torch.ones_like(output) @ masked(layer))
 
 
 def test_writes_between_forward_and_backward_are_refused_as_ever() -> None:
@@ -353,7 +340,7 @@ def test_who_reads_while_the_same_is_made_again_sees_no_other_numbers() -> None:
     layer, x = layer_of("linear")
     layer(x)
     room = layer.operands.kept.get(layer.weight, layer.weight, layer.mask_codes, None, torch.float32)
-    expected, seen = masked_by_hand(layer).detach().clone(), []
+    expected, seen = masked(layer), []
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

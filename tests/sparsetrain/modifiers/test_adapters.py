@@ -1,10 +1,10 @@
-"""SLoPe's update with its adapters, before they begin, after, and merged: against products and chain rule by hand."""
+"""SLoPe's adapters, before they begin, after, merged or kept: against products and chain rule by hand."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from models import mlp, train
+from models import adamw, mlp, train
 from oracles import two_of_four, two_of_those
 from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
@@ -134,3 +134,35 @@ def test_slope_with_adapters_equals_a_computation_by_hand(
     if merge:
         torch.testing.assert_close(model(x).detach().double(), out, rtol=1e-4, atol=1e-5)
     assert sorted(training.adapters()) == ["0", "2"]
+
+
+def test_adapters_are_trained_at_the_end_and_merged_or_kept() -> None:
+    for merge in (True, False):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        method = {"preset": "slope", "adapter_rank": 3, "adapter_start": 5, "adapter_merge": merge}
+        training = st.SparseTraining(model, optimizer, method, 10, verbose=False)
+        train(model, optimizer, 5)
+        assert not any(up.any() for _, up in training.adapters().values())
+        train(model, optimizer, 5, start=5)
+        assert all(up.any() for _, up in training.adapters().values())
+        x = torch.randn(4, 16)
+        expected = model(x)
+        sparse = [layer.weight.detach().clone() for layer in (model[0], model[2])]
+        training.finish()
+        assert len(optimizer.param_groups[0]["params"]) == 4
+        parts = list(training.adapters().values())
+        for layer, weight, (down, up) in zip((model[0], model[2]), sparse, parts, strict=True):
+            wanted = weight + up @ down if merge else weight
+            torch.testing.assert_close(layer.weight, wanted)
+        if merge:
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        else:
+            assert (model[0].weight == 0).float().mean() == 0.5
+
+
+def test_adapters_that_start_at_once_do() -> None:
+    model = mlp()
+    optimizer = adamw(model)
+    st.SparseTraining(model, optimizer, {"preset": "slope", "adapter_start": 0}, 6, verbose=False)
+    assert model[0].adapter is not None

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import convnet, mlp, train
+from models import convnet, mlp, sparse_run, train
 from torch import nn
 
 import sparsetrain as st
@@ -232,3 +232,22 @@ def test_a_state_goes_on_with_its_own_phases_and_with_the_length_it_is_given() -
     for starts in ([0, 10, 30], [0, 30, 10, 45], [1, 10, 30, 45], "0123", [0, 10, 30, 45.0], None):
         with pytest.raises(ValueError, match=r"starts.* the checkpoint is damaged"):
             start(60, state={**state, "starts": starts})
+
+
+def test_finish_gives_the_function_of_the_last_step_and_can_be_called_twice() -> None:
+    model, optimizer, training = sparse_run(fst(dense_tail=0, refresh_every=2))
+    train(model, optimizer, 5)
+    x = torch.randn(3, 16)
+    expected = model(x)
+    metrics, state = training.metrics(), training.state_dict()
+    training.finish()
+    training.finish()
+    assert training.metrics() == metrics
+    assert training.state_dict()["clock"] == state["clock"]
+    torch.testing.assert_close(model(x), expected)
+    assert all(type(layer) is nn.Linear for layer in (model[0], model[2]))
+    train(model, optimizer, 1)
+    assert training.clock == 5  # no hooks are left
+    again = st.SparseTraining(model, optimizer, "fst", 4, verbose=False)
+    train(model, optimizer, 4)
+    assert again.clock == 4

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from simulated_backend import independent_unpack
 from torch import Tensor
 
 import sparsetrain as st
@@ -18,6 +17,7 @@ from sparsetrain.backends.tilelang import KernelKey, Tile, TilelangBackend, comp
 from sparsetrain.backends.tilelang import backend as backend_module
 from sparsetrain.backends.tilelang import kernel as kernel_module
 from sparsetrain.hardware.machine import Machine
+from sparsetrain.kernels.pack.reference import unpack_rows
 
 CPU = torch.device("cpu")
 HALVES = [torch.float16, torch.bfloat16]
@@ -51,7 +51,7 @@ class Compiler:
                 assert tensor.data_ptr() % 16 == 0
                 assert not tensor.requires_grad
                 assert tensor is meta or str(tensor.dtype) == f"torch.{key.dtype}"
-            sums = rows.double() @ independent_unpack(values, meta).double().t()
+            sums = rows.double() @ unpack_rows(values, meta).double().t()
             result.copy_(ACTIVATIONS[key.epilogue](sums + sum(bias.double() for bias in biases)))
 
         return kernel
@@ -96,7 +96,7 @@ def test_the_packer_writes_what_kernels_read(backend) -> None:
     assert operand.tensors[0] is operand.values
     assert operand.tensors[1] is operand.meta
     assert operand.bytes == 128 * 128 * 9 // 8
-    assert torch.equal(independent_unpack(*operand.tensors), dense)
+    assert torch.equal(unpack_rows(*operand.tensors), dense)
     assert not backend.symmetric
 
 
