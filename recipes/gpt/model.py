@@ -75,17 +75,8 @@ class GPT(nn.Module):
             )
         if positions not in ("rope", "learned"):
             raise ValueError(f"positions is {positions!r}: it must be 'rope' or 'learned'.")
-        if mlp not in ACTIVATIONS:
-            known = ", ".join(map(repr, ACTIVATIONS))
-            raise ValueError(f"mlp is {mlp!r}{did_you_mean(mlp, ACTIVATIONS)}: it must be one of {known}.")
-        if fused_activation and mlp not in KINDS:
-            raise ValueError(
-                f"fused_activation is True, but mlp is {mlp!r}: it must be one of {', '.join(map(repr, KINDS))}, or "
-                "leave fused_activation False."
-            )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1.")
-        hidden = hidden or (32 * math.ceil(width * 8 / 3 / 32) if mlp in GATED else 4 * width)
         self.context = context
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width) if positions == "learned" else None
@@ -128,7 +119,7 @@ class Block(nn.Module):
         self,
         width: int,
         heads: int,
-        hidden: int,
+        hidden: int | None,
         activation: ActivationName,
         rotary: bool,
         dropout: float = 0.0,
@@ -172,8 +163,18 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Feed-forward layer, with a gate or without one."""
 
-    def __init__(self, width: int, hidden: int, activation: ActivationName, fused: bool = False) -> None:
+    def __init__(self, width: int, hidden: int | None, activation: ActivationName, fused: bool = False) -> None:
         super().__init__()
+        if activation not in ACTIVATIONS:
+            guess, known = did_you_mean(activation, ACTIVATIONS), ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"mlp is {activation!r}{guess}: it must be one of {known}.")
+        if fused and activation not in KINDS:
+            known = ", ".join(map(repr, KINDS))
+            raise ValueError(
+                f"fused_activation is True, but mlp is {activation!r}: it must be one of {known}, or leave "
+                "fused_activation False."
+            )
+        hidden = hidden or (32 * math.ceil(width * 8 / 3 / 32) if activation in GATED else 4 * width)
         self.activation, self.fused = activation, fused
         self.up = nn.Linear(width, hidden, bias=False)
         self.gate = nn.Linear(width, hidden, bias=False) if activation in GATED else None
