@@ -16,7 +16,7 @@ EXAMPLES = """
 examples:
   scripts/reproduce_methods                                      # small GPT and images, all methods, three seeds
   scripts/reproduce_methods --jobs 2                             # two runs at a time, the same numbers
-  scripts/reproduce_methods --task image --method fst\\ as\\ published --method recommended --seeds 1 --out runs/try
+  scripts/reproduce_methods --task image --method fst,\\ as\\ published --method recommended --seeds 1 --out runs/try
   scripts/reproduce_methods --model 124M --measured docs/results/gemm.csv   # on a GPU
 
 An interrupted comparison goes on where it stopped when it is called again. The exit status is 1 if a mask was wrong
