@@ -2,10 +2,10 @@
 
 from .cusparselt.backend import CuSparseLtBackend
 from .cutlass import CutlassBackend
+from .experimental.tilelang import TilelangBackend
 from .interface import Backend, Operand
 from .masked import MaskedBackend
 from .registry import BACKENDS, resolve_backend
-from .tilelang import TilelangBackend
 
 __all__ = [
     "BACKENDS",

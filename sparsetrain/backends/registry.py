@@ -4,9 +4,9 @@ from ..checks.rules import one_of, require
 from ..hardware.requirements import PREFERENCE
 from .cusparselt.backend import CuSparseLtBackend
 from .cutlass import CutlassBackend
+from .experimental.tilelang import TilelangBackend
 from .interface import Backend
 from .masked import MaskedBackend
-from .tilelang import TilelangBackend
 
 _ALL: tuple[Backend, ...] = (CuSparseLtBackend(), CutlassBackend(), TilelangBackend(), MaskedBackend())
 

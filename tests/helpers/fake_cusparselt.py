@@ -17,7 +17,6 @@ from typing import Any
 
 import nvmath.bindings.cusparseLt as real  # noqa: N813
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 PXD = Path(real.__file__).with_name("cusparseLt.pxd")
@@ -212,8 +211,6 @@ class FakeCuSparseLt:
             result += scalar(beta) * view(d_c, d).float()
         if values["BIAS_POINTER"]:
             result += vector(values["BIAS_POINTER"], d["dtype"], d["rows"]).float()[:, None]
-        result = F.relu(result) if values.get("ACTIVATION_RELU") else result
-        result = F.gelu(result) if values.get("ACTIVATION_GELU") else result
         if size:
             ctypes.memset(workspace, 0xAB, size)
         view(d_d, d).copy_(result)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparsetrain.backends.tilelang import Epilogue, KernelKey, Tile, tiles_for
+from sparsetrain.backends.experimental.tilelang import Epilogue, KernelKey, Tile, tiles_for
 
 RECORDED = Path(__file__).parents[2] / "docs" / "results" / "tilelang_compiled.csv"
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
@@ -63,7 +63,7 @@ def figures(key: KernelKey) -> Row:
     from tilelang.contrib import nvcc
     from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
 
-    from sparsetrain.backends.tilelang.kernel import lowered
+    from sparsetrain.backends.experimental.tilelang.kernel import lowered
 
     artifact = lowered(key)
     dynamic = re.search(r'"dyn_shared_memory_buf": (\d+)', str(artifact.device_mod))

@@ -15,7 +15,7 @@ from typing import Any
 
 from tilelang_source import Expressions, function_of
 
-from sparsetrain.backends.tilelang import KernelKey
+from sparsetrain.backends.experimental.tilelang import KernelKey
 
 LOADING = 0
 """The warp that loads; those that multiply follow from 1."""

@@ -270,7 +270,7 @@ def function_of(text: str) -> Callable[..., Tensor]:
 
 def main() -> None:
     """Record the expressions of every tile."""
-    from sparsetrain.backends.tilelang import KernelKey, cuda_source, tiles_for
+    from sparsetrain.backends.experimental.tilelang import KernelKey, cuda_source, tiles_for
 
     found: dict[str, object] = {"version": importlib.metadata.version("tilelang")}
     for capability in CAPABILITIES:

@@ -1,6 +1,6 @@
 """cuSPARSELt: products with a 2:4 matrix on sparse tensor cores, with cached plans; needs the extra ``cuda``."""
 
-from .library import CudaDevices, Devices, Epilogue, Library, Order
+from .library import CudaDevices, Devices, Library, Order
 from .plans import Algorithm, PlanKey
 from .session import Session
 from .session_pool import CuSparseLt, default
@@ -10,7 +10,6 @@ __all__ = [
     "CuSparseLt",
     "CudaDevices",
     "Devices",
-    "Epilogue",
     "Library",
     "Order",
     "PlanKey",

@@ -12,7 +12,6 @@ from ...hardware.requirements import why_not
 from ...kernels.metadata_order import Order
 from ..interface import Operand
 from ..padding import padded_tokens, readable_rows, without_padding
-from .library import Epilogue
 from .metadata_layout import LayoutKey, MetadataLayout, prove_layout
 from .providers import NvmathProvider, Provider, TorchProvider
 
@@ -91,18 +90,11 @@ class CuSparseLtBackend:
         bias: Tensor | None = None,
         algorithm: str = "",
         transposed_output: bool = False,
-        epilogue: Epilogue | None = None,
     ) -> Tensor:
-        """Return ``rows·Aᵀ + bias`` after the epilogue, or its transpose; tokens are padded to a multiple of 8.
-
-        Raises:
-            ValueError: If PyTorch's operator is used, which has no epilogue but the bias.
-        """
+        """Return ``rows·Aᵀ + bias``, or its transpose; tokens are padded to a multiple of 8."""
         tokens = rows.shape[0]
         given = padded_tokens(readable_rows(rows), TOKENS)
-        result = self.provider.multiply(
-            operand.tensors[0], operand.shape, given, bias, algorithm, transposed_output, epilogue
-        )
+        result = self.provider.multiply(operand.tensors[0], operand.shape, given, bias, algorithm, transposed_output)
         return result if tokens == given.shape[0] else without_padding(result, tokens, transposed_output)
 
     def _environment(self, device: torch.device) -> str:

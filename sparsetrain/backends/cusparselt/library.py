@@ -6,14 +6,14 @@ Facts the calls rely on (headers of cuSPARSELt 0.7.1–0.8.1, and how PyTorch ca
   handle itself.
 - ``alpha`` and ``beta`` are host floats under ``COMPUTE_32F``; with ``beta`` 0, C may be D, pointer and descriptor.
 - The bias has one value per row of D, of D's type; its address is part of the descriptor, its values are read when the
-  product runs, and the activation follows it. Attributes are set before the selection and the plan are made.
+  product runs. Attributes are set before the selection and the plan are made.
 - A handle belongs to the device that is current when it is made.
 - The bindings allocate every opaque struct, and their ``*_destroy`` frees it. A plan may point into its selection and
   descriptors, so they live as long as it does.
 - Opaque structs are host memory and a launch copies what it needs: PyTorch destroys its plan right after the launch.
 
-Not documented, to be checked on a GPU: whether GELU is the tanh or the erf form, that a selection without ``CONFIG_ID``
-is the library's own choice, which alignment a bias needs (16 bytes are asked for here).
+Not documented, to be checked on a GPU: that a selection without ``CONFIG_ID`` is the library's own choice, which
+alignment a bias needs (16 bytes are asked for here).
 """
 
 import ctypes
@@ -30,7 +30,6 @@ from ...hardware.extras import require
 
 Order: TypeAlias = Literal["rows", "columns"]
 """rows: a row is contiguous (row-major); columns: a column is."""
-Epilogue: TypeAlias = Literal["relu", "gelu"]
 
 DATA_TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 ORDERS = {"columns": 1, "rows": 2}  # cusparseOrder_t
@@ -162,10 +161,6 @@ class Library:
     def set_bias(self, handle: int, product: int, address: int) -> _Bytes:
         """Add a vector with one value per row of the output; return what must outlive the product."""
         return self._set_product(handle, product, "BIAS_POINTER", address)
-
-    def set_epilogue(self, handle: int, product: int, epilogue: Epilogue) -> _Bytes:
-        """Apply an activation behind the bias; return what must outlive the product."""
-        return self._set_product(handle, product, f"ACTIVATION_{epilogue.upper()}", 1)
 
     def selection(self, handle: int, product: int) -> int:
         """Make the choice of an algorithm; the library's own until :meth:`set_algorithm`."""

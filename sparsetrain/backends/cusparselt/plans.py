@@ -2,12 +2,11 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from .library import ALIGNMENT, DATA_TYPES, ORDERS, Epilogue, Library, Order
+from .library import ALIGNMENT, DATA_TYPES, ORDERS, Library, Order
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ DEFAULT_ALGORITHM = Algorithm()
 
 @dataclass(frozen=True)
 class PlanKey:
-    """Everything a plan depends on: ``D [rows, n] = epilogue(A [rows, columns] · B [columns, n] + bias)``.
+    """Everything a plan depends on: ``D [rows, n] = A [rows, columns] · B [columns, n] + bias``.
 
     ``bias`` is an address, or 0 for none: the library keeps it inside the plan. :meth:`CuSparseLt.key` makes one.
     """
@@ -75,7 +74,6 @@ class PlanKey:
     dense_leading: int
     output_order: Order
     output_leading: int
-    epilogue: Epilogue | None
     bias: int
     algorithm: Algorithm
 
@@ -125,8 +123,6 @@ def describe_product(library: Library, handle: int, key: PlanKey, stack: ExitSta
     kept = []
     if key.bias:
         kept.append(library.set_bias(handle, product, key.bias))
-    if key.epilogue:
-        kept.append(library.set_epilogue(handle, product, key.epilogue))
     selection = library.selection(handle, product)
     stack.callback(library.destroy_selection, selection)
     algorithm = key.algorithm
@@ -184,7 +180,6 @@ def plan_key(
     shape: tuple[int, int],
     dense: Tensor,
     bias: int,
-    epilogue: Epilogue | None,
     output: Order,
     algorithm: Algorithm,
 ) -> PlanKey:
@@ -205,10 +200,8 @@ def plan_key(
         )
     if output not in ORDERS:
         raise ValueError(f"output is {output!r}: it must be one of {sorted(ORDERS)}.")
-    if epilogue is not None and epilogue not in get_args(Epilogue):
-        raise ValueError(f"epilogue is {epilogue!r}: it must be None or one of {sorted(get_args(Epilogue))}.")
     output_leading = n if output == "rows" else rows
-    return PlanKey(rows, columns, n, dense.dtype, order, leading, output, output_leading, epilogue, bias, algorithm)
+    return PlanKey(rows, columns, n, dense.dtype, order, leading, output, output_leading, bias, algorithm)
 
 
 def check_shape(shape: tuple[int, int], dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .library import Epilogue, Order
+from .library import Order
 from .plans import Algorithm, PlanKey
 from .session_pool import CuSparseLt, default
 
@@ -38,7 +38,6 @@ class Provider(Protocol):
         bias: Tensor | None,
         algorithm: str,
         transposed_output: bool,
-        epilogue: Epilogue | None = None,
     ) -> Tensor:
         """Return ``rows [T, C]`` times the transpose of the compressed matrix; T a multiple of 8."""
 
@@ -85,19 +84,18 @@ class NvmathProvider:
         bias: Tensor | None,
         algorithm: str,
         transposed_output: bool,
-        epilogue: Epilogue | None = None,
     ) -> Tensor:
         """Return the product; its transpose is never copied."""
         order: Order = "rows" if transposed_output else "columns"
         result = self._library.multiply(
-            compressed, shape, rows.t(), bias=bias, epilogue=epilogue, output=order, algorithm=_algorithm(algorithm)
+            compressed, shape, rows.t(), bias=bias, output=order, algorithm=_algorithm(algorithm)
         )
         return result if transposed_output else result.t()
 
     def algorithms(self, shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> Sequence[str]:
         """Return the library's own choice and every id."""
         rows, columns = shape
-        key = PlanKey(rows, columns, tokens, dtype, "columns", columns, "columns", rows, None, 0, Algorithm())
+        key = PlanKey(rows, columns, tokens, dtype, "columns", columns, "columns", rows, 0, Algorithm())
         return "", *map(str, range(self._library.algorithm_count(key)))
 
 
@@ -133,18 +131,8 @@ class TorchProvider:
         bias: Tensor | None,
         algorithm: str,
         transposed_output: bool,
-        epilogue: Epilogue | None = None,
     ) -> Tensor:
-        """Return the product; the operator has no epilogue but the bias.
-
-        Raises:
-            ValueError: If another one is asked for.
-        """
-        if epilogue is not None:
-            raise ValueError(
-                f"epilogue is {epilogue!r}: torch's operator has none but the bias, so install nvmath-python "
-                "or apply it to the result."
-            )
+        """Return the product."""
         # the operator takes the rows of A from the buffer's shape, and any dense operand for a whole transpose
         result: Tensor = torch.ops.aten._cslt_sparse_mm(
             compressed.view(shape[0], -1),

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .library import ALIGNMENT, Devices, Epilogue, Library, Order
+from .library import ALIGNMENT, Devices, Library, Order
 from .plans import (
     Algorithm,
     Closable,
@@ -80,7 +80,6 @@ class Session:
         shape: tuple[int, int],
         dense: Tensor,
         bias: Tensor | None,
-        epilogue: Epilogue | None,
         output: Order,
         algorithm: Algorithm,
     ) -> Tensor:
@@ -96,10 +95,10 @@ class Session:
         if addresses % ALIGNMENT or not fits:
             raise ValueError(_complaint(compressed, shape, dense, bias))
         # strides and sizes as they come: a cached call builds no PlanKey
-        token = (shape, dense.shape, dense.stride(), dtype, epilogue, bias_address, output, algorithm)
+        token = (shape, dense.shape, dense.stride(), dtype, bias_address, output, algorithm)
         plan = self._plans.get(token)
         if plan is None:
-            key = plan_key(shape, dense, bias_address, epilogue, output, algorithm)
+            key = plan_key(shape, dense, bias_address, output, algorithm)
             plan = self._plans.add(token, build_plan(self._library, self.handle, key))
         if compressed.numel() != plan.elements:
             raise ValueError(_wrong_size(compressed, shape, plan.elements))

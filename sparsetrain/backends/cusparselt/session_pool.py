@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .library import CudaDevices, Devices, Epilogue, Library, Order
+from .library import CudaDevices, Devices, Library, Order
 from .plans import DEFAULT_ALGORITHM, Algorithm, PlanKey, check_shape, plan_key
 from .session import Lane, Session
 
@@ -58,11 +58,10 @@ class CuSparseLt:
         dense: Tensor,
         *,
         bias: Tensor | None = None,
-        epilogue: Epilogue | None = None,
         output: Order = "columns",
         algorithm: Algorithm = DEFAULT_ALGORITHM,
     ) -> Tensor:
-        """Return ``epilogue(A·B + bias)``, summed in float32.
+        """Return ``A·B + bias``, summed in float32.
 
         The product with rows ``X [T, C]``, ``Y = X·Aᵀ + bias``, is ``multiply(a, (R, C), X.t(), bias=bias).t()``,
         contiguous ``[T, R]``; with ``output="rows"`` and no ``.t()`` it is ``Yᵀ [R, T]``.
@@ -73,7 +72,6 @@ class CuSparseLt:
             dense: B ``[C, N]`` of A's dtype, N a multiple of 8, rows or columns contiguous and multiples of 8 apart.
             bias: ``[R]`` of A's dtype or None. Its address is part of the plan: one that moves at every call needs a
                 plan for every call.
-            epilogue: ``"relu"``, ``"gelu"`` or None.
             output: Whether the rows or the columns of the result are contiguous.
             algorithm: Which of the library's algorithms runs.
 
@@ -88,8 +86,8 @@ class CuSparseLt:
         session, guard = self._session_of(dense)
         if guard:
             with self._devices.guard(session.index):
-                return session.multiply(compressed, shape, dense, bias, epilogue, output, algorithm)
-        return session.multiply(compressed, shape, dense, bias, epilogue, output, algorithm)
+                return session.multiply(compressed, shape, dense, bias, output, algorithm)
+        return session.multiply(compressed, shape, dense, bias, output, algorithm)
 
     def compress(self, dense: Tensor, out: Tensor | None = None) -> Tensor:
         """Compress a matrix with at most two values in every four along a row; others are not noticed.
@@ -124,7 +122,6 @@ class CuSparseLt:
         dense: Tensor,
         *,
         bias: Tensor | None = None,
-        epilogue: Epilogue | None = None,
         output: Order = "columns",
         algorithm: Algorithm = DEFAULT_ALGORITHM,
     ) -> PlanKey:
@@ -138,7 +135,7 @@ class CuSparseLt:
             >>> key.n, key.dense_order, key.dense_leading, key.output_leading
             (8, 'columns', 16, 32)
         """
-        return plan_key(shape, dense, 0 if bias is None else bias.data_ptr(), epilogue, output, algorithm)
+        return plan_key(shape, dense, 0 if bias is None else bias.data_ptr(), output, algorithm)
 
     def algorithm_count(self, key: PlanKey) -> int:
         """Return how many values ``config_id`` may have for a product on the current device."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparsetrain as st
-from sparsetrain.backends import BACKENDS, Backend, CuSparseLtBackend, CutlassBackend
+from sparsetrain.backends import BACKENDS, Backend, CutlassBackend
 from sparsetrain.backends.cusparselt import metadata_layout as layouts
 from sparsetrain.backends.cusparselt.providers import TorchProvider
 from sparsetrain.backends.packing import PackJob, fill_
@@ -157,30 +157,6 @@ def test_every_algorithm_of_the_library_is_offered_and_passed_on(nvmath) -> None
     for name in names:
         backend.product(operand, torch.randn(8, 64, dtype=torch.float16), None, name)
     assert [launch.config_id for launch in nvmath.launches] == [None, *range(len(names) - 1)]
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("epilogue", "function"), [("relu", F.relu), ("gelu", F.gelu)])
-def test_epilogues_follow_the_bias(nvmath, epilogue, function, bias: bool) -> None:
-    backend, weight = BACKENDS["cusparselt"], torch.randn(32, 64)
-    assert isinstance(backend, CuSparseLtBackend)
-    codes = st.transposable_codes(weight.abs())
-    operand = backend.allocate((32, 64), torch.float16, torch.device("cpu"))
-    fill_([PackJob(weight, codes, backend, torch.float16, operand)])
-    rows, added = torch.randn(13, 64, dtype=torch.float16), torch.randn(32, dtype=torch.float16) if bias else None
-    dense = (weight * st.decode_tiles(codes)).half().double()
-    expected = function(F.linear(rows.double(), dense, added.double() if bias else None))
-    for transposed in (False, True):
-        found = backend.product(operand, rows, added, "", transposed, epilogue=epilogue)
-        close(found, expected.t() if transposed else expected)
-
-
-def test_torchs_operator_has_no_epilogue_and_says_so(operators) -> None:
-    backend = BACKENDS["cusparselt"]
-    assert isinstance(backend, CuSparseLtBackend)
-    operand = backend.allocate((32, 64), torch.float16, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"^epilogue is 'relu': .* or apply it to the result\.$"):
-        backend.product(operand, torch.randn(8, 64, dtype=torch.float16), epilogue="relu")
 
 
 def test_algorithms_of_torchs_operator_are_passed_on(operators) -> None:

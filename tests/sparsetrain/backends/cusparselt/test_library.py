@@ -29,7 +29,7 @@ def test_every_binding_call_in_the_wrapper_exists_and_was_tried(bench: Bench) ->
         assert len(node.args) == len(inspect.signature(getattr(real, name)).parameters) == len(C_TYPES[name]), name
     a, dense, bias = sparse(), normal(C, N), normal(R)
     compressed = bench.lt.compress(a)
-    bench.lt.multiply(compressed, (R, C), dense, bias=bias, epilogue="relu", algorithm=Algorithm(1, 2, 1))
+    bench.lt.multiply(compressed, (R, C), dense, bias=bias, algorithm=Algorithm(1, 2, 1))
     bench.lt.algorithm_count(bench.lt.key((R, C), dense))
     assert bench.lt.version() == "0.8.1"
     bench.lt.close()

@@ -35,7 +35,6 @@ from sparsetrain.backends.cusparselt.session_pool import default
         ({"bias": normal(R + 8)}, r"bias is torch.float16 \(40,\).*must be torch.float16 \(32,\)"),
         ({"bias": normal(2 * R)[::2]}, r"bias is .*strides \(2,\).*contiguous"),
         ({"bias": normal(R + 1)[1:]}, "bias is at address"),
-        ({"epilogue": "tanh"}, r"epilogue is 'tanh': it must be None or one of \['gelu', 'relu'\]"),
         ({"output": "column"}, r"output is 'column': it must be one of \['columns', 'rows'\]"),
     ],
 )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeAlias
 
-from ...hardware.extras import require
+from ....hardware.extras import require
 from . import ampere, hopper
 from .tiles import KernelKey
 

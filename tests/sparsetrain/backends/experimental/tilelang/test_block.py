@@ -8,7 +8,7 @@ import torch
 from tilelang_source import CAPABILITIES, Expressions, expressions, recorded, run_warpgroups, run_warps
 from torch import Tensor
 
-from sparsetrain.backends.tilelang import KernelKey, cuda_source, tiles_for
+from sparsetrain.backends.experimental.tilelang import KernelKey, cuda_source, tiles_for
 from sparsetrain.kernels.pack import search_and_pack
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
 

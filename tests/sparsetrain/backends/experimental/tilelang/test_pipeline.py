@@ -9,7 +9,7 @@ import pytest
 from tilelang_pipeline import Block, PipelineError, events_in_source, events_of, orders
 from tilelang_source import expressions, recorded, statements
 
-from sparsetrain.backends.tilelang import KernelKey, Tile, cuda_source, hopper, tiles_for
+from sparsetrain.backends.experimental.tilelang import KernelKey, Tile, cuda_source, hopper, tiles_for
 
 installed = pytest.mark.skipif(importlib.util.find_spec("tilelang") is None, reason="needs tilelang")
 HOPPER = (9, 0)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...hardware.machine import machine_from_torch
-from ...hardware.requirements import why_not
-from ..interface import Operand
+from ....hardware.machine import machine_from_torch
+from ....hardware.requirements import why_not
+from ...interface import Operand
 from .kernel import Kernel, compile_kernel, why_not_usable
 from .tiles import EPILOGUES, SHAPES, Epilogue, KernelKey, Tile, tiles_for
 

@@ -12,10 +12,17 @@ from torch import Tensor
 
 import sparsetrain as st
 from sparsetrain.backends import Backend
+from sparsetrain.backends.experimental.tilelang import (
+    KernelKey,
+    Tile,
+    TilelangBackend,
+    compile_kernel,
+    cuda_source,
+    tiles_for,
+)
+from sparsetrain.backends.experimental.tilelang import backend as backend_module
+from sparsetrain.backends.experimental.tilelang import kernel as kernel_module
 from sparsetrain.backends.packing import PackJob, fill_
-from sparsetrain.backends.tilelang import KernelKey, Tile, TilelangBackend, compile_kernel, cuda_source, tiles_for
-from sparsetrain.backends.tilelang import backend as backend_module
-from sparsetrain.backends.tilelang import kernel as kernel_module
 from sparsetrain.hardware.machine import Machine
 from sparsetrain.kernels.pack.reference import unpack_rows
 

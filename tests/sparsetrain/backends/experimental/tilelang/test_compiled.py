@@ -7,7 +7,7 @@ import re
 import pytest
 from tilelang_compiled import CAPABILITIES, NOW, RECORDED, Row, figures, keys, name_of, recorded
 
-from sparsetrain.backends.tilelang import KernelKey, Tile, hopper, kernel, tiles_for
+from sparsetrain.backends.experimental.tilelang import KernelKey, Tile, hopper, kernel, tiles_for
 from sparsetrain.hardware.machine import Machine
 from sparsetrain.hardware.requirements import why_not
 
