@@ -64,9 +64,12 @@ def layout_of(*columns: Sequence[Tensor]) -> Hashable:
     """
     every = [*chain.from_iterable(columns)]
     return (
-        *map(len, columns), *map(Tensor.size, every), *map(Tensor.stride, every), *map(_DTYPE, every),
+        *map(len, columns),
+        *map(Tensor.size, every),
+        *map(Tensor.stride, every),
+        *map(_DTYPE, every),
         *map(_DEVICE, every),
-    )  # fmt: skip
+    )
 
 
 class Group(Generic[Settings]):

@@ -18,13 +18,30 @@ DTYPES = (torch.float32, torch.bfloat16)
     mutates_args={"weights", "exp_avgs", "exp_avg_sqs", "values", "meta", "values_t", "meta_t"},
 )
 def sparse_adamw_(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor], values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor], tables: Sequence[Tensor], lr: float, beta1: float, beta2: float, epsilon: float,
-    weight_decay: float, step: float, orders: Sequence[int] | None = None, rule: str = "none",
-    decay: float = 0.0, zeros: bool = False, maximize: bool = False, numbers: Sequence[int] | None = None,
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    step: float,
+    orders: Sequence[int] | None = None,
+    rule: str = "none",
+    decay: float = 0.0,
+    zeros: bool = False,
+    maximize: bool = False,
+    numbers: Sequence[int] | None = None,
     clock: int = 0,
-) -> None:  # fmt: skip
+) -> None:
     """Do a step of AdamW with several weights, and pack them; on CUDA, one launch for each layout among them.
 
     Args:
@@ -74,26 +91,60 @@ def sparse_adamw_(
 
 @sparse_adamw_.register_fake
 def _(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor], values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor], tables: Sequence[Tensor], lr: float, beta1: float, beta2: float, epsilon: float,
-    weight_decay: float, step: float, orders: Sequence[int] | None = None, rule: str = "none",
-    decay: float = 0.0, zeros: bool = False, maximize: bool = False, numbers: Sequence[int] | None = None,
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    step: float,
+    orders: Sequence[int] | None = None,
+    rule: str = "none",
+    decay: float = 0.0,
+    zeros: bool = False,
+    maximize: bool = False,
+    numbers: Sequence[int] | None = None,
     clock: int = 0,
-) -> None:  # fmt: skip
+) -> None:
     lists = weights, gradients, exp_avgs, exp_avg_sqs, codes
     _check(*lists, values, meta, values_t, meta_t, tables, orders, rule, numbers)
 
 
 @sparse_adamw_.register_kernel("cuda")
 def _(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor], values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor], tables: Sequence[Tensor], lr: float, beta1: float, beta2: float, epsilon: float,
-    weight_decay: float, step: float, orders: Sequence[int] | None = None, rule: str = "none",
-    decay: float = 0.0, zeros: bool = False, maximize: bool = False, numbers: Sequence[int] | None = None,
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    step: float,
+    orders: Sequence[int] | None = None,
+    rule: str = "none",
+    decay: float = 0.0,
+    zeros: bool = False,
+    maximize: bool = False,
+    numbers: Sequence[int] | None = None,
     clock: int = 0,
-) -> None:  # fmt: skip
+) -> None:
     from .triton_kernel import update_in_place
 
     lists = weights, gradients, exp_avgs, exp_avg_sqs, codes
@@ -112,10 +163,19 @@ def _(
 
 
 def _update_by_reference(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    codes: Sequence[Tensor], numbers: Sequence[int], sums: Factors, rule: str, decay: float, zeros: bool,
-    maximize: bool, clock: int,
-) -> None:  # fmt: skip
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    numbers: Sequence[int],
+    sums: Factors,
+    rule: str,
+    decay: float,
+    zeros: bool,
+    maximize: bool,
+    clock: int,
+) -> None:
     options = {"rule": cast(Rule, rule), "decay": decay, "zeros": zeros, "maximize": maximize, "clock": clock}
     for position, entry in enumerate(zip(weights, gradients, exp_avgs, exp_avg_sqs, codes, strict=True)):
         adamw_(*entry, sums, number=numbers[position], **options)  # type: ignore[arg-type]
@@ -131,11 +191,20 @@ def _suits_kernel(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
 
 
 def _check(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor], values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor], tables: Sequence[Tensor], orders: Sequence[int] | None, rule: str,
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    orders: Sequence[int] | None,
+    rule: str,
     numbers: Sequence[int] | None,
-) -> tuple[Sequence[int], tuple[Side | None, Side | None]]:  # fmt: skip
+) -> tuple[Sequence[int], tuple[Side | None, Side | None]]:
     """Return the numbers of the layers and the targets, or raise ``ValueError`` where something does not fit."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}: it must be one of {', '.join(map(repr, RULES))}.")

@@ -49,10 +49,20 @@ def factors(lr: float, beta1: float, beta2: float, epsilon: float, weight_decay:
 
 @torch.no_grad()
 def adamw_(
-    weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, codes: Tensor, numbers: Factors,
-    rule: Rule = "none", decay: float = 0.0, *, zeros: bool = False, maximize: bool = False, number: int = 0,
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    codes: Tensor,
+    numbers: Factors,
+    rule: Rule = "none",
+    decay: float = 0.0,
+    *,
+    zeros: bool = False,
+    maximize: bool = False,
+    number: int = 0,
     clock: int = 0,
-) -> None:  # fmt: skip
+) -> None:
     """Update a weight and its moments in place; the gradient stays as it is.
 
     Args:

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import KERNEL_DTYPES
 from .reference import KINDS, activate, differentiate
-
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @torch.library.custom_op("sparsetrain::gated_activation", mutates_args=())

@@ -6,6 +6,12 @@ from .operator import search_tiles, search_tiles_, search_tiles_with_mask
 from .reference import NONFINITE_KEY
 
 __all__ = [
-    "NONFINITE_KEY", "ranking_keys", "search_permutations", "search_row_wise", "search_tiles", "search_tiles_",
-    "search_tiles_with_mask", "search_transposable",
-]  # fmt: skip
+    "NONFINITE_KEY",
+    "ranking_keys",
+    "search_permutations",
+    "search_row_wise",
+    "search_tiles",
+    "search_tiles_",
+    "search_tiles_with_mask",
+    "search_transposable",
+]

@@ -7,18 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import KERNEL_DTYPES
 from ..launch import Known, kernels_now, relaunched
 from ..plan import Plans, layout_of, strides_of
 from .reference import add_masked_decay_, apply_mask_
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 @torch.library.custom_op("sparsetrain::add_masked_decays_", mutates_args={"gradients"})
 def add_masked_decays_(
-    gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
-    numbers: Sequence[int] | None = None, clock: int = 0,
-) -> None:  # fmt: skip
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    decay: Tensor,
+    numbers: Sequence[int] | None = None,
+    clock: int = 0,
+) -> None:
     """Add ``decay * (1 - mask) * weight`` to several gradients in place, without a mask in memory.
 
     What is small beside a 16-bit gradient would be lost in rounding it to the nearest number. Such sums are made in
@@ -74,9 +77,13 @@ def apply_masks_(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
 
 @add_masked_decays_.register_fake
 def _(
-    gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
-    numbers: Sequence[int] | None = None, clock: int = 0,
-) -> None:  # fmt: skip
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    decay: Tensor,
+    numbers: Sequence[int] | None = None,
+    clock: int = 0,
+) -> None:
     _check(codes, gradients=gradients, weights=weights)
     _numbers(numbers, codes)
 
@@ -88,9 +95,14 @@ def _(tensors: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
 
 @add_masked_decays_.register_kernel("cuda")
 def _decay_on_cuda(
-    gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
-    numbers: Sequence[int] | None = None, clock: int = 0, known: Known | None = None,
-) -> None:  # fmt: skip
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    decay: Tensor,
+    numbers: Sequence[int] | None = None,
+    clock: int = 0,
+    known: Known | None = None,
+) -> None:
     from .triton_kernel import decay_in_place
 
     layouts = layout_of(gradients, weights, codes) if known is None else _layouts(known, gradients)
@@ -98,9 +110,7 @@ def _decay_on_cuda(
     numbers = _numbers(numbers, codes)
     if len(taken) < len(codes):
         for position in sorted({*range(len(codes))}.difference(taken)):
-            add_masked_decay_(
-                gradients[position], weights[position], codes[position], decay, numbers[position], clock
-            )  # fmt: skip
+            add_masked_decay_(gradients[position], weights[position], codes[position], decay, numbers[position], clock)
         gradients, weights, codes = ([column[i] for i in taken] for column in (gradients, weights, codes))
         numbers, known = [numbers[i] for i in taken], None
     if taken:
@@ -149,9 +159,14 @@ NOW: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {"cuda": (_dec
 
 
 def add_masked_decays_now_(
-    gradients: Sequence[Tensor], weights: Sequence[Tensor], codes: Sequence[Tensor], decay: Tensor,
-    numbers: Sequence[int] | None = None, clock: int = 0, known: Known | None = None,
-) -> None:  # fmt: skip
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    decay: Tensor,
+    numbers: Sequence[int] | None = None,
+    clock: int = 0,
+    known: Known | None = None,
+) -> None:
     """Do what :func:`add_masked_decays_` does; eager execution spares the dispatcher, which looks at every tensor.
 
     Args:

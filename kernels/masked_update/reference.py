@@ -5,14 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..dtypes import HALF_DTYPES
 from ..mvue.reference import philox
 from ..tile_codes import unpack_codes
 
 SEED = int.from_bytes(b"decay", "little")
 """Key of the random numbers that round."""
-
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-"""Whose sums are rounded at random."""
 
 _TILES_PER_CHUNK = {"cpu": 1 << 16}
 

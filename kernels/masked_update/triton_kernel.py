@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_functions import load_code, tensor_pointer
+from ..dtypes import HALF_DTYPES
 from ..launch import Known, Launch, launch
 from ..plan import Group, Plan, groups_of_equal_layout
-from .reference import HALF_DTYPES
 from .reference import SEED as KEY
 
 BLOCK = (1, 256)  # tiles of one program: rows, columns

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..dtypes import KERNEL_DTYPES
 from . import reference
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @torch.library.custom_op("sparsetrain::mvue", mutates_args=())
@@ -68,7 +67,7 @@ def _empty(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(gradient: Tensor, counter: Tensor, layer: int, estimator: str) -> None:
-    if gradient.dim() != 2 or gradient.shape[0] % 4 or gradient.dtype not in DTYPES:
+    if gradient.dim() != 2 or gradient.shape[0] % 4 or gradient.dtype not in KERNEL_DTYPES:
         raise ValueError(
             f"gradient is {gradient.dtype} {tuple(gradient.shape)}: it must be a float32, float16 or bfloat16 matrix "
             "whose rows are a multiple of 4, so convert it or pad the tokens with zeros."

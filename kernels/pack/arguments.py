@@ -5,21 +5,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dtypes import KERNEL_DTYPES
 from ..metadata_order import Order, metadata_words
 from .sides import Side
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Of weights and of values."""
 
 
 def require_weight(weight: Tensor, codes: Tensor | None, dtype: torch.dtype) -> None:
     """Raise ``ValueError`` unless a weight can be packed by its codes (None: not given) into a dtype."""
-    if weight.dim() != 2 or weight.shape[0] % 4 or weight.shape[1] % 4 or weight.dtype not in DTYPES:
+    if weight.dim() != 2 or weight.shape[0] % 4 or weight.shape[1] % 4 or weight.dtype not in KERNEL_DTYPES:
         raise ValueError(
             f"weight is {weight.dtype} {tuple(weight.shape)}: it must be a float32, float16 or bfloat16 matrix whose "
             "sizes are multiples of 4, so convert or pad it."
         )
-    if dtype not in DTYPES:
+    if dtype not in KERNEL_DTYPES:
         raise ValueError(f"dtype is {dtype}: values are packed in torch.float32, torch.float16 or torch.bfloat16.")
     if codes is None:
         return
@@ -33,7 +31,7 @@ def require_weight(weight: Tensor, codes: Tensor | None, dtype: torch.dtype) -> 
 
 def require_packed(values: Tensor, meta: Tensor) -> None:
     """Raise ``ValueError`` unless these are packed rows in natural order."""
-    if values.dim() != 2 or values.shape[1] % 2 or values.dtype not in DTYPES:
+    if values.dim() != 2 or values.shape[1] % 2 or values.dtype not in KERNEL_DTYPES:
         raise ValueError(
             f"values is {values.dtype} {tuple(values.shape)}: it must be [R, C/2] in float32, float16 or bfloat16, C a "
             "multiple of 4."
@@ -47,10 +45,15 @@ def require_packed(values: Tensor, meta: Tensor) -> None:
 
 
 def sides_of(
-    weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    tables: Sequence[Tensor],
     orders: Sequence[int] | None,
-) -> tuple[Side | None, Side | None]:  # fmt: skip
+) -> tuple[Side | None, Side | None]:
     """Return the targets of W and of Wᵀ, if they are wanted, or raise ``ValueError`` where something does not fit."""
     sizes = [len(column) for column in (weights, codes, values, meta, values_t, meta_t)]
     count = len(weights)
@@ -59,14 +62,7 @@ def sides_of(
             f"weights, codes, values, meta, values_t, meta_t have {sizes} entries: pass one of each for every weight, "
             "and of values and meta, or of values_t and meta_t, also none."
         )
-    known = [Order(order) for order in orders] if orders is not None else [Order.NATURAL] * (len(meta) + len(meta_t))
-    rest = iter(tables)
-    places = [next(rest, None) if order == Order.TABLE else None for order in known]
-    if len(known) != len(meta) + len(meta_t) or len(tables) != known.count(Order.TABLE):
-        raise ValueError(
-            f"orders and tables have {len(known)} and {len(tables)} entries: pass an order for each of "
-            f"{len(meta) + len(meta_t)} meta and meta_t, and a table for each Order.TABLE among them."
-        )
+    known, places = _orders_of(len(meta) + len(meta_t), orders, tables)
     dtype = next((entry.dtype for entry in (*values, *values_t)), torch.float32)
     for position, (weight, code) in enumerate(zip(weights, codes, strict=True)):
         require_weight(weight, code, dtype)
@@ -84,6 +80,20 @@ def sides_of(
         entries = [meant if entry is None else entry for entry, meant in zip(table, words, strict=True)]
         sides.append(Side(packed, words, own, entries) if packed else None)
     return sides[0], sides[1]
+
+
+def _orders_of(
+    count: int, orders: Sequence[int] | None, tables: Sequence[Tensor]
+) -> tuple[list[Order], list[Tensor | None]]:
+    """Return the order of each of ``meta`` and ``meta_t``, natural by default, and the table where it is one."""
+    known = [Order.NATURAL] * count if orders is None else [Order(order) for order in orders]
+    if len(known) != count or len(tables) != known.count(Order.TABLE):
+        raise ValueError(
+            f"orders and tables have {len(known)} and {len(tables)} entries: pass an order for each of {count} meta "
+            "and meta_t, and a table for each Order.TABLE among them."
+        )
+    rest = iter(tables)
+    return known, [next(rest) if order == Order.TABLE else None for order in known]
 
 
 def _check_meta(

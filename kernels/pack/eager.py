@@ -14,10 +14,16 @@ from .sides import Side
 
 
 def _pack_now_on_cuda(
-    weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor], orders: Sequence[int] | None,
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    orders: Sequence[int] | None,
     known: Known | None,
-) -> None:  # fmt: skip
+) -> None:
     from .triton_kernel import pack_into, plan_of
 
     every = (values, meta, values_t, meta_t, tables)
@@ -48,10 +54,16 @@ NOW: dict[str, Callable[..., None]] = {"cuda": _pack_now_on_cuda}
 
 
 def pack_tiles_now_(
-    weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
-    orders: Sequence[int] | None = None, known: Known | None = None,
-) -> None:  # fmt: skip
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    orders: Sequence[int] | None = None,
+    known: Known | None = None,
+) -> None:
     """Do what :func:`.operator.pack_tiles_` does, without the dispatcher, which looks at every tensor.
 
     Args:

@@ -67,10 +67,15 @@ def search_and_pack(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 @torch.library.custom_op("sparsetrain::pack_tiles_", mutates_args={"values", "meta", "values_t", "meta_t"})
 def pack_tiles_(
-    weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    tables: Sequence[Tensor],
     orders: Sequence[int] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Pack several weights by their codes into existing operands; on CUDA, one launch for each layout among them.
 
     Args:
@@ -101,10 +106,15 @@ def pack_tiles_(
     "sparsetrain::search_and_pack_", mutates_args={"codes", "values", "meta", "values_t", "meta_t"}
 )
 def search_and_pack_(
-    weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    tables: Sequence[Tensor],
     orders: Sequence[int] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Search the masks of several weights into their codes, pack by them and measure, reading every weight once.
 
     The arguments are those of :func:`pack_tiles_`; with no values at all, masks are searched and measured alone.
@@ -187,19 +197,29 @@ def _(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 @pack_tiles_.register_fake
 def _(
-    weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    tables: Sequence[Tensor],
     orders: Sequence[int] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
 
 
 @search_and_pack_.register_fake
 def _(
-    weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    tables: Sequence[Tensor],
     orders: Sequence[int] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
     return _empty_statistics(weights)
 
@@ -223,20 +243,30 @@ def _(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 @pack_tiles_.register_kernel("cuda")
 def _(
-    weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    tables: Sequence[Tensor],
     orders: Sequence[int] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     sides = sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
     pack_on_cuda(weights, codes, *sides, search=False)
 
 
 @search_and_pack_.register_kernel("cuda")
 def _(
-    weights: Sequence[Tensor], codes: Sequence[Tensor], values: Sequence[Tensor], meta: Sequence[Tensor],
-    values_t: Sequence[Tensor], meta_t: Sequence[Tensor], tables: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    tables: Sequence[Tensor],
     orders: Sequence[int] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     sides = sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
     statistics = _empty_statistics(weights)
     pack_on_cuda(weights, codes, *sides, search=True, statistics=statistics)
@@ -244,9 +274,13 @@ def _(
 
 
 def pack_on_cuda(
-    weights: Sequence[Tensor], codes: Sequence[Tensor], side: Side | None, side_t: Side | None, search: bool,
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    side: Side | None,
+    side_t: Side | None,
+    search: bool,
     statistics: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Pack several weights by the kernel; those without entries, and rows that are not contiguous, are seen to here."""
     from .triton_kernel import pack_into
 

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dtypes import KERNEL_DTYPES
 from .cpu import measure
 from .reference import FIELDS
-
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @torch.library.custom_op("sparsetrain::tile_statistics", mutates_args=())

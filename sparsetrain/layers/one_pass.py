@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..backends import Operand
 from ..backends.packing import Targets
+from ..kernels.dtypes import KERNEL_DTYPES
 from ..kernels.pack import search_and_pack_
-from ..kernels.pack.arguments import DTYPES
 from .masked_layer import MaskedLayer
 
 Sides = tuple[Operand | None, Operand | None]
@@ -21,7 +21,7 @@ def fits_one_pass(layers: Sequence[MaskedLayer]) -> bool:
         >>> fits_one_pass([])
         True
     """
-    return all(layer.weight.dtype in DTYPES for layer in layers)
+    return all(layer.weight.dtype in KERNEL_DTYPES for layer in layers)
 
 
 @torch.no_grad()
