@@ -37,6 +37,17 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _memory_that_nobody_wrote_is_poisoned() -> Iterator[None]:
+    """Fill what ``torch.empty`` returns with NaN or the largest integer; on a CPU nothing else changes by it."""
+    if torch.cuda.is_available():
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
 def _no_process_group_left() -> Iterator[None]:
     """Take down what Lightning's data-parallel strategies leave behind in the process and its environment."""
     before = {name: os.environ.get(name) for name in RENDEZVOUS}

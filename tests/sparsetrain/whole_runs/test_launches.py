@@ -25,7 +25,8 @@ class OrderedBackend(SimulatedBackend):
         values = torch.full((shape[0], shape[1] // 2), float("nan"), dtype=dtype)
         words = shape[0] * shape[1] // 16
         table = torch.randperm(words, generator=torch.Generator().manual_seed(words)).int()
-        meta = torch.zeros(words if order == Order.TABLE else metadata_words(*shape, order), dtype=torch.int16)
+        size = words if order == Order.TABLE else metadata_words(*shape, order)
+        meta = torch.full((size,), -1, dtype=torch.int16)
         return Operand(shape, (values, meta), values, meta, order, table if order == Order.TABLE else None)
 
     def product(
