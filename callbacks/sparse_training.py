@@ -65,6 +65,12 @@ class SparseTrainingCallback(SparseRun, Callback):
         >>> from lightning.pytorch import Trainer
         >>> callback = SparseTrainingCallback(targets="mlp")
         >>> trainer = Trainer(max_steps=100, callbacks=[callback], logger=False, enable_progress_bar=False)
+
+        A preset with other values:
+
+        >>> callback = SparseTrainingCallback({"preset": "asp_one_shot", "prune_at": 0.25}, exclude="head")
+        >>> callback.method.schedule.resolve(100).starts
+        (0, 25)
     """
 
     def __init__(

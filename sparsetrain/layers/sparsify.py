@@ -78,6 +78,11 @@ def sparsify_(
         sparse layers: 1 of 2 || sparse weights: 128 of 256 (50.0 %) || pattern: transposable 2:4
         >>> model[0].mask.float().mean().item()
         0.5
+
+        And back, with zeros in the weight:
+
+        >>> export_dense_(model), (model[0].weight == 0).float().mean().item()
+        (['0'], 0.5)
     """
     flags = {"deterministic": deterministic, "keep_transposed": keep_transposed, "verbose": verbose}
     for name, value in flags.items():

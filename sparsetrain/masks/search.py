@@ -62,6 +62,11 @@ def transposable_mask(scores: Tensor, n: int = 2) -> Tensor:
         >>> is_transposable(mask), is_transposable(mask.T)
         (True, True)
 
+        One of every four, of a stack of matrices:
+
+        >>> transposable_mask(torch.eye(4).expand(3, 4, 4), n=1)[0].int().tolist()
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+
     Source: the complementary-pair identity; derivation in ``kernels/mask_search/README.md``. The pattern is from
     Hubara et al., "Accelerated Sparse Neural Training", arXiv 2102.08124.
     """

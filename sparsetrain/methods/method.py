@@ -78,6 +78,19 @@ class Method:
     Example:
         >>> Method(pattern="row_wise", refresh_every=10).decay
         0.0
+
+        With a schedule:
+
+        >>> from sparsetrain import dense_prune_retrain
+        >>> Method(schedule=dense_prune_retrain(0.25)).schedule.resolve(100).starts
+        (0, 25)
+
+        A preset with a field changed:
+
+        >>> from dataclasses import replace
+        >>> from sparsetrain.methods import fst
+        >>> replace(fst(), dense_budget=0.1).name
+        'fst'
     """
 
     name: str = "custom"

@@ -78,6 +78,19 @@ class SparseTraining(RunStatus):
         >>> training.finish()
         >>> print(training.ending)
         ends 2:4: 50.0 % zeros in 2 layers
+
+        A preset with other values, for one layer:
+
+        >>> method = {"preset": "fst", "warmup": 2, "dense_tail": 2}
+        >>> training = SparseTraining(model, optimizer, method, 12, targets=["0"], verbose=False)
+        >>> training.timeline.starts
+        (0, 2, 10)
+
+        From a state that was saved beside the model and the optimizer:
+
+        >>> state = training.state_dict()
+        >>> training.finish(zeros=False)
+        >>> training = SparseTraining(model, optimizer, method, 12, targets=["0"], state=state, verbose=False)
     """
 
     def __init__(
