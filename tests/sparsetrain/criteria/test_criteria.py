@@ -158,8 +158,10 @@ def test_states_of_other_criteria_leave_no_statistics_and_damaged_ones_are_refus
         criterion.observe_step()
     state = fisher.state_dict()
     for damage in (state["running"]["fc"].double(), 3.0):
-        with pytest.raises(ValueError, match=r"fisher statistic of layer 'fc' is .* must be a torch.float32"):
-            fisher.load_state_dict({**state, "running": {"fc": damage}})
+        with pytest.raises(
+            ValueError, match=r"^state\['criterion'\]\['running'\]\['fc'\] is .* must be a torch.float32"
+        ):
+            fisher.check_state_dict({**state, "running": {"fc": damage}}, {"fc": (4, 4, 4)})
         assert torch.equal(fisher.state_dict()["running"]["fc"], state["running"]["fc"])
     movement.load_state_dict(state)
     assert movement.state_dict()["running"] == {}
