@@ -41,8 +41,7 @@ class SparseTrainingCallback(SparseRun, Callback):
         targets: Which layers become sparse: ``"all-linear"``, ``"all-conv"``, ``"mlp"``, names of layers or submodules,
             globs or regular expressions, as in :func:`sparsetrain.select_layers`.
         exclude: Which do not.
-        backend: Matmul backend: a name, or ``"auto"`` (the default): the fastest verified one, benchmarked here;
-            without a GPU that is ``"masked"``.
+        backend: Matmul backend, as in :func:`sparsetrain.sparsify_`.
         deterministic: With ``"auto"``, choose one verified algorithm a layer by name instead of by time.
         keep_transposed: Keep Wᵀ packed between steps; False packs it in every backward and saves 9/16 of a 16-bit
             weight.
