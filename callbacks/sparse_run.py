@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import nn
@@ -42,7 +42,7 @@ class SparseRun:
     teacher: nn.Module | None
 
     def __post_init__(self) -> None:
-        check_options(**vars(self))
+        check_options(**{entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init})
         self.training: SparseTraining | None = None
         self._hooks = ExitStack()  # of what hangs on the model and the optimizer beside the engine
 

@@ -11,14 +11,14 @@ from torch.optim import AdamW
 from .backends.packing import Targets
 from .kernels.adamw.operator import DTYPES, sparse_adamw_
 from .layers.masked_layer import MaskedLayer
-from .layers.masked_step import MaskedStep
+from .layers.masked_step import MaskedStep, TakesMaskedSteps
 from .layers.one_pass import Sides, operands_to_write
 
 UNABLE = ("amsgrad", "capturable", "differentiable", "fused")
 """Options of torch's AdamW that this one has not."""
 
 
-class SparseAdamW(AdamW):
+class SparseAdamW(AdamW, TakesMaskedSteps):
     """``torch.optim.AdamW`` whose weights with masks are decayed, updated and packed in one pass.
 
     With a :class:`~sparsetrain.SparseTraining` (or the callback), the optimizer's kernel does to sparse layers' weights

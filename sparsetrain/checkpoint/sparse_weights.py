@@ -49,8 +49,10 @@ def sparse_state_dict(
     layers = _masked_weights(model)
     found = layers.keys() & changed.keys()
     if layers and not found:
-        first = next(iter(layers))
-        raise ValueError(f"state_dict has no weight of a masked layer, such as {first!r}: pass this model's own.")
+        raise ValueError(
+            f"state_dict has no weight of a masked layer, such as {next(iter(layers))!r}: pass the state dict of this "
+            "model, with its names."
+        )
     for key in found:
         changed[key] = layers[key].effective_weight(changed[key], merge_adapters)
     return changed

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 from ..kernels.adamw import Rule
 from .masked_layer import MaskedLayer
@@ -31,12 +30,12 @@ class MaskedStep:
     packed: set[str] = field(default_factory=set)
 
 
-@runtime_checkable
-class TakesMaskedSteps(Protocol):
-    """An optimizer that decays, masks and packs the weights of layers that it takes."""
+class TakesMaskedSteps:
+    """An optimizer that decays, masks and packs the weights of layers that it takes; to be inherited beside torch's."""
 
-    masked_step: MaskedStep | None
+    masked_step: MaskedStep | None = None
     """What its next step is to do beside its update; it fills in ``packed``, and whoever set it takes it back."""
 
     def takes(self, layer: MaskedLayer) -> bool:
         """Say whether a step can do it to this layer's weight."""
+        raise NotImplementedError(f"{type(self).__name__} needs takes(layer).")

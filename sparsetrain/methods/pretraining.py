@@ -24,13 +24,13 @@ def fst(
 
     Args:
         refresh_every: Optimizer steps between two mask searches.
-        decay: λ of the masked decay; ``"auto"`` follows the ratio of flip rates and needs a dense head.
+        decay: λ of the masked decay on gradients; ``"auto"`` follows the ratio of flip rates and needs a dense head.
         warmup: Length of a dense head, in steps (int) or as a fraction (float).
         dense_tail: Length of the dense tail, likewise.
         pattern: ``"transposable"`` or ``"row_wise"``.
         criterion: What ranks the entries.
         mvue: Weight gradients from unbiased 2:4 estimates of output gradients, as in the paper.
-        decay_ramp: In which λ grows from 0, likewise.
+        decay_ramp: In which λ grows from 0, in steps (int) or as a fraction of the run (float).
         hysteresis: Bonus of entries that are kept now, as a fraction of the layer's mean score.
 
     Example:

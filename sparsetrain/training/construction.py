@@ -13,7 +13,7 @@ from ..criteria import resolve_criterion
 from ..distributed.wrappers import plain_model, plain_optimizer
 from ..layers.layer_group import LayerGroups
 from ..layers.masked_layer import MaskedLayer
-from ..layers.options import LayerOptions, check_owners, check_run_options
+from ..layers.options import LayerOptions, check_run_options
 from ..layers.selection.report import SelectionReport
 from ..layers.selection.select_layers import select_layers, sparse_layers
 from ..layers.sparsify import sparsify_
@@ -46,7 +46,6 @@ def setup_of(
     Raises:
         ValueError: If a value is not allowed.
     """
-    check_owners(model, optimizer, lr_schedulers)
     check_run_options(
         total_steps=total_steps,
         logits_from=logits_from,

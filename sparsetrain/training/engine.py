@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..checks.rules import FLAG, require
 from ..layers.claims import claim
 from ..layers.conversion import write_zeros_
-from ..layers.options import LayerOptions
+from ..layers.options import LayerOptions, check_owners
 from ..layers.selection.select_layers import weight_count
 from ..layers.selection.wrapped_names import warn_of_unmerged
 from ..layers.sparsify import give_back_
@@ -25,6 +25,8 @@ from ..modifiers.base import Entry, Setup
 from .construction import assemble, make_sparse_, setup_of
 from .ending import Progress, ending
 from .saved_state import resume_, state_of
+from .state_checks import check_state
+from .state_versions import in_this_version
 from .status import RunStatus
 
 
@@ -78,16 +80,13 @@ class SparseTraining(RunStatus):
         >>> print(training.ending)
         ends 2:4: 50.0 % zeros in 2 layers
 
-        A preset with other values, for one layer:
+        A preset with other values, for one layer; and on from a state:
 
         >>> method = {"preset": "fst", "warmup": 2, "dense_tail": 2}
         >>> training = SparseTraining(model, optimizer, method, 12, targets=["0"], verbose=False)
         >>> training.timeline.starts
         (0, 2, 10)
-
-        From a state that was saved beside the model and the optimizer:
-
-        >>> state = training.state_dict()
+        >>> state = training.state_dict()  # to be saved beside those of the model and the optimizer
         >>> training.finish(zeros=False)
         >>> training = SparseTraining(model, optimizer, method, 12, targets=["0"], state=state, verbose=False)
     """
@@ -112,6 +111,7 @@ class SparseTraining(RunStatus):
         state: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
+        check_owners(model, optimizer, lr_schedulers)
         require("verbose", verbose, FLAG)
         options = LayerOptions(targets, exclude, backend, deterministic, keep_transposed)
         self.method = resolve_method(method)
@@ -126,15 +126,15 @@ class SparseTraining(RunStatus):
     def _start(self, setup: Setup, options: LayerOptions, state: Mapping[str, Any] | None) -> None:
         """Make the layers sparse and enter the first phase, or go on from a state; the model stays as it was if not."""
         self._selection, layers = make_sparse_(setup, options, resumes=state is not None)
-        self._weight_count = weight_count(self.model.modules())
         self._removals = ExitStack()  # of everything that hangs on the model and the optimizers
         try:
+            self._weight_count = weight_count(self.model.modules())
             self._phases, self._steps = assemble(setup, layers, self._removals)
-            self.masks = self._phases.masks
+            self._steps.run, self.masks = self, self._phases.masks
             if state is None:
                 self._phases.enter()
             else:
-                self.load_state_dict(state)
+                self._resume(state, stacklevel=5)
         except BaseException:
             self._removals.close()
             give_back_(self.model, layers.values(), zeros=False)
@@ -165,11 +165,8 @@ class SparseTraining(RunStatus):
             >>> optimizer = torch.optim.AdamW(model.parameters())
             >>> method = {"preset": "dense_to_sparse_finetune", "distillation": 0.67}
             >>> training = SparseTraining(model, optimizer, method, total_steps=12, verbose=False)
-            >>> for _ in range(12):
-            ...     optimizer.zero_grad()
-            ...     loss = nn.functional.cross_entropy(model(torch.randn(4, 8)), torch.arange(4))
-            ...     training.distilled(loss).backward()
-            ...     optimizer.step()
+            >>> loss = nn.functional.cross_entropy(model(torch.randn(4, 8)), torch.arange(4))
+            >>> training.distilled(loss).backward()
             >>> training.metrics()["distillation"] > 0
             True
         """
@@ -272,6 +269,12 @@ class SparseTraining(RunStatus):
         """
         if self.finished:
             raise ValueError("training is finished: pass the state to a new SparseTraining(..., state=...).")
+        self._resume(state, stacklevel=4)
+
+    def _resume(self, state: Mapping[str, Any], stacklevel: int) -> None:
+        state = in_this_version(state)
+        check_state(state, self._phases, stacklevel)
         total_steps = self.total_steps
-        if resume_(self._phases, self._steps.hooks, state) != total_steps:
+        resume_(self._phases, self._steps.hooks, state)
+        if state["total_steps"] != total_steps:
             self.retime(None if total_steps is None else max(total_steps, self.clock))

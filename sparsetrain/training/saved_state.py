@@ -6,8 +6,8 @@ from typing import Any
 from ..checkpoint.pruned_entries import PRUNED_KEY, put_back_
 from ..modifiers.base import Entry
 from .phases import Phases
-from .state_checks import check_state, saved_timeline
-from .state_versions import STATE_VERSION, in_this_version
+from .state_checks import saved_timeline
+from .state_versions import STATE_VERSION
 from .step_hooks import StepHooks
 
 
@@ -34,22 +34,14 @@ def state_of(phases: Phases, hooks: StepHooks) -> dict[str, Any]:
     }
 
 
-def resume_(phases: Phases, hooks: StepHooks, state: Mapping[str, Any]) -> int | None:
+def resume_(phases: Phases, hooks: StepHooks, state: Mapping[str, Any]) -> None:
     """Have a run go on from a state; pruned entries that are with it are put back before weights are packed.
 
     Args:
         phases: Of the run.
         hooks: On its optimizers.
-        state: What :func:`state_of` returned, of this version or an earlier one.
-
-    Returns:
-        Optimizer steps of the run that was saved; None if unknown.
-
-    Raises:
-        ValueError: If the state is damaged or of another model; nothing is changed then.
+        state: What :func:`state_of` returned, in this version, and ``check_state`` let pass.
     """
-    state = in_this_version(state)
-    check_state(state, phases)
     run, masks = phases.run, phases.masks
     masks.load_state_dict(state)
     put_back_(masks.layers, state["codes"], state.get(PRUNED_KEY, {}))
@@ -64,5 +56,3 @@ def resume_(phases: Phases, hooks: StepHooks, state: Mapping[str, Any]) -> int |
     phases.settle(Entry(resumed=True))
     run.groups.number_draws_(masks.layers, run.clock)
     phases.repack_()
-    total_steps: int | None = state["total_steps"]
-    return total_steps

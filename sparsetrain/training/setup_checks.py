@@ -76,7 +76,7 @@ def _warn_of_frozen(report: SelectionReport, method: Method, timeline: Timeline)
         warnings.warn(
             f"weights of sparse layers have requires_grad=False: {names}; what masks prune there becomes zero and "
             "cannot recover, so exclude these layers unless that is wanted.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

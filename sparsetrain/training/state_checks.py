@@ -21,7 +21,7 @@ UNUSED = optional(either(DICT, sequence(Rule("anything", lambda value: True))))
 """What another method's part may have left."""
 
 
-def check_state(state: Any, phases: Phases) -> None:
+def check_state(state: Any, phases: Phases, stacklevel: int) -> None:
     """Raise ``ValueError`` if a state is damaged or of another model, and warn if it is of another method.
 
     Keys that are not known are the caller's own.
@@ -29,6 +29,7 @@ def check_state(state: Any, phases: Phases) -> None:
     Args:
         state: What :meth:`sparsetrain.SparseTraining.state_dict` returned, or what has become of it.
         phases: Of the run that is to load it.
+        stacklevel: Of the warning, from here to the user's line.
     """
     run, masks = phases.run, phases.masks
     _check_form(state)
@@ -50,7 +51,7 @@ def check_state(state: Any, phases: Phases) -> None:
     resumed = Resumed(timeline.at(state["clock"])[0], state["active"], same=not differing)
     _check_parts(state, phases.modifiers, resumed)
     for what in differing:
-        warnings.warn(f"resuming with another {what}: {here[what]} instead of {state[what]}.", stacklevel=5)
+        warnings.warn(f"resuming with another {what}: {here[what]} instead of {state[what]}.", stacklevel=stacklevel)
 
 
 def _check_form(state: Any) -> None:

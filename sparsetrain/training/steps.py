@@ -17,6 +17,9 @@ class Steps:
         masters: The layers' weights, and which optimizer owns each.
     """
 
+    run: object = None
+    """The run itself, which lives as long as its hooks do, whoever holds it."""
+
     def __init__(self, phases: Phases, masters: Masters) -> None:
         self._phases, self._masters = phases, masters
         self._run, self._modifiers = phases.run, phases.modifiers

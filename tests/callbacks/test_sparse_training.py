@@ -372,3 +372,12 @@ def test_the_learning_rate_schedule_restarts_with_the_retraining(tmp_path: Path)
     module = Scheduled()
     trainer(tmp_path, 6, SparseTrainingCallback(asp_one_shot(prune_at=3, restart_lr=True))).fit(module, batches())
     assert module.rates == [1, 0.5, 0.25, 1, 0.5, 0.25]
+
+
+def test_a_subclass_may_have_attributes_of_its_own_first() -> None:
+    class Named(SparseTrainingCallback):
+        def __init__(self) -> None:
+            self.note = "mine"
+            super().__init__(targets="mlp")
+
+    assert (Named().note, Named().targets) == ("mine", "mlp")

@@ -347,3 +347,27 @@ def test_frozen_second_moments_are_refused_in_one_sentence() -> None:
     ):
         st.SparseTraining(model, SparseAdamW(model.parameters()), "step", 100)
     assert type(model[0]) is nn.Linear
+
+
+def test_an_optimizer_that_has_one_inside_is_not_taken_for_it() -> None:
+    """One that passes unknown attributes on has no kernel of its own; its decay is done before its step."""
+
+    class Around(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner = inner
+            super().__init__(inner.param_groups, {})
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.__dict__["inner"], name)
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.inner.step()
+
+    weights = []
+    for kind in (torch.optim.AdamW, SparseAdamW):
+        model = mlp()
+        optimizer = Around(kind(model.parameters(), lr=1e-2))
+        st.SparseTraining(model, optimizer, {"preset": "sr_ste", "decay": 0.5}, 12, verbose=False)
+        train(model, optimizer, 4)
+        weights.append([weight.detach().clone() for weight in model.parameters()])
+    assert all(map(torch.equal, *weights))

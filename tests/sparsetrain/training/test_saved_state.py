@@ -120,3 +120,33 @@ def test_masks_that_a_new_length_has_searched_at_once_see_pruned_entries() -> No
         masks.append(resumed.masks.codes)
     for name in masks[0]:
         assert torch.equal(masks[0][name], masks[1][name]), name
+
+
+@pytest.mark.filterwarnings("always")
+def test_warnings_point_at_the_line_that_resumes() -> None:
+    _, training = running("fst", 3)
+    state = training.state_dict()
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with pytest.warns(UserWarning, match="another total_steps") as warned:
+        resumed = st.SparseTraining(model, optimizer, "fst", 24, state=state, verbose=False)
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match="another total_steps") as warned:
+        resumed.load_state_dict(state)
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("always")
+def test_warnings_point_at_the_line_that_starts() -> None:
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW([entry for entry in model.parameters() if entry.requires_grad], lr=1e-2)
+    with pytest.warns(UserWarning, match="requires_grad=False") as warned:
+        st.SparseTraining(model, optimizer, "sr_ste", 12, verbose=False)
+    assert warned[0].filename == __file__
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    method = {"preset": "fst", "decay": "auto", "warmup": 0.5}
+    with pytest.warns(UserWarning, match="too few to adjust it") as warned:
+        st.SparseTraining(model, optimizer, method, 12, verbose=False)
+    assert warned[0].filename == __file__
