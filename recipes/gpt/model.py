@@ -75,6 +75,7 @@ class GPT(nn.Module):
             )
         if positions not in ("rope", "learned"):
             raise ValueError(f"positions is {positions!r}: it must be 'rope' or 'learned'.")
+        _check_activation(mlp, fused_activation)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1.")
         self.context = context
@@ -110,6 +111,18 @@ class GPT(nn.Module):
                 # residual branches add up over the depth, so their last layers start smaller
                 residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * depth) if residual else INIT_STD)
+
+
+def _check_activation(mlp: object, fused: bool) -> None:
+    known, fusible = list(ACTIVATIONS), ", ".join(map(repr, KINDS))
+    if mlp not in known:
+        words = ", ".join(map(repr, known))
+        raise ValueError(f"mlp is {mlp!r}: it must be one of {words}{did_you_mean(mlp, known)}.")
+    if fused and mlp not in KINDS:
+        raise ValueError(
+            f"fused_activation is True, but mlp is {mlp!r}: it must be one of {fusible}, or leave fused_activation "
+            "False."
+        )
 
 
 class Block(nn.Module):
@@ -165,15 +178,6 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int | None, activation: ActivationName, fused: bool = False) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            guess, known = did_you_mean(activation, ACTIVATIONS), ", ".join(map(repr, ACTIVATIONS))
-            raise ValueError(f"mlp is {activation!r}{guess}: it must be one of {known}.")
-        if fused and activation not in KINDS:
-            known = ", ".join(map(repr, KINDS))
-            raise ValueError(
-                f"fused_activation is True, but mlp is {activation!r}: it must be one of {known}, or leave "
-                "fused_activation False."
-            )
         hidden = hidden or (32 * math.ceil(width * 8 / 3 / 32) if activation in GATED else 4 * width)
         self.activation, self.fused = activation, fused
         self.up = nn.Linear(width, hidden, bias=False)

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from sparsetrain import Method, Phase, Schedule, SparseTraining
 from sparsetrain.kernels.tile_codes import unpack_codes
-from sparsetrain.modifiers import masked_decay
+from sparsetrain.layers import layer_group
 from sparsetrain.recipes.gpt import GPT
 
 CONTEXT, BATCH = 64, 16
-AT_RANDOM = masked_decay.add_masked_decays_
+AT_RANDOM = layer_group.add_masked_decays_now_
 ROUNDINGS = ("float32 weights", "at random", "to nearest", "remainder beside")
 
 
@@ -47,7 +47,7 @@ class WithRemainder:
         codes: Sequence[Tensor],
         decay: Tensor,
         numbers: Sequence[int],
-        clock: int,
+        *_: object,
     ) -> None:
         """Change the gradients."""
         for gradient, weight, code, number in zip(gradients, weights, codes, numbers, strict=True):
@@ -60,7 +60,7 @@ class WithRemainder:
 def use(rounding: str) -> torch.dtype:
     """Have the library round in this way, and return the dtype of the weights."""
     replaced = {"to nearest": to_nearest, "remainder beside": WithRemainder()}
-    masked_decay.add_masked_decays_ = replaced.get(rounding, AT_RANDOM)  # type: ignore[assignment]
+    layer_group.add_masked_decays_now_ = replaced.get(rounding, AT_RANDOM)  # type: ignore[assignment]
     return torch.float32 if rounding == ROUNDINGS[0] else torch.bfloat16
 
 

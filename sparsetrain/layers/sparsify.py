@@ -94,7 +94,8 @@ def sparsify_(
     rule, criterion, search = resolve_gradient_rule(gradient), resolve_criterion(criterion), resolve_pattern(pattern)
     execution = Execution(name, deterministic, keep_transposed, search.along_columns, weight_product)
     report = select_layers(model, targets, exclude, pattern)
-    chosen = {choice.name: model.get_submodule(choice.name) for choice in report.sparse}
+    modules = dict(model.named_modules())  # a property of a layer's name would hide it from get_submodule
+    chosen = {choice.name: modules[choice.name] for choice in report.sparse}
     executions = _executions(chosen, execution)
     if phase != "dense":
         _require_statistics(criterion, chosen)

@@ -1,6 +1,7 @@
 """The backends that a weight's products have got: from memory, the table or a benchmark, and dense where one fails."""
 
 import logging
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -69,6 +70,8 @@ def choose(
     known = operands.choices.get(key)
     if known is not None:
         return known
+    if product not in get_args(Product):
+        raise ValueError(f"product is {product!r}: it must be one of {', '.join(map(repr, get_args(Product)))}.")
     if rows.shape[0] == 0 or backend == MASKED.backend or (backend == "auto" and rows.dtype not in SPARSE_DTYPES):
         return MASKED
     if rows.is_cuda and torch.cuda.is_current_stream_capturing():

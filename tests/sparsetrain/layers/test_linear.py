@@ -170,3 +170,13 @@ def test_a_wrong_argument_is_named(call, words) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are checked below
         call(torch.randn(8, 8))
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_property_with_a_layers_name_does_not_hide_the_layer() -> None:
+    class Model(nn.Module):
+        fc = property(lambda self: self._modules["fc"].weight)
+
+    model = Model()
+    model._modules["fc"] = nn.Linear(8, 8)
+    st.sparsify_(model, targets=["fc"], verbose=False)
+    assert isinstance(model._modules["fc"], st.SparseLinear)

@@ -220,3 +220,9 @@ def test_gradients_of_gradients_are_refused_with_the_backend_that_has_them(backe
         RuntimeError, match=r"^backend is 'simulated' and a gradient of gradients .* backend='masked'\.$"
     ):
         torch.autograd.grad(layer()(x).sum(), x, create_graph=True)
+
+
+def test_an_unknown_product_is_refused(backend) -> None:
+    sparse = layer()
+    with pytest.raises(ValueError, match=r"^product is 'backward': it must be one of 'forward', 'input_gradient'"):
+        masked_matmul(torch.randn(4, 32), sparse.weight, sparse.mask_codes, None, "backward", "simulated")
