@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from ..backends import BACKENDS, resolve_backend
+from ..backends import BACKENDS
 from ..backends.interface import SPARSE_DTYPES
 from ..checks.rules import FLAG, one_of, require
 from ..criteria import Criterion, resolve_criterion
@@ -21,7 +21,7 @@ from .conversion import to_dense_, to_sparse_
 from .convolution import is_pointwise
 from .fused_encoders import settle_fused_encoders_
 from .masked_layer import MaskedLayer
-from .options import MODULE
+from .options import MODULE, LayerOptions
 from .selection.select_layers import SelectionReport, select_layers, sparse_layers
 from .transposed_linear import TransposedLinear
 
@@ -84,17 +84,15 @@ def sparsify_(
         >>> export_dense_(model), (model[0].weight == 0).float().mean().item()
         (['0'], 0.5)
     """
-    flags = {"deterministic": deterministic, "keep_transposed": keep_transposed, "verbose": verbose}
-    for name, value in flags.items():
-        require(name, value, FLAG)
+    options = LayerOptions(targets, exclude, backend, deterministic, keep_transposed)
+    require("verbose", verbose, FLAG)
     require("model", model, MODULE)
     require("phase", phase, one_of(get_args(PhaseKind)))
     require("weight_product", weight_product, one_of(get_args(WeightProduct)))
-    name = resolve_backend(backend)
     rule, criterion, search = resolve_gradient_rule(gradient), resolve_criterion(criterion), resolve_pattern(pattern)
-    execution = Execution(name, deterministic, keep_transposed, search.along_columns, weight_product)
-    report = select_layers(model, targets, exclude, pattern)
-    modules = dict(model.named_modules())  # a property of a layer's name would hide it from get_submodule
+    execution = Execution(options.backend, deterministic, keep_transposed, search.along_columns, weight_product)
+    # not get_submodule, from which a property of a layer's name would hide it
+    report, modules = select_layers(model, targets, exclude, pattern), dict(model.named_modules())
     chosen = {choice.name: modules[choice.name] for choice in report.sparse}
     executions = _executions(chosen, execution)
     if phase != "dense":
