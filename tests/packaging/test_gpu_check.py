@@ -21,6 +21,14 @@ PARTS = ["smoke", "step", "kernels", "tilelang"]
 Load = Callable[[str], ModuleType]
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_are_heard() -> Iterator[None]:
+    """A shell without job control has what it starts in the background ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def load() -> Iterator[Load]:
     with importable(GPU, BENCHMARKS) as load:
