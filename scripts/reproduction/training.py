@@ -117,6 +117,7 @@ def train(task: Task, name: str, method: Method, seed: int) -> Run:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", message=".*too few to adjust it")  # as a trial of some steps is
         return _train(task, name, method, seed)
 
 
