@@ -15,7 +15,7 @@ from .layers.masked_step import MaskedStep, TakesMaskedSteps
 from .layers.one_pass import Sides, operands_to_write
 
 UNABLE = ("amsgrad", "capturable", "differentiable", "fused")
-"""Options of torch's AdamW that this one has not."""
+"""Options of torch's AdamW that this one does not support."""
 
 
 class SparseAdamW(AdamW, TakesMaskedSteps):
@@ -88,7 +88,7 @@ class SparseAdamW(AdamW, TakesMaskedSteps):
         """Add a group of parameters, as of ``torch.optim.Optimizer``.
 
         Raises:
-            ValueError: If it has an option that this optimizer has not.
+            ValueError: If it has an option that this optimizer does not support.
         """
         if isinstance(param_group, dict):
             _require_able(param_group, "has a group with")

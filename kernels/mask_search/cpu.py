@@ -77,17 +77,7 @@ def search_transposable(scores: Tensor, magnitude: bool = False) -> Tensor:
 
 @torch.no_grad()
 def search_row_wise(scores: Tensor, n: int, m: int) -> Tensor:
-    """Return the mask of the n largest of every m consecutive entries of the last dimension.
-
-    An entry's rank is the number of entries of its group that beat it; on ties the earlier entry wins.
-
-    Args:
-        scores: ``[..., I]``, any floating dtype; I a multiple of m.
-        n: Entries to keep of each group, 0 to m.
-        m: Size of a group.
-
-    Returns:
-        bool, same shape as ``scores``.
+    """Return what :func:`.reference.search_row_wise` returns: an entry's rank is the number of its group that beat it.
 
     Example:
         >>> search_row_wise(torch.tensor([3.0, 1, 2, 2]), 2, 4).tolist()

@@ -22,8 +22,8 @@ class CarriedState:
     Args:
         optimizer: A plain one.
         state: Makes what is put under the key ``"sparsetrain"``; plain numbers, strings and tensors.
-        apart: Parameters of the optimizer that another one, which is to load the state dict, has not yet: they are left
-            out of it, and what the optimizer knows of them is carried.
+        apart: Parameters that the optimizer which is to load the state dict does not own yet: they are left out of it,
+            and what the optimizer knows of them is carried.
 
     Example:
         >>> import torch

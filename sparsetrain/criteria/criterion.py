@@ -109,7 +109,7 @@ def scores_of(criterion: Criterion, weight: Tensor, *, layer: str, clock: int) -
 
     Raises:
         TypeError: If it is no dense floating-point tensor.
-        ValueError: If it has not the weight's shape.
+        ValueError: If its shape is not the weight's.
 
     Example:
         >>> import torch

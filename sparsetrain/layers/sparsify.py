@@ -68,8 +68,8 @@ def sparsify_(
         Every linear and convolutional layer, with the reason where it stays dense.
 
     Raises:
-        ValueError: If a name is unknown, a target matches nothing, no layer is left, the criterion needs statistics
-            that it has not, or the backend can run none of the layers; those it cannot run among others are computed by
+        ValueError: If a name is unknown, a target matches nothing, no layer is left, the criterion lacks
+            statistics, or the backend can run none of the layers; those it cannot run among others are computed by
             ``"masked"``, and the report says why.
 
     Example:

@@ -5,10 +5,13 @@ A linear layer's weight is its own matrix; one that is stored ``[I, O]`` is read
 position, because channels come last, the layout in which an implicit GEMM reads a channels-last weight.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Key = TypeVar("Key")
 
 
 def matrix_of(weight: Tensor, transposed: bool = False) -> Tensor:
@@ -53,20 +56,18 @@ def weight_of(matrix: Tensor, shape: Sequence[int], transposed: bool = False) ->
     return matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-def by_device(weights: Mapping[str, Tensor], owned: Collection[int] | None = None) -> list[dict[str, Tensor]]:
+def by_device(weights: Mapping[Key, Tensor]) -> list[dict[Key, Tensor]]:
     """Return weights grouped by device, whose kernels take all of a device in one launch.
 
     Args:
-        weights: Name to weight.
-        owned: The ids of those that are wanted; None for all.
+        weights: By name, or by anything else.
 
     Example:
         >>> import torch
         >>> by_device({"fc": torch.ones(1)})
         [{'fc': tensor([1.])}]
     """
-    devices: dict[torch.device, dict[str, Tensor]] = {}
+    devices: dict[torch.device, dict[Key, Tensor]] = {}
     for name, weight in weights.items():
-        if owned is None or id(weight) in owned:
-            devices.setdefault(weight.device, {})[name] = weight
+        devices.setdefault(weight.device, {})[name] = weight
     return list(devices.values())

@@ -61,7 +61,7 @@ def masked_matmul(
     return result
 
 
-def _masked_product(
+def _multiply(
     rows: Tensor,
     weight: Tensor,
     codes: Tensor,
@@ -122,5 +122,5 @@ def _shape_of_product(
 
 
 for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("masked_matmul", _masked_product, _device)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl("masked_matmul", _multiply, _device)  # type: ignore[no-untyped-call]
 torch.library.register_fake("sparsetrain::masked_matmul", _shape_of_product, lib=_LIBRARY)

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ..criteria.criterion import Criterion
 from ..distributed.world import world_size
 from ..layers.masked_layer import MaskedLayer
+from ..masks.matrices import by_device
 from .base import Modifier, Run, Setup, Step
 
 
@@ -192,10 +193,9 @@ def _sum_over_ranks(totals: list[Tensor]) -> list[Tensor]:
     if world_size() == 1:
         return totals
     found: dict[int, Tensor] = {}
-    for device in dict.fromkeys(total.device for total in totals):
-        here = [index for index, total in enumerate(totals) if total.device == device]
-        flat = torch.cat([totals[index].flatten() for index in here])  # one message a device
+    for here in by_device(dict(enumerate(totals))):
+        flat = torch.cat([total.flatten() for total in here.values()])  # one message a device
         dist.all_reduce(flat)
-        parts = torch.split(flat, [totals[index].numel() for index in here])
-        found.update({i: part.view_as(totals[i]) for i, part in zip(here, parts, strict=True)})
+        parts = torch.split(flat, [total.numel() for total in here.values()])
+        found.update({i: part.view_as(total) for (i, total), part in zip(here.items(), parts, strict=True)})
     return [found[index] for index in range(len(totals))]

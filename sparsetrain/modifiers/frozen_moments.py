@@ -20,7 +20,7 @@ CORRECTION = number("a number above 0 and at most 1", lambda value: 0 < value <=
 """What ``1 - β₂ᵀ`` can be."""
 
 UNABLE = ("amsgrad", "fused", "differentiable")
-"""Options of Adam that a frozen update has not."""
+"""Options of Adam that a frozen update does not support."""
 
 
 class FrozenMoments(Modifier):

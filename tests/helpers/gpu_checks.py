@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsetrain.kernels.layouts import LearnedLayout
-from sparsetrain.matmul.masked_matmul import _masked_product
+from sparsetrain.matmul.masked_matmul import _multiply
 
 WORKSPACE = 64 << 20
 """Bytes that a library may want beside its operands."""
@@ -87,7 +87,7 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.sparsetrain.masked_matmul.default:
             with self:  # what is inside of an operator is not dispatched to a mode
-                return _masked_product(*args, **(kwargs or {}))
+                return _multiply(*args, **(kwargs or {}))
         given = {_storage(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
