@@ -13,7 +13,8 @@ _EXPORTS = {
     "checkpoint": ("detach_pruned", "read_masks", "restore_pruned_", "sparse_state_dict"),
     "criteria": ("Criterion", "Fisher", "Magnitude", "Movement", "Random", "Wanda", "WeightGradient"),
     "layers.convolution": ("SparseConv1d", "SparseConv2d"),
-    "layers.linear": ("SparseLinear", "sparse_linear"),
+    "layers.functional": ("sparse_linear",),
+    "layers.linear": ("SparseLinear",),
     "layers.selection.report": ("LayerChoice", "SelectionReport"),
     "layers.selection.select_layers": ("select_layers",),
     "layers.sparsify": ("export_dense_", "sparsify_"),
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
     from .criteria import WeightGradient as WeightGradient
     from .layers.convolution import SparseConv1d as SparseConv1d
     from .layers.convolution import SparseConv2d as SparseConv2d
+    from .layers.functional import sparse_linear as sparse_linear
     from .layers.linear import SparseLinear as SparseLinear
-    from .layers.linear import sparse_linear as sparse_linear
     from .layers.selection.select_layers import LayerChoice as LayerChoice
     from .layers.selection.select_layers import SelectionReport as SelectionReport
     from .layers.selection.select_layers import select_layers as select_layers

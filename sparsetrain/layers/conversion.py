@@ -46,7 +46,7 @@ def to_dense_(layer: MaskedLayer, zeros: bool = True) -> nn.Module:
         'Linear'
     """
     if zeros and layer.is_masked:
-        layer.weight.data.copy_(layer.effective_weight(layer.weight.data))
+        layer.master.data.copy_(layer.effective_weight(layer.master.data))
     layer._remove_mask()
     dense = cast(nn.Module, layer)
     dense.__class__ = layer.dense_class

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from ..distributed.shards import held
 from ..kernels.tile_codes import unpack_codes
 from ..masks.gradient_rules import GradientRule
 from ..masks.matrices import weight_of
@@ -15,6 +16,7 @@ from ..matmul.kept_weight import may_keep
 from ..matmul.transforms import as_constants, as_leaf, is_transformed, transformed_weight, with_gradient_of_input
 from .linear import multiply
 from .masked_layer import MaskedLayer
+from .sharded.gathered_products import gathered_weight
 
 
 class MaskWeight(torch.autograd.Function):
@@ -116,6 +118,8 @@ class SparseConvolution(MaskedLayer):
             return as_leaf(self, input)
         if self.phase == "dense":
             return cast(Tensor, super().forward(input))
+        if self.shard is not None:
+            return self._convolve_gathered(input)
         if is_pointwise(self) and (self.backend != "masked" or self.draws is not None):
             return self._multiply_positions(input)
         return self._convolve(input)
@@ -151,6 +155,13 @@ class SparseConvolution(MaskedLayer):
         bias = None if self.bias is None else as_autocast(self.bias)
         output = cast(Tensor, TwoWeightConvolution.apply(*tensors, bias, self.stride, self.dilation))  # type: ignore[no-untyped-call]
         return output[0] if one else output
+
+    def _convolve_gathered(self, input: Tensor) -> Tensor:
+        weight = gathered_weight(self)
+        if self.adapter is not None:
+            down, up = map(held, as_constants(self.adapter))
+            weight = weight + weight_of(up @ down, weight.shape)
+        return cast(Tensor, self._conv_forward(input, weight, self.bias))  # type: ignore[operator]
 
     def _masked(self, master: Tensor, backward_codes: Tensor | None = None) -> Tensor:
         codes, parameter = self.mask_codes, self.weight

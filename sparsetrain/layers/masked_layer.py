@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..distributed.shards import is_spread, local, part_like, spread_like
 from ..kernels.tile_codes import unpack_codes
 from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.matrices import matrix_of, weight_of
@@ -19,10 +20,12 @@ from ..matmul.operands import Operands
 from ..matmul.registry import register
 from ..matmul.transforms import is_transformed, with_gradient_of
 from ..types import PhaseKind
+from .sharded.alignment import require_shardable
+from .sharded.shard import Shard
 
 STATE = (
     "mask_codes", "draws", "backward_codes", "adapter", "soft_scale", "phase", "scheduled", "is_2_4",
-    "gradient", "execution", "operands", "eager_call",
+    "gradient", "execution", "operands", "eager_call", "shard",
 )  # fmt: skip
 """What a masked layer has beside its dense class."""
 
@@ -42,6 +45,7 @@ class MaskedLayer(nn.Module):
     transposed: ClassVar[bool] = False  # the weight is stored [I, O]
 
     weight: Tensor
+    shard: Shard | None = None  # of a weight that is spread over processes
     bias: Any  # a parameter or None; the dense classes declare it differently
     mask_codes: Tensor
     draws: Tensor | None
@@ -57,16 +61,37 @@ class MaskedLayer(nn.Module):
     eager_call: object  # what the last quick product has found out
 
     @property
-    def matrix(self) -> Tensor:
-        """The weight as a matrix ``[O, K]``, in which K is kernel positions times input features."""
+    def master(self) -> Tensor:
+        """The weight, or the part of it that lies in this process."""
+        if self.shard is not None:
+            return self.shard.part
         found = self._parameters.get("weight")  # in half the time
-        weight = self.weight if found is None else found
+        return self.weight if found is None else found
+
+    @property
+    def matrix(self) -> Tensor:
+        """The master as a matrix ``[O, K]``, in which K is kernel positions times input features."""
+        weight = self.master
         return matrix_of(weight, self.transposed) if self.transposed or weight.dim() != 2 else weight
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """O and K of the whole weight."""
+        weight = self.weight if self.shard is None else self.shard.weight
+        rows = weight.shape[1 if self.transposed else 0]
+        return rows, weight.numel() // rows
+
+    def _parts(self, matrix: Tensor) -> Tensor:
+        """Return the part that lies here of a whole matrix ``[O, K]``."""
+        assert self.shard is not None
+        weight = self.shard.weight
+        return self.as_matrix(part_like(weight_of(matrix, weight.shape, self.transposed).contiguous(), weight))
+
+    @property
     def mask(self) -> Tensor:
-        """The mask as bool, shaped like the weight, whether or not it is in force."""
-        return self.as_weight(unpack_codes(self.mask_codes))
+        """The mask as bool, shaped and spread like the weight, whether or not it is in force."""
+        mask = self.as_weight(unpack_codes(self.mask_codes))
+        return mask if self.shard is None else spread_like(mask, self.shard.weight, self.weight.shape)
 
     @property
     def input_features(self) -> int:
@@ -78,8 +103,8 @@ class MaskedLayer(nn.Module):
         return matrix_of(tensor, self.transposed)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        """Return a matrix ``[O, K]`` as a view shaped like the weight."""
-        return weight_of(matrix, self.weight.shape, self.transposed)
+        """Return a matrix ``[O, K]`` as a view shaped like the master."""
+        return weight_of(matrix, self.master.shape, self.transposed)
 
     @property
     def has_sparse_products(self) -> bool:
@@ -136,9 +161,21 @@ class MaskedLayer(nn.Module):
             matrix = soft * self.soft_scale.to(master.device)
         matrix = matrix.masked_fill(~unpack_codes(codes), 0)
         if with_adapter and self.adapter is not None:
-            down, up = self.adapter
-            matrix = matrix + (up @ down).to(matrix)
+            down, up = map(local, self.adapter)
+            added = self._parts(up @ down) if self.shard is not None else up @ down
+            matrix = matrix + added.to(matrix)
         return self.as_weight(matrix)
+
+    @torch.no_grad()
+    def sent_part(self, dtype: torch.dtype) -> Tensor:
+        """Return what products see of the part that lies here, in a dtype; pruned entries are -0, kept ones never."""
+        if not self.is_masked:
+            return self.master.to(dtype)
+        matrix = self.matrix
+        if self.soft_scale is not None:
+            matrix = soft_thresholded(matrix, self.mask_codes, self.execution.transposable) * self.soft_scale
+        # -0 + 0 is 0
+        return self.as_weight(torch.where(unpack_codes(self.mask_codes), matrix.to(dtype) + 0.0, -0.0))
 
     def train(self, mode: bool = True) -> "MaskedLayer":
         """Switch between training and evaluation; weights may be swapped around it, so operands are made again."""
@@ -165,6 +202,7 @@ class MaskedLayer(nn.Module):
         self.soft_scale = None if self.soft_scale is None else fn(self.soft_scale)
         self.backward_codes = None if self.backward_codes is None else fn(self.backward_codes)
         self.eager_call = None
+        self._note_spread(self._parameters.get("weight"))
         register(self)
         return self
 
@@ -173,6 +211,9 @@ class MaskedLayer(nn.Module):
         register(self)  # copied or loaded
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and self.shard is not None and self.shard.takes(value):
+            self._parameters["weight"] = value
+            return
         super().__setattr__(name, value)
         if name in READ_IN_GROUPS:
             Operands.changed()
@@ -187,10 +228,28 @@ class MaskedLayer(nn.Module):
         if name.startswith(("weight_", "bias_")):
             raise RuntimeError(_foreign_weight(name))
         super().register_parameter(name, param)
+        if name == "weight":
+            self._note_spread(param)
         if "operands" in self.__dict__:  # another parameter may have the memory and the version of the last
             self.operands.invalidate()
             self.eager_call = None
             Operands.changed()
+
+    def _note_spread(self, weight: Tensor | None) -> None:
+        """Take note of whether the weight is spread over processes, now that it may be another; cut codes with it."""
+        if weight is None or not is_spread(weight):
+            self.shard = None
+            return
+        if self.shard is not None and self.shard.weight is weight:
+            self.shard.attach()
+            return
+        require_shardable("", self, weight)
+        name = "" if self.shard is None else self.shard.name
+        self.shard = Shard(self, weight)
+        self.shard.name = name
+        rows, columns = self.matrix.shape
+        if (codes := self.__dict__.get("mask_codes")) is not None and codes.shape != (rows // 4, columns // 4):
+            self.mask_codes = part_like(codes, weight).contiguous()
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(
@@ -205,6 +264,7 @@ class MaskedLayer(nn.Module):
         )
 
     def _add_mask(self, phase: PhaseKind, execution: Execution) -> None:
+        self._note_spread(self._parameters.get("weight"))
         rows, columns = self.matrix.shape
         device = self.weight.device
         self.mask_codes = torch.full((rows // 4, columns // 4), KEEP_ALL, dtype=torch.int16, device=device)
@@ -227,7 +287,7 @@ class MaskedLayer(nn.Module):
 
 
 def weight_in(layer: MaskedLayer) -> Tensor:
-    """Return ``layer.weight``, in a fraction of the time that modules take to find it.
+    """Return ``layer.master``, in a fraction of the time that modules take to find it.
 
     Example:
         >>> from .conversion import to_sparse_
@@ -236,7 +296,7 @@ def weight_in(layer: MaskedLayer) -> Tensor:
         True
     """
     weight = layer._parameters.get("weight")
-    return layer.weight if weight is None else weight
+    return layer.master if weight is None or layer.shard is not None else weight
 
 
 @contextmanager

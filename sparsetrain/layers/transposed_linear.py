@@ -14,6 +14,7 @@ from torch.fx import Proxy
 from ..matmul.transforms import as_leaf
 from .linear import multiply
 from .masked_layer import MaskedLayer
+from .sharded.gathered_products import gathered_linear
 
 LIBRARY, DENSE_NAME = "transformers.pytorch_utils", "Conv1D"
 MASKED_NAME = "SparseTransposedLinear"
@@ -58,6 +59,8 @@ class MaskedTransposedLinear(MaskedLayer):
             return as_leaf(self, x)
         if self.phase == "dense":
             return cast(Tensor, super().forward(x))
+        if self.shard is not None:
+            return gathered_linear(self, x)
         return multiply(self, x)
 
     def __repr__(self) -> str:

@@ -47,9 +47,29 @@ def soft_scale(weight: Tensor, codes: Tensor, transposable: bool = False) -> Ten
 
     Source: the same; it is computed once, at the first sparse step, because a moving β makes masks flip.
     """
+    return scale_of(soft_products(weight, codes, transposable)).to(weight.dtype)
+
+
+def soft_products(weight: Tensor, codes: Tensor, transposable: bool = False) -> Tensor:
+    """Return ``⟨W, S⟩`` and ``⟨S, S⟩``, float64 ``[2]``, of a weight or of a part of one.
+
+    Example:
+        >>> codes = torch.full((1, 1), 0x5A5A, dtype=torch.int16)
+        >>> soft_products(torch.tensor([[1.0, 3.0, 2.0, -4.0], [3.0, 1.0, 4.0, 2.0]] * 2), codes).tolist()
+        [44.0, 20.0]
+    """
     soft = soft_thresholded(weight, codes, transposable)
-    energy = soft.square().sum()
-    return torch.where(energy > 0, (weight * soft).sum() / energy, torch.ones_like(energy))
+    return torch.stack([(weight * soft).sum(dtype=torch.float64), soft.square().sum(dtype=torch.float64)])
+
+
+def scale_of(products: Tensor) -> Tensor:
+    """Return β of what :func:`soft_products` measured; 1 where nothing is left.
+
+    Example:
+        >>> scale_of(torch.tensor([44.0, 20.0])).item(), scale_of(torch.zeros(2)).item()
+        (2.200000047683716, 1.0)
+    """
+    return torch.where(products[1] > 0, products[0] / products[1], 1.0)
 
 
 class SoftThreshold(torch.autograd.Function):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.shards import local
+
 UNHEARD_OF = 10.0
 """Times the root of an entry's frozen moment: a larger gradient shows that the moment had not settled."""
 
@@ -39,8 +41,8 @@ def update_(
         frozen: Of each; where a gradient is unheard of, Adam goes on from now.
         group: Adam's options.
     """
-    weights = _real(parameters)
-    averages, squares = (_real([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq"))
+    weights = _real([local(parameter) for parameter in parameters])
+    averages, squares = (_real([local(state[name]) for state in states]) for name in ("exp_avg", "exp_avg_sq"))
     counts, (beta, beta2) = [state["step"] for state in states], map(float, group["betas"])
     rate = _rate(group, weights[0].device)
     gradients = _decayed(parameters, weights, rate, group)
@@ -72,7 +74,7 @@ def _rate(group: Mapping[str, Any], device: torch.device) -> Any:
 
 def _decayed(parameters: Sequence[Tensor], weights: list[Tensor], rate: Any, group: Mapping[str, Any]) -> list[Tensor]:
     """Return gradients to descend, with the weight decay in them; a decoupled one is done to the weights."""
-    gradients = _real([parameter.grad for parameter in parameters if parameter.grad is not None])
+    gradients = _real([local(parameter.grad) for parameter in parameters if parameter.grad is not None])
     decay = group["weight_decay"]
     if group["maximize"]:
         gradients = list(torch._foreach_neg(gradients))
@@ -98,7 +100,7 @@ def _second_moment_(square: Tensor, gradient: Tensor, count: Tensor | float, fro
 
 def nowhere(parameter: Tensor) -> Tensor:
     """Return False for every entry of a parameter, as of a pair for every complex one."""
-    return torch.zeros_like(_real([parameter.detach()])[0], dtype=torch.bool)
+    return torch.zeros_like(_real([local(parameter.detach())])[0], dtype=torch.bool)
 
 
 def _real(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
 
 from ..checks.rules import each
 from ..checks.states import by_layer, require_part, tensor
-from ..distributed.world import world_size
+from ..distributed.peers import Peers
+from ..distributed.shards import local, replicated_like
 from ..layers.masked_layer import MaskedLayer
 from .base import Entry, Modifier, Resumed, Run, Setup, Step
 
@@ -46,11 +46,11 @@ class Adapters(Modifier):
         self._layers, self._optimizers = dict(layers), list(optimizers)
         for name, layer in self._layers.items():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))  # the same on every rank
-            rows, columns = layer.matrix.shape
+            rows, columns = layer.matrix_shape
             size = min(rank, rows, columns)
             down = torch.randn(size, columns, generator=generator) / columns**0.5
             up = torch.zeros(rows, size)
-            made = tuple(nn.Parameter(part.to(layer.weight)) for part in (down, up))
+            made = tuple(nn.Parameter(replicated_like(part.to(layer.master), layer.weight)) for part in (down, up))
             self.parts[name] = (made[0], made[1])
             group = self._group_of(layer.weight)
             if group is not None:
@@ -72,7 +72,7 @@ class Adapters(Modifier):
 
     def before_step(self, run: Run, step: Step) -> None:
         """Make the step of the adapters what it is of other parameters."""
-        self.average_gradients(step.optimizer)
+        self.average_gradients(step.optimizer, run.peers)
         self.start_state(step.optimizer)
 
     def after_step(self, run: Run) -> None:
@@ -92,15 +92,15 @@ class Adapters(Modifier):
         for name, layer in self._layers.items():
             layer.adapter = self.parts[name] if on else None
 
-    def average_gradients(self, optimizer: Optimizer) -> None:
+    def average_gradients(self, optimizer: Optimizer, peers: Peers) -> None:
         """Average gradients over data-parallel ranks, which wrap the model's own parameters alone."""
-        if world_size() == 1:
+        if peers.size == 1:
             return
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for pair in self.parts.values():
             for part in pair:
                 if id(part) in owned and part.grad is not None:
-                    dist.all_reduce(part.grad.div_(world_size()))
+                    peers.sum_(local(part.grad).div_(peers.size))
 
     def clear_gradients(self) -> None:
         """Do what ``zero_grad()`` of the model does for its own parameters: trainers may call no other."""
@@ -144,7 +144,7 @@ class Adapters(Modifier):
         """Write what products see, masked weights with their adapters, into the weights, which are dense then."""
         for layer in self._layers.values():
             if layer.is_masked:
-                layer.weight.copy_(layer.effective_weight(layer.weight, with_adapter=True))
+                layer.master.copy_(layer.effective_weight(layer.master, with_adapter=True))
 
     def detach(self) -> None:
         """Take the adapters out of layers and optimizers."""
@@ -159,7 +159,7 @@ class Adapters(Modifier):
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the values."""
-        return {name: [part.detach().cpu().clone() for part in pair] for name, pair in self.parts.items()}
+        return {name: [local(part).detach().cpu().clone() for part in pair] for name, pair in self.parts.items()}
 
     def check_state(self, state: Any, resumed: Resumed) -> None:
         """Raise ``ValueError`` if a state is damaged or of other adapters; changes nothing."""
@@ -177,7 +177,7 @@ class Adapters(Modifier):
         """Take back what :meth:`state_dict` returned."""
         for name, pair in self.parts.items():
             for part, saved in zip(pair, state[name], strict=True):
-                part.copy_(saved)
+                local(part).copy_(saved)
 
     def _make_room(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
         """Have a state that an optimizer saved without adapters load, as that of a dense run."""

@@ -4,11 +4,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..criteria.criterion import Criterion
+from ..distributed.peers import Peers
 from ..layers.layer_group import LayerGroups
 from ..layers.masked_layer import MaskedLayer
 from ..methods.method import Method
@@ -29,6 +31,7 @@ class Setup(NamedTuple):
     total_steps: int | None = None
     watch_dense: bool = True
     track_age: bool = False
+    group: dist.ProcessGroup | None = None
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Run:
         optimizers: Those that own the layers' weights.
         criterion: Scores the entries of the weights.
         groups: The layers by device.
+        peers: Processes whose gradients are averaged with those of this one.
         timeline: When phases begin.
         total_steps: Optimizer steps of the whole run; None if unknown.
         clock: Steps taken.
@@ -55,6 +59,7 @@ class Run:
     optimizers: Sequence[Optimizer]
     criterion: Criterion
     groups: LayerGroups
+    peers: Peers
     timeline: Timeline
     total_steps: int | None
     clock: int = 0

@@ -13,15 +13,17 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..criteria.criterion import Criterion
-from ..distributed.world import world_size
+from ..distributed.peers import Peers
+from ..distributed.shards import is_spread
 from ..layers.masked_layer import MaskedLayer
 from ..masks.matrices import by_device
 from .base import Modifier, Run, Setup, Step
+
+ALONE = Peers()
 
 
 class Observer(Modifier):
@@ -52,6 +54,7 @@ class Observer(Modifier):
         self.layers = dict(layers)
         self._passing: dict[str, Tensor] = {}
         self._gathered: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor | None] = {}  # the gradient at the last backward, where weights are spread
         self._handles: dict[str, list[RemovableHandle]] = {}  # of the forward, then of the weight if it is trained
 
     @classmethod
@@ -64,7 +67,8 @@ class Observer(Modifier):
         if "input" not in self.criterion.needs or self._handles:
             return
         for name, layer in self.layers.items():
-            summary = self.criterion.summarize_input(layer.matrix.detach()[:1, : layer.input_features])
+            columns = min(layer.matrix.shape[1], layer.input_features)
+            summary = self.criterion.summarize_input(layer.master.new_zeros(1, columns))
             self._passing[name], self._gathered[name] = torch.zeros_like(summary), torch.zeros_like(summary)
             self._handles[name] = [layer.register_forward_hook(_ForwardHook(self, name), with_kwargs=True)]
             self._hang_on_weight(name)
@@ -79,7 +83,12 @@ class Observer(Modifier):
             handle.remove()
         del self._handles[name][1:]
         weight = self.layers[name].weight
-        if weight.requires_grad:
+        if not weight.requires_grad:
+            return
+        if is_spread(weight):  # its gradient is no autograd engine's
+            hook = partial(self._gather_spread, name)
+            self._handles[name].append(weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        else:
             self._handles[name].append(weight.register_hook(partial(self._gather, name)))  # type: ignore[no-untyped-call]
 
     def detach(self) -> None:
@@ -91,30 +100,32 @@ class Observer(Modifier):
 
     def before_step(self, run: Run, step: Step) -> None:
         """Note the step."""
-        self.note(step.gradients, step.scale)
+        self.note(step.gradients, step.scale, run.peers)
 
     def after_step(self, run: Run) -> None:
         """Count what was noted."""
-        self.count()
+        self.count(run.peers)
 
-    def note(self, gradients: Mapping[str, Tensor], scale: Tensor | None) -> None:
+    def note(self, gradients: Mapping[str, Tensor], scale: Tensor | None, peers: Peers = ALONE) -> None:
         """Note an optimizer's step that may still be skipped; under data parallelism, every rank must come here.
 
         Args:
             gradients: Name to final gradient of that optimizer's layers: clipped, with nothing added.
             scale: What the gradients are multiplied by, a scalar tensor; None for 1.
+            peers: Processes that see other inputs and must find the same masks.
         """
         if "gradient" in self.criterion.needs:
             for name, gradient in gradients.items():
                 layer = self.layers[name]
                 self.criterion.observe_gradient(name, layer.matrix, layer.as_matrix(gradient), scale)
         if self._passing:
-            self._hand_over(gradients)
+            self._hand_over(gradients, peers)
 
-    def count(self) -> None:
+    def count(self, peers: Peers = ALONE) -> None:
         """Count what was noted: the step succeeded, of every optimizer if there are several."""
         if self._passing:
-            self._hand_over(name for name, layer in self.layers.items() if not layer.weight.requires_grad)
+            frozen = [name for name, layer in self.layers.items() if not layer.weight.requires_grad]
+            self._hand_over(frozen, peers)
         if self.criterion.needs:
             self.criterion.observe_step()
 
@@ -125,18 +136,27 @@ class Observer(Modifier):
             self._gathered[name] = self._gathered[name].to(device)
         return self._passing[name]
 
-    @torch.no_grad()
+    def _gather_spread(self, name: str, weight: Tensor) -> None:
+        if weight.grad is not self._last.get(name):
+            self._gathered[name].zero_()
+        self._last[name] = weight.grad
+        self._add_passing(name)
+
     def _gather(self, name: str, gradient: Tensor) -> None:
         if self.layers[name].weight.grad is None:
             self._gathered[name].zero_()
+        self._add_passing(name)
+
+    @torch.no_grad()
+    def _add_passing(self, name: str) -> None:
         self._gathered[name].add_(self._passing[name])
         self._passing[name].zero_()
 
     @torch.no_grad()
-    def _hand_over(self, names: Iterable[str]) -> None:
+    def _hand_over(self, names: Iterable[str], peers: Peers) -> None:
         names = [name for name in names if name in self._passing]
         totals = [self._gathered[name] + self._passing[name] for name in names]
-        for name, total in zip(names, _sum_over_ranks(totals), strict=True):
+        for name, total in zip(names, _summed(totals, peers), strict=True):
             self.criterion.observe_input(name, total)
             self._gathered[name].zero_()
             self._passing[name].zero_()
@@ -188,14 +208,13 @@ class _AddInBackward(torch.autograd.Function):
         return gradients[0], None, None
 
 
-def _sum_over_ranks(totals: list[Tensor]) -> list[Tensor]:
-    """Add the totals of data-parallel ranks, which see different inputs but must find the same masks."""
-    if world_size() == 1:
+def _summed(totals: list[Tensor], peers: Peers) -> list[Tensor]:
+    if peers.size == 1:
         return totals
     found: dict[int, Tensor] = {}
     for here in by_device(dict(enumerate(totals))):
         flat = torch.cat([total.flatten() for total in here.values()])  # one message a device
-        dist.all_reduce(flat)
+        peers.sum_(flat)
         parts = torch.split(flat, [total.numel() for total in here.values()])
         found.update({i: part.view_as(total) for (i, total), part in zip(here.items(), parts, strict=True)})
     return [found[index] for index in range(len(totals))]

@@ -88,5 +88,5 @@ class MaskedDecay:
         if found_inf is not None:
             decay = decay * (found_inf.to(device) == 0)  # a step that will be skipped
         rates = {id(parameter): entry["lr"] for entry in optimizer.param_groups for parameter in entry["params"]}
-        for own in group.split([id(rates[id(weight)]) for weight in group.weights]):
-            own.decay_(own.weights, -decay * rates[id(own.weights[0])], clock)
+        for own in group.split([id(rates[id(weight)]) for weight in group.parameters]):
+            own.decay_(own.weights, -decay * rates[id(own.parameters[0])], clock)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..distributed.shards import local
 from ..kernels.masked_update import apply_mask_
 from ..layers.masked_layer import MaskedLayer, written_as_matrices
 from .base import Entry, Modifier, Run, Setup
@@ -48,9 +49,9 @@ class MomentClearing(Modifier):
     @torch.no_grad()
     def clear_(self, layer: MaskedLayer) -> None:
         """Write zeros into the pruned entries of every optimizer state that has the weight's shape."""
-        weight = layer.weight
+        parameter = layer.weight
         for optimizer in self._optimizers:
-            for value in optimizer.state.get(weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
-                    with written_as_matrices([layer], [value]) as (matrix,):
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+                    with written_as_matrices([layer], [local(value)]) as (matrix,):
                         apply_mask_(matrix, layer.mask_codes)

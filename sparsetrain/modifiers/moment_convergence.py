@@ -9,7 +9,9 @@ from torch.optim import Optimizer
 
 from ..checks.rules import NOT_NEGATIVE, mapping, optional, sequence, whole
 from ..checks.states import refuse_missing, require_part
+from ..distributed.shards import copies, local
 from ..layers.masked_layer import MaskedLayer
+from ..layers.sharded.totals import processes, sum_over_mesh
 from .base import Modifier, Resumed, Run, Setup, Step
 
 ASK_EVERY = 10
@@ -89,11 +91,13 @@ class SecondMoments(Modifier):
             beta, self._epsilon = group["betas"][1], group["eps"]
             square = (gradient if scale is None else gradient / scale.to(gradient.device)).float().square()
             before = optimizer.state.get(weight, {}).get("exp_avg_sq")
+            before = None if before is None else local(before)
             change = square if before is None else square - before
-            self._pending.append(((1 - beta) * change.abs().sum(dtype=torch.float64), weight.numel()))
+            total = (1 - beta) * change.abs().sum(dtype=torch.float64)
+            self._pending.append((total / copies(weight), weight.numel()))
             window = max(1, round(1 / (1 - beta)))
             if self._changes is None or self._changes.numel() != window:
-                self._changes, self._count = torch.zeros(window, dtype=torch.float64, device=weight.device), 0
+                self._changes, self._count = torch.zeros(window, dtype=torch.float64, device=gradient.device), 0
 
     def commit(self) -> None:
         """Count what was noted: the step succeeded."""
@@ -113,12 +117,12 @@ class SecondMoments(Modifier):
         if self._changes is None or not self._count or clock % ASK_EVERY:
             return False
         seen = min(self._count, self._changes.numel())
-        return float(self._changes.sum()) / seen < self._epsilon
+        return float(sum_over_mesh(self._layers, self._changes).sum()) / seen < self._epsilon
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window."""
         return {
-            "changes": None if self._changes is None else self._changes.tolist(),
+            "changes": None if self._changes is None else sum_over_mesh(self._layers, self._changes).tolist(),
             "count": self._count,
             "epsilon": self._epsilon,
         }
@@ -135,8 +139,10 @@ class SecondMoments(Modifier):
         """Take back what :meth:`state_dict` returned; None leaves what was seen."""
         if state is None:
             return
-        changes, device = state["changes"], next((layer.weight.device for layer in self._layers.values()), None)
+        changes, device = state["changes"], next((layer.master.device for layer in self._layers.values()), None)
         self._changes = None if changes is None else torch.tensor(changes, dtype=torch.float64, device=device)
+        if self._changes is not None:
+            self._changes /= processes(self._layers)
         self._count, self._epsilon = int(state["count"]), float(state["epsilon"])
 
 

@@ -8,7 +8,8 @@ import torch
 from ..checks.rules import FINITE
 from ..checks.states import by_layer, refuse, require_part
 from ..layers.masked_layer import MaskedLayer
-from ..masks.soft_threshold import soft_scale
+from ..layers.sharded.totals import sum_over_parts
+from ..masks.soft_threshold import scale_of, soft_products
 from ..types import PhaseKind
 from .base import Entry, Modifier, Resumed, Run, Setup
 
@@ -58,9 +59,14 @@ class SoftScales(Modifier):
     @torch.no_grad()
     def measure(self, names: Collection[str]) -> None:
         """Give these layers their β, if they have none."""
-        for layer in (self._layers[name] for name in names):
-            if layer.soft_scale is None:
-                layer.soft_scale = soft_scale(layer.matrix, layer.mask_codes, layer.execution.transposable)
+        layers = {name: self._layers[name] for name in names if self._layers[name].soft_scale is None}
+        products = {
+            name: soft_products(layer.matrix, layer.mask_codes, layer.execution.transposable)
+            for name, layer in layers.items()
+        }
+        (sums,) = sum_over_parts(layers, products)
+        for name, layer in layers.items():
+            layer.soft_scale = scale_of(sums[name]).to(layer.master.dtype)
 
     def forget(self) -> None:
         """Have products see the hard-masked weight, or β measured again."""
@@ -72,7 +78,7 @@ class SoftScales(Modifier):
         """Write into the weights of these layers what their products see, before masks freeze in place."""
         for layer in (self._layers[name] for name in names):
             if layer.soft_scale is not None:
-                layer.weight.copy_(layer.effective_weight(layer.weight))
+                layer.master.copy_(layer.effective_weight(layer.master))
 
     def state_dict(self) -> dict[str, float]:
         """Return every β that there is."""
@@ -91,4 +97,4 @@ class SoftScales(Modifier):
         """Take back what :meth:`state_dict` returned."""
         for name, layer in self._layers.items():
             scale = None if state is None else state.get(name)
-            layer.soft_scale = None if scale is None else layer.weight.new_tensor(scale)
+            layer.soft_scale = None if scale is None else layer.master.new_tensor(scale)

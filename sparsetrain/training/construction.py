@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..criteria import resolve_criterion
+from ..distributed.peers import peers_of, reshard_
 from ..distributed.wrappers import plain_model, plain_optimizer
 from ..layers.layer_group import LayerGroups
 from ..layers.masked_layer import MaskedLayer
@@ -40,6 +42,7 @@ def setup_of(
     logits_from: str,
     watch_dense: bool,
     track_age: bool,
+    group: dist.ProcessGroup | None,
 ) -> Setup:
     """Return what a run is to be made of: plain models and optimizers, phases in steps.
 
@@ -55,7 +58,7 @@ def setup_of(
     )
     optimizers = [*map(plain_optimizer, [optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
     timeline = method.schedule.resolve(total_steps)
-    run = total_steps, watch_dense, track_age
+    run = total_steps, watch_dense, track_age, group
     return Setup(plain_model(model), method, timeline, optimizers, lr_schedulers, teacher, logits_from, *run)
 
 
@@ -71,6 +74,7 @@ def make_sparse_(setup: Setup, options: LayerOptions, resumes: bool) -> tuple[Se
         ValueError: If the run cannot be set up in this way; nothing is changed then.
     """
     model, method = setup.model, setup.method
+    reshard_(model)  # an evaluation leaves the root's weights gathered
     report = select_layers(model, options.targets, options.exclude, method.pattern)
     check_setup(setup, report, options.backend)
     if not resumes:
@@ -99,18 +103,19 @@ def assemble(setup: Setup, layers: Mapping[str, MaskedLayer], removals: ExitStac
     criterion = copy.deepcopy(resolve_criterion(method.criterion))  # its statistics are this run's
     tile_budget = method.dense_budget if method.mixes_tiles else 0.0
     search = MaskSearch(resolve_pattern(method.pattern), criterion, method.hysteresis, tile_budget)
-    masks = MaskState(layers, search, setup.track_age)
+    peers = peers_of(setup.model, [layer.weight for layer in layers.values()], setup.group)
+    masks = MaskState(layers, search, setup.track_age, peers)
     weights = {id(layer.weight) for layer in layers.values()}
     own = [entry for entry in setup.optimizers if owned_parameters(entry) & weights] or list(setup.optimizers)
     masters = Masters(setup.model, layers, own)
-    run = Run(method, masks.layers, own, criterion, LayerGroups(), setup.timeline, setup.total_steps)
+    run = Run(method, masks.layers, own, criterion, LayerGroups(), peers, setup.timeline, setup.total_steps)
     modifiers: list[Modifier] = []
     for modifier in modifiers_of(run, setup):
         modifiers.append(modifier)
         removals.callback(modifier.detach)
         modifier.attach()
     run.groups.number_draws_(run.layers, run.clock)
-    phases = Phases(run, masks, modifiers, setup.watch_dense)
+    phases = Phases(run, masks, modifiers, setup.watch_dense, setup.model)
     steps = Steps(phases, masters)
     removals.callback(steps.hooks.remove)
     return phases, steps

@@ -6,10 +6,12 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..checks.rules import FLAG, require
+from ..distributed.shards import local
 from ..layers.claims import claim
 from ..layers.conversion import write_zeros_
 from ..layers.options import LayerOptions, check_owners
@@ -56,6 +58,8 @@ class SparseTraining(RunStatus):
         logits_from: With a method that distils, name of the submodule that gives the logits; "" is the model itself.
         watch_dense: Search masks in dense phases as well, without applying them, to log how often they would flip.
         track_age: Keep the age of every mask entry (one byte a weight).
+        group: Processes that hold the same weights and average their gradients, such as the replicas of a pipeline's
+            stage; None for all. Sharded weights know their own.
         state: What an earlier :meth:`state_dict` returned, to go on from there; as good as :meth:`load_state_dict`
             afterwards, without a first mask search.
         verbose: Print the one-line summary of the selection and, at :meth:`finish`, what the model is then.
@@ -108,6 +112,7 @@ class SparseTraining(RunStatus):
         logits_from: str = "",
         watch_dense: bool = True,
         track_age: bool = False,
+        group: ProcessGroup | None = None,
         state: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
@@ -116,7 +121,16 @@ class SparseTraining(RunStatus):
         options = LayerOptions(targets, exclude, backend, deterministic, keep_transposed)
         self.method = resolve_method(method)
         setup = setup_of(
-            model, optimizer, self.method, total_steps, lr_schedulers, teacher, logits_from, watch_dense, track_age
+            model,
+            optimizer,
+            self.method,
+            total_steps,
+            lr_schedulers,
+            teacher,
+            logits_from,
+            watch_dense,
+            track_age,
+            group,
         )
         self.model, self._verbose = setup.model, verbose
         self._start(setup, options, state)
@@ -204,7 +218,7 @@ class SparseTraining(RunStatus):
         self._removals.close()
         run.groups.forget()
         give_back_(self.model, layers.values(), zeros and not merged)
-        weights = {name: matrix_of(layer.weight.detach(), name in transposed) for name, layer in layers.items()}
+        weights = {name: matrix_of(local(layer.weight.detach()), name in transposed) for name, layer in layers.items()}
         progress = Progress(self.method, run.timeline, run.clock, run.total_steps)
         self.ending = ending(weights, run.active, progress, zeros, merged)
         if self._verbose:

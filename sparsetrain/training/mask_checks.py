@@ -101,7 +101,7 @@ def _check_origin(state: Mapping[str, Any], masks: MaskState) -> None:
 def _check_codes(name: str, state: Mapping[str, Any], masks: MaskState, masked: bool) -> None:
     """Raise ``ValueError`` unless a layer's codes are masks of the pattern, or keep everything."""
     codes = state["codes"][name]
-    if masked and masks.search.count_violations([codes], state["kept"]):
+    if masked and bool(masks.search.count_violations(codes, state["kept"])):
         raise ValueError(
             f"state's codes of layer {name!r} are no {masks.pattern.name} masks: the checkpoint is damaged, or "
             "its method allows others; resume with the same method."

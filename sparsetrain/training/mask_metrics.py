@@ -1,12 +1,13 @@
 """Metrics of a run's masks: what they keep, how often they flip, of all layers and of each."""
 
+from ..layers.sharded.totals import sum_over_parts, total
 from ..masks.metrics import PruneMetrics, total_metrics
 from .mask_state import MaskState
-from .mask_statistics import magnitude_sums
+from .mask_statistics import magnitude_sums, rate_of
 
 
 def mask_metrics(masks: MaskState, per_layer: bool = False) -> dict[str, float | None]:
-    """Measure masks that were searched, on the masters as they are now.
+    """Measure masks that were searched, on the masters as they are now; one small message where they are sharded.
 
     Args:
         masks: After their first search.
@@ -25,18 +26,22 @@ def mask_metrics(masks: MaskState, per_layer: bool = False) -> dict[str, float |
         >>> mask_metrics(masks)["pruned_count"]
         16
     """
-    sums = magnitude_sums(masks.maskable)
-    at_refresh = masks.sums_at_refresh
+    layers = masks.layers
+    columns = magnitude_sums(masks.maskable), masks.sums_at_refresh, masks.flips, masks.virtual_flips
+    own = *columns, masks.age_sums(), masks.violation_counts()
+    sums, at_refresh, flips, virtual_flips, ages, violations = sum_over_parts(layers, *own)
+    rate, virtual = rate_of(flips, layers), rate_of(virtual_flips, layers)
     values: dict[str, float | None] = {
+        "violations": total(violations),
         **total_metrics(sums.values()).as_dict(),
         "kept_fraction_at_refresh": total_metrics(at_refresh.values()).kept_fraction,
-        "flip_rate": masks.flip_rate(),
-        "virtual_flip_rate": masks.flip_rate(virtual=True),
-        "flip_rate_ratio": masks.flip_rate_ratio(),
-        "age_mean": masks.age_mean(),
+        "flip_rate": rate,
+        "virtual_flip_rate": virtual,
+        "flip_rate_ratio": rate / virtual if rate is not None and virtual else None,
+        "age_mean": total(ages) / masks.entries if ages else None,
     }
     for name, entry in sums.items() if per_layer else ():
-        values[f"layer/{name}/flip_rate"] = masks.flip_rate(name)
+        values[f"layer/{name}/flip_rate"] = rate_of(flips, layers, name)
         if name in at_refresh:
             key = f"layer/{name}/kept_fraction_at_refresh"
             values[key] = PruneMetrics.from_sums(at_refresh[name].tolist()).kept_fraction

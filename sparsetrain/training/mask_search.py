@@ -87,9 +87,8 @@ class MaskSearch:
             stacklevel=2,
         )
 
-    def count_violations(self, codes: Sequence[Tensor], kept: int) -> int:
+    def count_violations(self, codes: Tensor, kept: int) -> Tensor:
         """Count the groups of four that do not keep what they should, but for tiles that a budget keeps dense."""
         if self.tile_budget:
-            codes = [layer[layer != KEEP_ALL][None] for layer in codes]  # the other tiles, in a row
-        counts = [self.pattern.count_violations(layer, kept) for layer in codes]
-        return int(torch.stack(counts).sum()) if counts else 0
+            codes = codes[codes != KEEP_ALL][None]  # the other tiles, in a row
+        return self.pattern.count_violations(codes, kept)

@@ -7,17 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.equal_codes import require_equal_codes
+from ..distributed.equal_codes import Groups, require_equal_codes
+from ..distributed.peers import Peers
+from ..distributed.shards import groups_of
 from ..kernels.tile_codes import unpack_codes
 from ..layers.masked_layer import MaskedLayer
 from ..layers.one_pass import search_in_one_pass_
+from ..layers.sharded.totals import sum_over_parts, total
 from ..masks.dense_budget import dense_layers
 from ..masks.matrices import by_device
 from ..masks.tile_codes import KEEP_ALL
 from .mask_search import MaskSearch
-from .mask_statistics import kept_fractions, layer_statistics
+from .mask_statistics import kept_fractions, layer_statistics, rate_of
 
 MAX_AGE = 255
+
+ALONE = Peers()
 
 STATE_KEYS = (
     "pattern", "exists", "kept", "dense", "codes", "shapes", "flips", "virtual_flips", "sums_at_refresh", "ages",
@@ -33,6 +38,7 @@ class MaskState:
         layers: Layer name to layer.
         search: What finds the masks.
         track_age: Keep for every entry the refreshes since it last flipped (one byte a weight, up to 255).
+        peers: Processes that hold the same weights, where those are whole.
 
     Example:
         >>> from sparsetrain import Magnitude, SparseLinear
@@ -43,8 +49,10 @@ class MaskState:
         (True, 0)
     """
 
-    def __init__(self, layers: Mapping[str, MaskedLayer], search: MaskSearch, track_age: bool = False) -> None:
-        self.layers = dict(layers)
+    def __init__(
+        self, layers: Mapping[str, MaskedLayer], search: MaskSearch, track_age: bool = False, peers: Peers = ALONE
+    ) -> None:
+        self.layers, self._peers = dict(layers), peers
         self.search = search
         self.pattern, self.criterion = search.pattern, search.criterion
         self.kept = 2  # of every four entries
@@ -55,7 +63,7 @@ class MaskState:
         self.virtual_flips: dict[str, Tensor] = {}
         self.sums_at_refresh: dict[str, Tensor] = {}  # of each layer when its mask was searched last
         self.ages = {
-            name: torch.zeros(layer.weight.shape, dtype=torch.uint8, device=layer.weight.device)
+            name: torch.zeros(layer.master.shape, dtype=torch.uint8, device=layer.master.device)
             for name, layer in self.layers.items()
             if track_age
         }
@@ -108,7 +116,11 @@ class MaskState:
         self.sums_at_refresh.update((name, statistics[name][:5]) for name in wanted)
         self.refresh_ms = 1e3 * (time.perf_counter() - start)
         self.refresh_backward()
-        require_equal_codes(self.codes)
+        require_equal_codes(self.codes, {name: self._holders(layer) for name, layer in self.layers.items()})
+
+    def _holders(self, layer: MaskedLayer) -> Groups:
+        """Return the groups of processes that hold the same part of a layer's weight."""
+        return self._peers.groups if layer.shard is None else tuple(groups_of(layer.shard.weight, cut=False))
 
     @torch.no_grad()
     def refresh_backward(self) -> None:
@@ -121,10 +133,10 @@ class MaskState:
     def _search_in_one_pass(self, wanted: Mapping[str, MaskedLayer], pack: bool) -> dict[str, Tensor]:
         """Search masks, one launch a layout; layers that are not wanted have no flips."""
         found: dict[str, Tensor] = {}
-        for names in by_device({name: layer.weight for name, layer in wanted.items()}):
+        for names in by_device({name: layer.master for name, layer in wanted.items()}):
             found.update(zip(names, search_in_one_pass_([wanted[name] for name in names], pack), strict=True))
         return {
-            name: found[name] if name in found else torch.zeros(6, dtype=torch.float64, device=layer.weight.device)
+            name: found[name] if name in found else torch.zeros(6, dtype=torch.float64, device=layer.master.device)
             for name, layer in self.maskable.items()
         }
 
@@ -159,12 +171,8 @@ class MaskState:
 
     def flip_rate(self, layer: str | None = None, virtual: bool = False) -> float | None:
         """Return the last refresh's flips as a fraction of the entries, of one layer or of all; None before one."""
-        flips = self.virtual_flips if virtual else self.flips
-        names = list(flips) if layer is None else [layer]
-        if not flips:
-            return None
-        entries = sum(self.layers[name].weight.numel() for name in names)
-        return float(torch.stack([flips[name].cpu() for name in names]).sum()) / entries
+        (flips,) = sum_over_parts(self.layers, self.virtual_flips if virtual else self.flips)
+        return rate_of(flips, self.layers, layer)
 
     def flip_rate_ratio(self) -> float | None:
         """Return the last flip rate of a sparse phase over that of a dense one, or None."""
@@ -173,15 +181,25 @@ class MaskState:
 
     def violations(self) -> int:
         """Count the groups of four, in masks that are in force, that do not keep what they should; must be 0."""
-        codes = [layer.mask_codes for layer in self.layers.values() if layer.is_masked]
-        return self.search.count_violations(codes, self.kept)
+        (counts,) = sum_over_parts(self.layers, self.violation_counts())
+        return int(total(counts))
 
-    def age_mean(self) -> float | None:
-        """Return the mean number of refreshes since an entry last flipped, or None if ages are not tracked."""
-        if not self.ages:
-            return None
-        total = sum(float(age.sum(dtype=torch.int64)) for age in self.ages.values())
-        return total / sum(age.numel() for age in self.ages.values())
+    def violation_counts(self) -> dict[str, Tensor]:
+        """Count them in every layer whose mask is in force, in the part that lies here."""
+        return {
+            name: self.search.count_violations(layer.mask_codes, self.kept)
+            for name, layer in self.layers.items()
+            if layer.is_masked
+        }
+
+    def age_sums(self) -> dict[str, Tensor]:
+        """Add up the refreshes since entries last flipped, in the part that lies here, if ages are tracked."""
+        return {name: age.sum(dtype=torch.int64) for name, age in self.ages.items()}
+
+    @property
+    def entries(self) -> int:
+        """Of all weights."""
+        return sum(layer.weight.numel() for layer in self.layers.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything that the next refresh and the metrics depend on."""

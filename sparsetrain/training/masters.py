@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..distributed.peers import reshard_
+from ..distributed.shards import is_spread, local
 from ..layers.masked_layer import MaskedLayer
 from .step_hooks import owned_parameters
 
@@ -51,7 +53,7 @@ class Masters:
         self._list()
 
     def follow(self, optimizer: Optimizer) -> dict[str, tuple[Tensor, Tensor]]:
-        """Take over what was replaced since the last step.
+        """Take over what was replaced since the last step; gathered weights are let go of.
 
         Args:
             optimizer: The one that is about to step.
@@ -63,6 +65,8 @@ class Masters:
             RuntimeError: If a new weight does not fit or no optimizer owns it, or a layer is no longer in the model;
                 nothing is changed then.
         """
+        if self._is_spread:
+            reshard_(self._model)
         parents, names, children = self._edges
         if not all(map(is_, map(_found_in, parents, names), children)):
             for name in [name for name, path in self._paths.items() if self._found_at(path) is not self._layers[name]]:
@@ -101,9 +105,11 @@ class Masters:
         self._list()
 
     def gradients(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """Return the gradients that there are of an optimizer's layers, by layer name."""
+        """Return the gradients that there are of an optimizer's layers, or of their parts here, by layer name."""
         names, weights = self.of(optimizer)
         gradients = [*map(_GRADIENT, weights)]
+        if self._is_spread:
+            gradients = [None if gradient is None else local(gradient) for gradient in gradients]
         if not any(map(is_, gradients, repeat(None))) and not any(map(_REQUIRES_GRAD, gradients)):
             return dict(zip(names, gradients, strict=True))
         return {
@@ -122,6 +128,7 @@ class Masters:
 
     def _list(self) -> None:
         """List what every step looks at."""
+        self._is_spread = any(map(is_spread, self.weights.values()))
         self._listed = [layer._parameters for layer in self._layers.values()], [*self.weights.values()]
         for optimizer, owned in self.owned.items():
             own = {name: weight for name, weight in self.weights.items() if id(weight) in owned}

@@ -3,6 +3,10 @@
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 
+import torch.distributed as dist
+from torch import nn
+
+from ..distributed.peers import reshard_
 from ..masks.gradient_rules import resolve_gradient_rule
 from ..modifiers.base import Entry, Modifier, Run
 from .mask_state import MaskState
@@ -17,10 +21,13 @@ class Phases:
         masks: Of its layers.
         modifiers: What its method switches on, in the order of calls.
         watch_dense: Search masks in dense phases as well, without applying them.
+        model: Whose layers they are.
     """
 
-    def __init__(self, run: Run, masks: MaskState, modifiers: Sequence[Modifier], watch_dense: bool) -> None:
-        self.run, self.masks, self.modifiers = run, masks, modifiers
+    def __init__(
+        self, run: Run, masks: MaskState, modifiers: Sequence[Modifier], watch_dense: bool, model: nn.Module
+    ) -> None:
+        self.run, self.masks, self.modifiers, self._model = run, masks, modifiers, model
         self.watch_dense = watch_dense
         self.last_refresh = -1
         self.repack_ms = 0.0
@@ -90,6 +97,8 @@ class Phases:
 
     def repack_(self, moment: object = None) -> None:
         """Pack the weights for sparse products; ``moment`` is that of :meth:`LayerGroup.known`."""
+        if dist.is_initialized():
+            reshard_(self._model)  # what is gathered has other masks or weights
         with nullcontext() if self.timer is None else self.timer.part("repack"):
             self.repack_ms = self.run.groups.repack_(self.masks.layers, moment)
 

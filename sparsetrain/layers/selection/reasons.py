@@ -5,8 +5,10 @@ from collections.abc import Set
 
 from torch import nn
 
+from ...distributed.shards import is_spread
 from ..claims import run_of
 from ..masked_layer import MaskedLayer
+from ..sharded.alignment import require_no_root, require_shardable
 from .heads import output_heads
 from .layer_classes import LAYERS, base_class, why_subclass
 from .surroundings import Surroundings
@@ -36,6 +38,9 @@ class Reasons:
         Args:
             name: Of the layer, or of stacked experts.
             kinds: Of the targets that match it.
+
+        Raises:
+            ValueError: If its weight is spread over processes in a way that masks cannot follow.
         """
         if not kinds:
             return "not in targets"
@@ -57,6 +62,7 @@ class Reasons:
             return "already sparse: call finish() of the run that made it, or export_dense_(model, zeros=False), first"
         if id(layer) in self._readers:
             return f"{self._readers[id(layer)]} reads its weight itself"
+        require_no_root(name, layer)
         if reason := why_subclass(layer):
             return reason
         if getattr(layer, "_is_fsdp_managed_module", False) and type(layer.weight).__name__ != "DTensor":
@@ -65,8 +71,8 @@ class Reasons:
             )
         if layer._parameters.get("weight") is None:
             return "weight is no parameter (weight_norm, spectral_norm or prune): remove that first"
-        if type(layer.weight).__name__ == "DTensor":
-            return "sharded weight (DTensor of FSDP2 or tensor parallelism): use DistributedDataParallel"
+        if is_spread(layer.weight):
+            require_shardable(name, layer, layer.weight)
         if (groups := getattr(layer, "groups", 1)) != 1:
             return f"groups is {groups}, and a mask needs 1"
         for dimension in LAYERS[base_class(layer)]:

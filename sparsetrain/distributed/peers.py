@@ -1,0 +1,76 @@
+"""``Peers``: the processes whose gradients are averaged with those of this one."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .shards import is_cut, is_spread
+from .world import world_size
+
+
+class Peers(NamedTuple):
+    """The processes whose gradients are averaged with those of this one, this one among them.
+
+    Args:
+        groups: Over all of which, one after the other, is reduced; none in a run with one process.
+
+    Example:
+        >>> Peers().size
+        1
+    """
+
+    groups: tuple[dist.ProcessGroup | None, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        size = 1
+        for group in self.groups:
+            size *= dist.get_world_size(group)
+        return size
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Add up a tensor over them, in place; nothing is sent if there are none."""
+        for group in self.groups:
+            dist.all_reduce(tensor, group=group)
+
+
+def peers_of(model: nn.Module, weights: Iterable[Tensor], group: dist.ProcessGroup | None) -> Peers:
+    """Return a run's peers: those of the weights' mesh if weights are spread, else a group, or all processes.
+
+    Args:
+        model: Whether FSDP2 gathers its weights is found there.
+        weights: Of the sparse layers, all plain or all spread over one mesh.
+        group: Of processes that hold the same weights; None for all.
+    """
+    spread: Sequence[Any] = [weight for weight in weights if is_spread(weight)]
+    if not spread:
+        return Peers((group,) if world_size() > 1 and dist.get_world_size(group) > 1 else ())
+    mesh, placements = spread[0].device_mesh, spread[0].placements
+    cut = [dimension for dimension, placement in enumerate(placements) if is_cut(placement)]
+    # FSDP2's dimensions come first, and the last of them is cut; the rest is tensor parallelism, which shares a batch
+    count = cut[0] + 1 if cut and is_gathered(model) else 0
+    return Peers(tuple(mesh.get_group(dimension) for dimension in range(count) if mesh.size(dimension) > 1))
+
+
+def is_gathered(model: nn.Module) -> bool:
+    """Say whether FSDP2 gathers weights of a model.
+
+    Example:
+        >>> is_gathered(nn.Linear(4, 4))
+        False
+    """
+    return any(hasattr(module, "set_requires_gradient_sync") for module in model.modules())
+
+
+def reshard_(model: nn.Module) -> None:
+    """Have FSDP2 let go of all gathered weights, as they are out of date.
+
+    Example:
+        >>> reshard_(nn.Linear(4, 4))
+    """
+    for module in model.modules():
+        if hasattr(module, "set_requires_gradient_sync"):
+            module.reshard()  # type: ignore[operator]

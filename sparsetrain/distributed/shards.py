@@ -1,0 +1,155 @@
+"""Tensors that are spread over processes (DTensors): the part that lies here, and who holds the rest."""
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+PLAIN = (Tensor, nn.Parameter)
+
+_local_tensor: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")  # to_local() gives another view each time
+
+
+def is_spread(tensor: Any) -> bool:
+    """Say whether a tensor is spread over processes, as FSDP2 and tensor parallelism leave weights.
+
+    Example:
+        >>> is_spread(torch.zeros(4))
+        False
+    """
+    # not by its class, whose import takes a second
+    return type(tensor) not in PLAIN and isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that lies in this process: the memory itself, without a graph; all of a plain one.
+
+    Example:
+        >>> weight = torch.zeros(4)
+        >>> local(weight) is weight
+        True
+    """
+    return _local_tensor(tensor) if is_spread(tensor) else tensor
+
+
+def spread_like(part: Tensor, whole: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a tensor that is spread as another is, given this process's part.
+
+    Args:
+        part: What lies here.
+        whole: A DTensor of as many dimensions.
+        shape: Of the result, over all processes.
+    """
+    from torch.distributed.tensor import DTensor
+
+    mesh: Any = whole.device_mesh  # type: ignore[attr-defined]
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    sizes = torch.Size(shape)
+    return DTensor.from_local(part, mesh, whole.placements, shape=sizes, stride=stride)  # type: ignore[attr-defined]
+
+
+def replicated_like(whole: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor as what every process of another's mesh holds; as it is if the other is plain.
+
+    Example:
+        >>> whole = torch.zeros(4)
+        >>> replicated_like(whole, torch.zeros(8)) is whole
+        True
+    """
+    if not is_spread(like):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim)
+
+
+def held(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that lies here, differentiably.
+
+    Example:
+        >>> weight = torch.zeros(4)
+        >>> held(weight) is weight
+        True
+    """
+    return cast(Tensor, tensor.to_local()) if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def part_like(whole: Tensor, like: Tensor) -> Tensor:
+    """Return the part that lies here of a tensor that is spread as another is; nothing is sent.
+
+    Args:
+        whole: Plain, the same in every process; cut where ``like`` is cut, in units of its own rows.
+        like: A DTensor of as many dimensions.
+
+    Raises:
+        ValueError: If another tensor is cut in strides, as under FSDP2 beside tensor parallelism.
+    """
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    if any(is_cut(placement) and type(placement) is not Shard for placement in placements):
+        raise ValueError(
+            f"placements are {placements}: a whole tensor cannot be cut like that; make the run after the model is "
+            "sharded, and resume from a sharded state."
+        )
+    return local(distribute_tensor(whole, mesh, placements, src_data_rank=None))
+
+
+def is_cut(placement: Any) -> bool:
+    """Say whether a DTensor's placement cuts it in a dimension, in strides too."""
+    return getattr(placement, "dim", None) is not None
+
+
+def cut_dimensions(tensor: Tensor) -> dict[int, int]:
+    """Return the dimensions in which a DTensor is cut, each with the number of parts.
+
+    Example:
+        >>> cut_dimensions(torch.zeros(4))
+        {}
+    """
+    found: dict[int, int] = {}
+    if is_spread(tensor):
+        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):  # type: ignore[attr-defined]
+            if is_cut(placement):
+                found[placement.dim] = found.get(placement.dim, 1) * size
+    return found
+
+
+def groups_of(tensor: Tensor, cut: bool) -> list[dist.ProcessGroup]:
+    """Return the groups of processes that hold other parts of a DTensor (``cut``), or the same part.
+
+    One for each dimension of its mesh; over several, reduce one after the other.
+    """
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
+    return [
+        mesh.get_group(dimension)
+        for dimension, placement in enumerate(placements)
+        if is_cut(placement) == cut and mesh.size(dimension) > 1
+    ]
+
+
+def copies(tensor: Tensor) -> int:
+    """Return how many processes hold the same part of a tensor; 1 for a plain one.
+
+    Example:
+        >>> copies(torch.zeros(4))
+        1
+    """
+    found = 1
+    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True) if is_spread(tensor) else ():  # type: ignore[attr-defined]
+        found *= 1 if is_cut(placement) else size
+    return found
+
+
+def is_first(tensor: Tensor) -> bool:
+    """Say whether this process holds the first part of a DTensor, in every dimension in which it is cut."""
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
+    return all(
+        mesh.get_local_rank(dimension) == 0 for dimension, placement in enumerate(placements) if is_cut(placement)
+    )
