@@ -1,0 +1,26 @@
+"""Every preset on shards trains as in one process."""
+
+import functools
+from typing import Any
+
+import pytest
+import sharded_runs
+from ranks import ranks
+
+from sparsetrain.methods import PRESETS
+
+LAYOUTS: dict[str, tuple[int, tuple[int, ...]]] = {"fsdp": (2, (2,)), "fsdp of 4": (4, (4,)), "hsdp": (4, (2, 2))}
+"""Name to the number of ranks and the shape of their mesh."""
+
+
+@functools.cache
+def in_one_process(method: str) -> dict[str, Any]:
+    return sharded_runs.train(sharded_runs.blocks(), method)
+
+
+@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_preset_on_shards_trains_as_in_one_process(layout: str, method: str) -> None:
+    world, shape = LAYOUTS[layout]
+    for found in ranks(world)("sharded_runs.fsdp", method, shape):
+        sharded_runs.require_equal(found, in_one_process(method))
