@@ -14,7 +14,7 @@ STEPS = 12
 
 WIDTH = 16
 
-_MESHES: dict[tuple[int, ...], DeviceMesh] = {}
+_MESHES: dict[tuple[object, ...], DeviceMesh] = {}
 
 
 class Block(nn.Module):
