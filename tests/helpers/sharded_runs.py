@@ -27,7 +27,8 @@ class Block(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(x)) * self.gate(x))
+        hidden: Tensor = torch.relu(self.up(x)) * self.gate(x)
+        return torch.add(x, self.down(hidden))
 
 
 def blocks(count: int = 2, width: int = WIDTH, hidden: int = 2 * WIDTH) -> nn.Module:
