@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..backends import resolve_backend
+from ..kernels.torch_internals import is_transformed
 from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.tile_codes import require_tiles
 from ..matmul.autocast import as_autocast
@@ -15,7 +16,7 @@ from ..matmul.choices import backend_on
 from ..matmul.eager import is_eager
 from ..matmul.execution import Execution
 from ..matmul.linear_function import LinearSpec, SparseLinearFunction
-from ..matmul.transforms import as_constants, as_leaf, is_transformed, transformed_linear
+from ..matmul.transforms import as_constants, as_leaf, transformed_linear
 from .eager_linear import eager_product
 from .masked_layer import MaskedLayer
 

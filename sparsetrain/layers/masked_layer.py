@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.tile_codes import unpack_codes
+from ..kernels.torch_internals import is_transformed
 from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.matrices import matrix_of, weight_of
 from ..masks.soft_threshold import SoftThreshold, soft_thresholded
@@ -17,7 +18,7 @@ from ..matmul.estimated_weight_gradient import draw_counter
 from ..matmul.execution import Execution
 from ..matmul.operands import Operands
 from ..matmul.registry import register
-from ..matmul.transforms import is_transformed, with_gradient_of
+from ..matmul.transforms import with_gradient_of
 from ..types import PhaseKind
 
 STATE = (

@@ -5,6 +5,7 @@ from collections.abc import Set
 
 from torch import nn
 
+from ...kernels.torch_internals import SHARDED_MODULE
 from ..claims import run_of
 from ..masked_layer import MaskedLayer
 from .heads import output_heads
@@ -59,7 +60,7 @@ class Reasons:
             return f"{self._readers[id(layer)]} reads its weight itself"
         if reason := why_subclass(layer):
             return reason
-        if getattr(layer, "_is_fsdp_managed_module", False) and type(layer.weight).__name__ != "DTensor":
+        if getattr(layer, SHARDED_MODULE, False) and type(layer.weight).__name__ != "DTensor":
             return (
                 "FSDP1 (FullyShardedDataParallel) cuts weights anywhere, through 4×4 tiles: use DistributedDataParallel"
             )
