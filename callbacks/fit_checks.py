@@ -4,10 +4,10 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsetrain.checkpoint import require_same_weights
+from sparsetrain.kernels.torch_internals import may_rename_keys
 
 SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
@@ -51,13 +51,4 @@ def refuse_foreign_weights(module: LightningModule) -> RemovableHandle:
 
 def _check_weights(module: LightningModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     # the hook's own argument is True whatever load_state_dict was given, which is strict_loading
-    require_same_weights(module, state_dict, module.strict_loading and not _may_rename_keys(module))
-
-
-def _may_rename_keys(module: nn.Module) -> bool:
-    children = [child for child in module.modules() if child is not module]
-    own_hooks = len(module._load_state_dict_pre_hooks) > 1 or any(
-        child._load_state_dict_pre_hooks for child in children
-    )
-    plain = nn.Module._load_from_state_dict
-    return own_hooks or any(type(child)._load_from_state_dict is not plain for child in children)
+    require_same_weights(module, state_dict, module.strict_loading and not may_rename_keys(module))

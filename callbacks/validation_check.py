@@ -8,6 +8,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from sparsetrain.kernels.torch_internals import COMPILED_CALL, COMPILED_MODULE
 from sparsetrain.layers.selection.select_layers import sparse_layers
 from sparsetrain.layers.verification import (
     blame,
@@ -49,7 +50,7 @@ class ValidationCheck:
         self.done, self._depth = True, 0
         for name, module in _holders(pl_module):
             held = vars(module)
-            key = "_compiled_call_impl" if held.get("_compiled_call_impl") is not None else "forward"
+            key = COMPILED_CALL if held.get(COMPILED_CALL) is not None else "forward"
             self._wrapped.append((held, key, held.get(key)))
             held[key] = self._watch(name, module, getattr(module, key))
 
@@ -123,7 +124,7 @@ def _holders(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module
     if not any(layer is not module for _, layer in sparse_layers(module)):
         return
     yield name, module
-    if not hasattr(module, "_orig_mod") and vars(module).get("_compiled_call_impl") is None:
+    if not hasattr(module, COMPILED_MODULE) and vars(module).get(COMPILED_CALL) is None:
         for key, child in module.named_children():
             yield from _holders(child, f"{name}.{key}".strip("."))
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .torch_internals import count_dispatch_modes
+
 Made = TypeVar("Made")
 
 
@@ -116,7 +118,7 @@ def kernels_now(kernels: Mapping[str, Made], known: Known | None, *columns: Sequ
         True
     """
     last = columns[-1]
-    if not last or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if not last or torch.compiler.is_compiling() or count_dispatch_modes():
         return None
     if not are_plain(*(columns if known is None else columns[: known.moving])):
         return None

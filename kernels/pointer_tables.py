@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .torch_internals import foreach_add_
+
 
 def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Return int64 ``[numbers]`` on a device, without waiting for it. Do not write to it.
@@ -81,7 +83,7 @@ def _on_device(numbers: "array[int]", device: torch.device) -> Tensor:
             return torch.frombuffer(numbers, dtype=torch.int64)
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             made = torch.zeros(count, dtype=torch.int64, device=device)
-            torch._foreach_add_(made.unbind(), numbers.tolist())
+            foreach_add_(made.unbind(), numbers.tolist())
             return made
         pinned = torch.empty(count, dtype=torch.int64, pin_memory=True)
         ctypes.memmove(pinned.data_ptr(), numbers.buffer_info()[0], 8 * count)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsetrain import transposable_mask
 from sparsetrain.kernels.mask_search.reference import patterns
+from sparsetrain.kernels.torch_internals import cslt_compress, semi_structured_tile
 
 from .measure import milliseconds, quantiles
 
@@ -49,7 +50,7 @@ class Baseline:
 
 
 def _tile(weight: Tensor) -> object:
-    return torch.ops.aten._sparse_semi_structured_tile(weight, "largest_abs_values_greedy", True)
+    return semi_structured_tile(weight, "largest_abs_values_greedy", True)
 
 
 def _masked(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +59,7 @@ def _masked(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _compress(both: tuple[Tensor, Tensor]) -> object:
-    return [torch.ops.aten._cslt_compress(masked) for masked in both]
+    return [cslt_compress(masked) for masked in both]
 
 
 BASELINES = (

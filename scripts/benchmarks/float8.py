@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsetrain.kernels.torch_internals import scaled_mm
+
 INPUTS, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 CAPABILITY = (8, 9)  # the first with 8-bit floats
 MULTIPLE = 16  # of every size of a product
@@ -52,7 +54,7 @@ def product(one: Tensor, one_dtype: torch.dtype, two: Tensor, two_dtype: torch.d
     right, right_scale = scaled(two, two_dtype)
     # gradients are summed exactly, as torchao does
     fast = one_dtype == INPUTS
-    result: Tensor = torch._scaled_mm(left, right.t(), left_scale, right_scale, out_dtype=out, use_fast_accum=fast)
+    result: Tensor = scaled_mm(left, right.t(), left_scale, right_scale, out_dtype=out, use_fast_accum=fast)
     return result
 
 

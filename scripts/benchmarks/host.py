@@ -28,6 +28,7 @@ from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.kernels.masked_update.operator import NOW
 from sparsetrain.kernels.pack import pack_tiles_
 from sparsetrain.kernels.pack.eager import NOW as PACK_NOW
+from sparsetrain.kernels.torch_internals import kernels_of
 from sparsetrain.layers.conversion import to_sparse_
 from sparsetrain.matmul.execution import Execution
 
@@ -108,7 +109,7 @@ def stand_ins(launched: Callable[[], object] = lambda: None) -> Iterator[None]:
     def launch(kernel: object, *arguments: object, **keywords: object) -> None:
         launched()
 
-    run_kernels, packers = {kind: kind.run for kind in KERNELS}, pack_tiles_._backend_fns
+    run_kernels, packers = {kind: kind.run for kind in KERNELS}, kernels_of(pack_tiles_)
     elsewhere, packers[None] = packers[None], packers["cuda"]
     NOW["cpu"], PACK_NOW["cpu"] = NOW["cuda"], PACK_NOW["cuda"]
     BACKENDS[StandIn.name] = StandIn()

@@ -18,6 +18,7 @@ import torch
 import triton
 
 import sparsetrain
+from sparsetrain.kernels.torch_internals import cuda_sleep
 
 from .repository import commit
 
@@ -52,7 +53,7 @@ def recorded_event() -> torch.cuda.Event:
 
 def events_around(call: Callable[[], object], cycles: int = AHEAD_CYCLES) -> Events:
     """Enqueue a call between two events; the host runs ahead for some cycles, so the time between is the device's."""
-    torch.cuda._sleep(cycles)
+    cuda_sleep(cycles)
     start = recorded_event()
     call()
     return start, recorded_event()

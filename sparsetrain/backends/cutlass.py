@@ -9,6 +9,7 @@ from ..hardware.machine import machine_from_torch
 from ..hardware.requirements import why_not
 from ..kernels.layouts import cutlass_layout
 from ..kernels.metadata_order import Order
+from ..kernels.torch_internals import semi_structured_mm
 from .interface import Operand
 from .padding import padded_tokens, readable_rows
 
@@ -24,7 +25,7 @@ class CutlassBackend:
 
     def why_not(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
         """Say in one sentence why a weight cannot run there, or return None."""
-        if not hasattr(torch.ops.aten, "_sparse_semi_structured_mm"):
+        if semi_structured_mm is None:
             return f"torch {torch.__version__} has no operator aten::_sparse_semi_structured_mm: use another backend."
         return why_not(self.name, machine_from_torch(device), str(dtype), shape)
 
@@ -57,7 +58,7 @@ class CutlassBackend:
         """Return ``rows·Aᵀ + bias``, or its transpose; tokens are padded if they are no multiple of 8."""
         values, meta = operand.tensors
         padded = padded_tokens(readable_rows(rows), TOKENS)
-        result: Tensor = torch.ops.aten._sparse_semi_structured_mm(values, meta, padded.t())
+        result: Tensor = semi_structured_mm(values, meta, padded.t())
         result = result[:, : rows.shape[0]]
         if bias is not None:
             result = result + bias.unsqueeze(1)

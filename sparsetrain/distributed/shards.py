@@ -1,16 +1,15 @@
 """Tensors that are spread over processes (DTensors): the part that lies here, and who holds the rest."""
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-PLAIN = (Tensor, nn.Parameter)
+from ..kernels.torch_internals import local_tensor
 
-_local_tensor: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")  # to_local() gives another view each time
+PLAIN = (Tensor, nn.Parameter)
 
 
 def is_spread(tensor: Any) -> bool:
@@ -32,7 +31,7 @@ def local(tensor: Tensor) -> Tensor:
         >>> local(weight) is weight
         True
     """
-    return _local_tensor(tensor) if is_spread(tensor) else tensor
+    return local_tensor(tensor) if is_spread(tensor) else tensor
 
 
 def spread_like(part: Tensor, whole: Tensor, shape: Sequence[int]) -> Tensor:

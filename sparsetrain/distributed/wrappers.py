@@ -4,7 +4,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-INNER_NAMES = ("_orig_mod", "_original_module")
+from ..kernels.torch_internals import COMPILED_MODULE
+
+INNER_NAMES = (COMPILED_MODULE, "_original_module")
 """Where ``torch.compile`` (and Accelerate, which compiles blocks alone) and Fabric keep the module they wrap."""
 
 

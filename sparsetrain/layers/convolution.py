@@ -9,14 +9,21 @@ from torch.fx import Proxy
 
 from ..distributed.shards import held
 from ..kernels.tile_codes import unpack_codes
+from ..kernels.torch_internals import explicit_padding, is_transformed
 from ..masks.gradient_rules import GradientRule
 from ..masks.matrices import weight_of
 from ..matmul.autocast import as_autocast, autocast_dtype
 from ..matmul.kept_weight import may_keep
-from ..matmul.transforms import as_constants, as_leaf, is_transformed, transformed_weight, with_gradient_of_input
+from ..matmul.transforms import as_constants, as_leaf, transformed_weight, with_gradient_of_input
 from .linear import multiply
 from .masked_layer import MaskedLayer
 from .sharded.gathered_products import gathered_weight
+
+ONES = ((1,), (1, 1))
+"""Kernels of linear layers."""
+
+NO_PADDING = ((0,), (0, 0), "same", "valid")
+"""Paddings of such kernels that add nothing."""
 
 
 class MaskWeight(torch.autograd.Function):
@@ -101,7 +108,6 @@ class SparseConvolution(MaskedLayer):
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding_mode: Any
-    _reversed_padding_repeated_twice: list[int]
 
     @property
     def has_sparse_products(self) -> bool:
@@ -150,7 +156,7 @@ class SparseConvolution(MaskedLayer):
             return with_gradient_of_input(output, other)
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         one = input.dim() == len(self.stride) + 1  # image without a batch
-        padded = F.pad(input[None] if one else input, self._reversed_padding_repeated_twice, mode=mode)
+        padded = F.pad(input[None] if one else input, explicit_padding(self), mode=mode)
         tensors = [as_autocast(tensor) for tensor in (padded, weight, backward_weight)]
         bias = None if self.bias is None else as_autocast(self.bias)
         output = cast(Tensor, TwoWeightConvolution.apply(*tensors, bias, self.stride, self.dilation))  # type: ignore[no-untyped-call]
@@ -223,10 +229,10 @@ def is_pointwise(layer: nn.Module) -> bool:
     Example:
         >>> is_pointwise(nn.Conv2d(8, 4, 1, stride=2)), is_pointwise(nn.Conv2d(8, 4, 1, padding=1))
         (True, False)
+        >>> is_pointwise(nn.Conv1d(8, 4, 1, padding="same")), is_pointwise(nn.Conv2d(8, 4, (1, 3)))
+        (True, False)
     """
-    kernel: tuple[int, ...] = layer.kernel_size  # type: ignore[assignment]
-    padding: list[int] = layer._reversed_padding_repeated_twice  # type: ignore[assignment]
-    return all(size == 1 for size in kernel) and not any(padding)
+    return layer.kernel_size in ONES and layer.padding in NO_PADDING
 
 
 def _channels_last(tensor: Tensor) -> bool:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve_backend
+from ..kernels.torch_internals import is_transformed
 from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..matmul.autocast import as_autocast
 from ..matmul.choices import backend_on
 from ..matmul.linear_function import LinearSpec, SparseLinearFunction
-from ..matmul.transforms import is_transformed, transformed_linear
+from ..matmul.transforms import transformed_linear
 
 
 def sparse_linear(

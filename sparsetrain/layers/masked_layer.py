@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..distributed.shards import is_spread, local, part_like, spread_like
 from ..kernels.tile_codes import unpack_codes
+from ..kernels.torch_internals import is_transformed
 from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.matrices import matrix_of, weight_of
 from ..masks.soft_threshold import SoftThreshold, soft_thresholded
@@ -18,7 +19,7 @@ from ..matmul.estimated_weight_gradient import draw_counter
 from ..matmul.execution import Execution
 from ..matmul.operands import Operands
 from ..matmul.registry import register
-from ..matmul.transforms import is_transformed, with_gradient_of
+from ..matmul.transforms import with_gradient_of
 from ..types import PhaseKind
 from .sharded.alignment import require_shardable
 from .sharded.shard import Shard

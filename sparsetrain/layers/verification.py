@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from ..kernels.torch_internals import is_compiler_loaded, remove_global_hook
 from .masked_layer import MaskedLayer
 from .selection.select_layers import sparse_layers
 
@@ -182,7 +182,7 @@ def copied(example: Any) -> Any:
 
 def uncompiled() -> AbstractContextManager[Any]:
     """Run what is compiled as it was written."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    return torch.compiler.set_stance("force_eager") if is_compiler_loaded() else nullcontext()
 
 
 @contextmanager
@@ -254,8 +254,7 @@ def watched(model: nn.Module) -> Iterator[Calls]:
         try:
             yield calls
         finally:
-            handle.remove()
-            module_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)  # which torch 2.13 forgets
+            remove_global_hook(handle)
 
 
 def _on_host(value: Any) -> list[Tensor]:

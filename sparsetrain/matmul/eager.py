@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .transforms import is_transformed
+from ..kernels.torch_internals import count_dispatch_modes, is_tracing, is_transformed
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -23,7 +23,7 @@ def is_eager(tensor: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or not is_plain(tensor)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_tracing()
+        or count_dispatch_modes()
+        or is_tracing()
         or is_transformed()
     )

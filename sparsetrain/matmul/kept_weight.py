@@ -8,9 +8,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..kernels.masked_update.operator import apply_masks_
 from ..kernels.tile_codes import unpack_codes
+from ..kernels.torch_internals import storage_address
 from ..masks.matrices import weight_of
 from .eager import is_eager
-from .tensor_state import fingerprint, hold, storage_address
+from .tensor_state import fingerprint, hold
 
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their bytes."""

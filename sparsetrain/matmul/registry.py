@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..kernels.torch_internals import storage_address
 from .operands import Layer, Operands
-from .tensor_state import storage_address
 
 _OPERANDS: weakref.WeakValueDictionary[int, Operands] = weakref.WeakValueDictionary()
 """By the storage of the codes, which a layer owns alone, wherever its weight comes from."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..backends.packing import Batches, PackJob, fill_
 from ..kernels.launch import Known
+from ..kernels.torch_internals import storage_address
 from .operands import Layer, Operands
-from .tensor_state import stamp_of_sources, storage_address
+from .tensor_state import stamp_of_sources
 
 LOG = logging.getLogger("sparsetrain")
 

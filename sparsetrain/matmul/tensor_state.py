@@ -1,16 +1,14 @@
 """What tells that a tensor was written to or replaced: its version and place, or a fingerprint of its numbers."""
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-Stamp = tuple[int, ...]
+from ..kernels.torch_internals import storage_address
 
-storage_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
-"""Returns what tells a tensor's storage, as long as that is held."""
+Stamp = tuple[int, ...]
 
 PERIOD = 8 * 61
 """Words after which places begin again in the fingerprint of a 16-bit weight: whole vectors, and with a prime, so that

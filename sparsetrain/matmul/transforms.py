@@ -10,23 +10,12 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn import Module
 
 from ..kernels.tile_codes import unpack_codes
 from ..masks.gradient_rules import GradientRule
 from ..masks.matrices import weight_of
-
-
-def is_transformed() -> bool:
-    """Return whether a function transform or forward-mode differentiation is at work.
-
-    Example:
-        >>> is_transformed(), torch.func.vmap(lambda x: x + is_transformed())(torch.zeros(1)).item()
-        (False, 1.0)
-    """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def with_gradient_of(value: Tensor, source: Tensor, factor: Tensor | float = 1.0) -> Tensor:

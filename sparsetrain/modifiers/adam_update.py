@@ -8,6 +8,18 @@ import torch
 from torch import Tensor
 
 from ..distributed.shards import local
+from ..kernels.torch_internals import (
+    foreach_add,
+    foreach_add_,
+    foreach_addcdiv_,
+    foreach_div_,
+    foreach_lerp_,
+    foreach_mul_,
+    foreach_neg,
+    foreach_pow,
+    foreach_sqrt_,
+    foreach_sub_,
+)
 
 UNHEARD_OF = 10.0
 """Times the root of an entry's frozen moment: a larger gradient shows that the moment had not settled."""
@@ -46,22 +58,22 @@ def update_(
     counts, (beta, beta2) = [state["step"] for state in states], map(float, group["betas"])
     rate = _rate(group, weights[0].device)
     gradients = _decayed(parameters, weights, rate, group)
-    torch._foreach_add_(counts, 1)
-    torch._foreach_lerp_(averages, gradients, 1 - beta)
+    foreach_add_(counts, 1)
+    foreach_lerp_(averages, gradients, 1 - beta)
     # a capturable step reads nothing from the device
     numbers = [count if group["capturable"] else float(count) for count in counts]
     each = zip(squares, gradients, numbers, frozen, strict=True)
     divisors = [_second_moment_(*entry, beta=beta2) for entry in each]
-    torch._foreach_sqrt_(divisors)
-    torch._foreach_add_(divisors, group["eps"])
+    foreach_sqrt_(divisors)
+    foreach_add_(divisors, group["eps"])
     if not group["capturable"]:
-        torch._foreach_addcdiv_(weights, averages, divisors, [-rate / (1 - beta**number) for number in numbers])
+        foreach_addcdiv_(weights, averages, divisors, [-rate / (1 - beta**number) for number in numbers])
         return
-    scales = torch._foreach_pow(beta, counts)
-    torch._foreach_sub_(scales, 1)
-    torch._foreach_div_(scales, rate)
-    torch._foreach_mul_(divisors, scales)
-    torch._foreach_addcdiv_(weights, averages, divisors)
+    scales = foreach_pow(beta, counts)
+    foreach_sub_(scales, 1)
+    foreach_div_(scales, rate)
+    foreach_mul_(divisors, scales)
+    foreach_addcdiv_(weights, averages, divisors)
 
 
 def _rate(group: Mapping[str, Any], device: torch.device) -> Any:
@@ -77,11 +89,11 @@ def _decayed(parameters: Sequence[Tensor], weights: list[Tensor], rate: Any, gro
     gradients = _real([local(parameter.grad) for parameter in parameters if parameter.grad is not None])
     decay = group["weight_decay"]
     if group["maximize"]:
-        gradients = list(torch._foreach_neg(gradients))
+        gradients = list(foreach_neg(gradients))
     if decay and group["decoupled_weight_decay"]:
-        torch._foreach_mul_(weights, 1 - rate * decay)
+        foreach_mul_(weights, 1 - rate * decay)
     elif decay:
-        gradients = list(torch._foreach_add(gradients, weights, alpha=decay))
+        gradients = list(foreach_add(gradients, weights, alpha=decay))
     return gradients
 
 

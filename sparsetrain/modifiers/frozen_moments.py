@@ -10,11 +10,9 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from ..checks.rules import DICT, mapping, number, optional, sequence
 from ..checks.states import refuse_missing, require_part, tensor
+from ..kernels.torch_internals import INIT_GROUP
 from .adam_update import Frozen, nowhere, update_
 from .base import Entry, Modifier, Resumed, Run, Setup
-
-INIT_GROUP = "_init_group"
-"""Where Adam collects what it updates in a group; a frozen update takes place there, so that hooks see one step."""
 
 CORRECTION = number("a number above 0 and at most 1", lambda value: 0 < value <= 1)
 """What ``1 - β₂ᵀ`` can be."""

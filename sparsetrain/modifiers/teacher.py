@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..distributed.wrappers import plain_model
+from ..kernels.torch_internals import COMPILED_CALL, COMPILED_FROM
 from ..layers.sparsify import export_dense_
 
 
@@ -37,7 +38,7 @@ def require_copyable(student: nn.Module) -> None:
     for name, module in student.named_modules():
         forward = vars(module).get("forward")
         # a copy would run the original
-        if isinstance(forward, FunctionType) and not hasattr(forward, "_torchdynamo_orig_callable"):
+        if isinstance(forward, FunctionType) and not hasattr(forward, COMPILED_FROM):
             raise ValueError(
                 f"module {name!r} has a function in place of its forward, which has no copy: pass a dense model as "
                 "teacher."
@@ -57,7 +58,7 @@ def copy_of(student: nn.Module) -> nn.Module:
             f"the model cannot be copied to be the teacher ({error}): pass a dense model as teacher."
         ) from error
     for copied, original in zip(teacher.modules(), student.modules(), strict=True):
-        vars(copied).pop("_compiled_call_impl", None)  # these two would run the original
+        vars(copied).pop(COMPILED_CALL, None)  # these two would run the original
         if isinstance(vars(copied).get("forward"), FunctionType) and copied.forward is vars(original).get("forward"):
             del copied.forward
     export_dense_(teacher, zeros=False)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ...hardware.extras import require
+from ...kernels.torch_internals import current_raw_stream
 
 Order: TypeAlias = Literal["rows", "columns"]
 """rows: a row is contiguous (row-major); columns: a column is."""
@@ -76,8 +77,7 @@ class CudaDevices:
 
     def stream(self, index: int) -> int:
         """Return the handle of a device's current stream."""
-        # current_stream() builds an object for several microseconds; Triton's launcher asks in this way too
-        return torch._C._cuda_getCurrentRawStream(index)
+        return current_raw_stream(index)
 
     def is_capturing(self) -> bool:
         """Say whether the current stream is being captured into a CUDA graph."""

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...kernels.torch_internals import cslt_compress, cslt_sparse_mm
 from .library import Order
 from .plans import Algorithm, PlanKey
 from .session_pool import CuSparseLt, default
@@ -106,9 +107,9 @@ class TorchProvider:
 
     def why_not(self) -> str | None:
         """Say in one sentence why this way is closed, or return None."""
-        for operator in ("_cslt_compress", "_cslt_sparse_mm"):
-            if not hasattr(torch.ops.aten, operator):
-                return f"torch {torch.__version__} has no operator aten::{operator}: install nvmath-python instead."
+        for name, operator in {"compress": cslt_compress, "sparse_mm": cslt_sparse_mm}.items():
+            if operator is None:
+                return f"torch {torch.__version__} has no operator aten::_cslt_{name}: install nvmath-python instead."
         if not torch.backends.cusparselt.is_available():
             return f"torch {torch.__version__} is built without cuSPARSELt: install nvmath-python instead."
         return None
@@ -120,7 +121,7 @@ class TorchProvider:
 
     def compress(self, matrix: Tensor, out: Tensor | None = None) -> Tensor:
         """Compress a 2:4 matrix."""
-        result: Tensor = torch.ops.aten._cslt_compress(matrix)
+        result: Tensor = cslt_compress(matrix)
         return result if out is None else out.copy_(result.view(out.shape))
 
     def multiply(
@@ -134,7 +135,7 @@ class TorchProvider:
     ) -> Tensor:
         """Return the product."""
         # the operator takes the rows of A from the buffer's shape, and any dense operand for a whole transpose
-        result: Tensor = torch.ops.aten._cslt_sparse_mm(
+        result: Tensor = cslt_sparse_mm(
             compressed.view(shape[0], -1),
             rows.contiguous().t(),
             bias,

@@ -6,6 +6,7 @@ from collections.abc import Set
 from torch import nn
 
 from ...distributed.shards import is_spread
+from ...kernels.torch_internals import SHARDED_MODULE
 from ..claims import run_of
 from ..masked_layer import MaskedLayer
 from ..sharded.alignment import require_no_root, require_shardable
@@ -65,7 +66,7 @@ class Reasons:
         require_no_root(name, layer)
         if reason := why_subclass(layer):
             return reason
-        if getattr(layer, "_is_fsdp_managed_module", False) and type(layer.weight).__name__ != "DTensor":
+        if getattr(layer, SHARDED_MODULE, False) and type(layer.weight).__name__ != "DTensor":
             return (
                 "FSDP1 (FullyShardedDataParallel) cuts weights anywhere, through 4×4 tiles: use DistributedDataParallel"
             )

@@ -8,12 +8,14 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
+from ...kernels.torch_internals import COMPILED_MODULE
+
 CALLS_ITS_BASE = frozenset(
     {"adalora", "delora", "gralora", "ia3", "lily", "loha", "lokr", "lora", "oft", "randlora", "vera"}
 )
 """peft's methods that add to, or scale, what the base layer computes; others compute with its weight themselves."""
 
-WRAPPED = ("_orig_mod", "_forward_module", "_original_module")
+WRAPPED = (COMPILED_MODULE, "_forward_module", "_original_module")
 """Where ``torch.compile`` and Lightning's Fabric keep what they wrap."""
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...distributed.shards import local
-from ...matmul.tensor_state import storage_address
+from ...kernels.torch_internals import storage_address
 
 
 class Sender(Protocol):

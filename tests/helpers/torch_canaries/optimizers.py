@@ -1,0 +1,37 @@
+"""Canaries: optimizers."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .registry import canary
+
+
+@canary(
+    "_init_group",
+    "Adam and AdamW ask _init_group(group, parameters, gradients, averages, squares, maxima, steps) to fill the lists",
+    "torch/optim/adam.py, Adam._init_group and Adam.step",
+    "SparseAdamW and FrozenMoments, whose updates take place there",
+)
+def _() -> None:
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        weight = nn.Parameter(torch.ones(1))
+        weight.grad = torch.ones(1)
+        optimizer, seen = kind([weight], foreach=False), []
+
+        def collect(group: Any, *lists: Any, adam: Any = optimizer, kind: Any = kind, seen: Any = seen) -> bool:
+            answer = kind._init_group(adam, group, *lists)
+            seen.append([len(column) for column in lists])
+            state = adam.state[group["params"][0]]
+            found = [column[0] for column in lists if column]
+            wanted = [group["params"][0], group["params"][0].grad, state["exp_avg"], state["exp_avg_sq"], state["step"]]
+            assert all(one is other for one, other in zip(found, wanted, strict=True))
+            for column in lists:
+                column.clear()
+            return answer
+
+        vars(optimizer)["_init_group"] = collect
+        optimizer.step()
+        assert seen == [[1, 1, 1, 1, 0, 1]]
+        assert weight == 1  # what is not in the lists is not updated
