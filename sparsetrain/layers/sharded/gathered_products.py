@@ -9,10 +9,13 @@ from torch import Tensor
 from ...distributed.shards import held
 from ...kernels.tile_codes import pack_codes
 from ...masks.gradient_rules import GradientRule
+from ...matmul.autocast import as_autocast
+from ...matmul.linear_function import LinearSpec
 from ...matmul.transforms import as_constants
+from ...matmul.wire_matmul import WireLinearFunction
 from ..functional import sparse_linear
 from ..masked_layer import MaskedLayer
-from .wires import DoublePrunedWire
+from .wires import DoublePrunedWire, PackedWire
 
 
 def kept_in(weight: Tensor) -> Tensor:
@@ -78,10 +81,29 @@ def gathered_backward_codes(layer: MaskedLayer) -> Tensor | None:
     return wire.codes[: layer.matrix_shape[0] // 4]
 
 
+def packed_linear(layer: MaskedLayer, wire: PackedWire, input: Tensor) -> Tensor:
+    """Multiply tokens ``[..., I]`` by a weight that came packed, and add the bias: ``[..., O]``."""
+    weight, values, bias = gathered_weight(layer), wire.values, layer.bias
+    device, backend, execution = input.device.type, layer.backend, layer.execution
+    assert values is not None
+    if torch.is_autocast_enabled(device):
+        input = as_autocast(input)
+    elif input.dtype != values.dtype:
+        raise ValueError(
+            f"input is {input.dtype} but the weight of layer {layer.shard and layer.shard.name!r} was gathered in "
+            f"{values.dtype}: they must be alike outside of autocast, so cast one of them or use autocast."
+        )
+    spec = LinearSpec(layer.gradient, backend, backend, execution.seed)
+    given = input, weight, values, wire.numbers, layer.mask_codes, bias, layer.draws, spec
+    return cast(Tensor, WireLinearFunction.apply(*given))  # type: ignore[no-untyped-call]
+
+
 def gathered_linear(layer: MaskedLayer, input: Tensor) -> Tensor:
     """Multiply tokens ``[..., K]`` by a gathered layer's matrix, add bias and adapter: ``[..., O]``."""
     backward_codes = gathered_backward_codes(layer)
-    if layer.draws is None and backward_codes is None:
+    if layer.shard is not None and isinstance(layer.shard.wire, PackedWire):
+        output = packed_linear(layer, layer.shard.wire, input)
+    elif layer.draws is None and backward_codes is None:
         output = F.linear(input, layer.as_matrix(gathered_weight(layer, layer.gradient)), layer.bias)
     else:
         matrix = layer.as_matrix(gathered_weight(layer))
