@@ -1,3 +1,4 @@
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -33,16 +34,23 @@ def test_ranks_share_the_documents(tmp_path: Path) -> None:
         assert read(StreamedBlocks(path, context=9, batch_size=1, rank=rank, world=2), 10) == own[:100]
 
 
-@pytest.mark.parametrize("taken", [0, 1, 7, 200])
-def test_a_resumed_stream_goes_on_behind_the_last_batch(tmp_path: Path, taken: int) -> None:
-    path = write(tmp_path / "a.parquet")
-    first, resumed = (StreamedBlocks(path, context=9, batch_size=2, rank=1, world=2) for _ in range(2))
-    batches = iter(first)
-    for _ in range(taken):
-        next(batches)
-    resumed.load_state_dict(first.state_dict())
-    for expected, batch in islice(zip(batches, resumed, strict=False), 100):
-        assert torch.equal(expected, batch)
+@pytest.mark.parametrize("kind", ["one file", "many files"])
+@pytest.mark.parametrize("taken", [(0,), (1,), (7, 1), (2, 3, 200)])
+def test_a_resumed_stream_goes_on_behind_the_last_batch(tmp_path: Path, taken: tuple[int, ...], kind: str) -> None:
+    path = write(tmp_path / "a.parquet") if kind == "one file" else str(tmp_path)
+    for number, text in enumerate(DOCUMENTS[:21] if kind == "many files" else ()):
+        (tmp_path / f"{number:02}.md").write_text(text)
+    straight, resumed = (StreamedBlocks(path, context=9, batch_size=2, rank=1, world=2) for _ in range(2))
+    expected, batches = iter(straight), iter(resumed)
+    for count in taken:
+        for _ in range(count):
+            assert torch.equal(next(expected), next(batches))
+        state = json.dumps(resumed.state_dict())
+        resumed = StreamedBlocks(path, context=9, batch_size=2, rank=1, world=2)
+        resumed.load_state_dict(json.loads(state))
+        batches = iter(resumed)
+    for _ in range(100):
+        assert torch.equal(next(expected), next(batches))
 
 
 def test_saved_datasets_are_streamed_too(tmp_path: Path) -> None:
