@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +178,16 @@ def test_every_input_has_a_flag_with_its_default(load) -> None:
     shown = " ".join(shown.split())
     assert shown.count("(default: ") == 5 + len(vars(inputs.Inputs()))
     assert all(unit in shown for unit in ("GB/s", "TFLOP/s", "bytes a"))
+
+
+def test_the_page_holds_the_tables_and_says_that_they_are_a_model(printed) -> None:
+    page = PAGE.read_text()
+    blocks = re.findall(
+        r"<!-- (\w+) table of scripts/bench scale-model(.*?) -->\n(.*?)\n<!-- end -->", page, flags=re.S
+    )
+    assert [which for which, *_ in blocks] == ["second", "first", "first", "first"]
+    for which, flags, block in blocks:
+        note, *costs, shards = printed(*flags.split()).strip().split("\n\n")
+        assert "nothing here was measured" in note
+        assert block == ("\n\n".join(costs) if which == "first" else shards)
+    assert "**No run has confirmed any of it.**" in page.partition("a model that no run has confirmed")[2]
