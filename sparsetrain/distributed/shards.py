@@ -78,24 +78,21 @@ def held(tensor: Tensor) -> Tensor:
 
 
 def part_like(whole: Tensor, like: Tensor) -> Tensor:
-    """Return the part that lies here of a tensor that is spread as another is; nothing is sent.
+    """Return the part that lies here of a tensor that is spread as another is; a view, and nothing is sent.
 
     Args:
         whole: Plain, the same in every process; cut where ``like`` is cut, in units of its own rows.
         like: A DTensor of as many dimensions.
-
-    Raises:
-        ValueError: If another tensor is cut in strides, as under FSDP2 beside tensor parallelism.
     """
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    if any(is_cut(placement) and type(placement) is not Shard for placement in placements):
-        raise ValueError(
-            f"placements are {placements}: a whole tensor cannot be cut like that; make the run after the model is "
-            "sharded, and resume from a sharded state."
-        )
-    return local(distribute_tensor(whole, mesh, placements, src_data_rank=None))
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    cuts = [cut for cut in enumerate(like.placements) if is_cut(cut[1])]  # type: ignore[attr-defined]
+    # FSDP2 cuts in strides what tensor parallelism, with a later dimension of the mesh, has cut before
+    for dimension, placement in sorted(cuts, key=lambda cut: hasattr(cut[1], "split_factor")):
+        length = whole.shape[placement.dim]
+        size = -(-length // mesh.size(dimension))
+        start = min(mesh.get_local_rank(dimension) * size, length)
+        whole = whole.narrow(placement.dim, start, min(size, length - start))
+    return whole
 
 
 def is_cut(placement: Any) -> bool:
@@ -143,6 +140,15 @@ def copies(tensor: Tensor) -> int:
     for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True) if is_spread(tensor) else ():  # type: ignore[attr-defined]
         found *= 1 if is_cut(placement) else size
     return found
+
+
+def is_counted(tensor: Tensor) -> bool:
+    """Say whether this process is the first of those that hold its part of a DTensor."""
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
+    return all(
+        mesh.get_local_rank(dimension) == 0 for dimension, placement in enumerate(placements) if not is_cut(placement)
+    )
 
 
 def is_first(tensor: Tensor) -> bool:

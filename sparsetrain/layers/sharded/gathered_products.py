@@ -12,6 +12,7 @@ from ...masks.gradient_rules import GradientRule
 from ...matmul.transforms import as_constants
 from ..functional import sparse_linear
 from ..masked_layer import MaskedLayer
+from .wires import DoublePrunedWire
 
 
 def kept_in(weight: Tensor) -> Tensor:
@@ -58,27 +59,36 @@ def under_rule(weight: Tensor, rule: GradientRule) -> Tensor:
     return weight if rule.name == "ste" else cast(Tensor, UnderRule.apply(weight, rule))  # type: ignore[no-untyped-call]
 
 
-def gathered_weight(layer: MaskedLayer) -> Tensor:
-    """Return the gathered weight of a layer whose mask is in force, with gradients by the layer's rule.
+def gathered_weight(layer: MaskedLayer, rule: GradientRule | None = None) -> Tensor:
+    """Return the gathered weight of a layer whose mask is in force, with gradients by a rule; None for all of them.
 
     Raises:
         RuntimeError: If it was gathered without its mask.
     """
     assert layer.shard is not None
     layer.shard.require_fresh()
-    return under_rule(layer.weight, layer.gradient)
+    return layer.weight if rule is None else under_rule(layer.weight, rule)
+
+
+def gathered_backward_codes(layer: MaskedLayer) -> Tensor | None:
+    """Return the gathered codes by which the input gradient's weight is pruned further, if there are any."""
+    wire = None if layer.shard is None else layer.shard.wire
+    if layer.backward_codes is None or not isinstance(wire, DoublePrunedWire) or wire.codes is None:
+        return None
+    return wire.codes[: layer.matrix_shape[0] // 4]
 
 
 def gathered_linear(layer: MaskedLayer, input: Tensor) -> Tensor:
     """Multiply tokens ``[..., K]`` by a gathered layer's matrix, add bias and adapter: ``[..., O]``."""
-    if layer.draws is not None:
+    backward_codes = gathered_backward_codes(layer)
+    if layer.draws is None and backward_codes is None:
+        output = F.linear(input, layer.as_matrix(gathered_weight(layer, layer.gradient)), layer.bias)
+    else:
         matrix = layer.as_matrix(gathered_weight(layer))
         output = sparse_linear(
             input, matrix, codes_in(matrix.detach()), layer.bias, gradient=layer.gradient, backend="masked",
-            draws=layer.draws, seed=layer.execution.seed,
+            draws=layer.draws, seed=layer.execution.seed, backward_codes=backward_codes,
         )  # fmt: skip
-    else:
-        output = F.linear(input, layer.as_matrix(gathered_weight(layer)), layer.bias)
     if layer.adapter is None:
         return output
     down, up = map(held, as_constants(layer.adapter))
