@@ -103,7 +103,7 @@ def sparse_training(
     if options.method is None:
         return None
     verbose = dist.get_rank() == 0
-    training = SparseTraining(  # type: ignore[call-arg]
+    training = SparseTraining(
         model, optimizer, options.method, options.steps, options.targets, gather=options.gather, verbose=verbose
     )
     if folder:

@@ -158,3 +158,15 @@ def is_first(tensor: Tensor) -> bool:
     return all(
         mesh.get_local_rank(dimension) == 0 for dimension, placement in enumerate(placements) if is_cut(placement)
     )
+
+
+def placement_of(tensor: Tensor) -> str:
+    """Return in words how a tensor is spread, and over which processes.
+
+    Example:
+        >>> placement_of(torch.zeros(4))
+        'plain'
+    """
+    if not is_spread(tensor):
+        return "plain"
+    return f"{tensor.placements} on ranks {tensor.device_mesh.mesh.tolist()}"  # type: ignore[attr-defined]

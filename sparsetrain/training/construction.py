@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..criteria import resolve_criterion
 from ..distributed.peers import peers_of, reshard_
+from ..distributed.shards import placement_of
 from ..distributed.wrappers import plain_model, plain_optimizer
 from ..layers.layer_group import LayerGroups
 from ..layers.masked_layer import MaskedLayer
@@ -92,6 +94,24 @@ def make_sparse_(setup: Setup, options: LayerOptions, resumes: bool) -> tuple[Se
     )
     layers = dict(sparse_layers(model))
     return report, {choice.name: layers[choice.name] for choice in report.sparse}
+
+
+def facts_of(setup: Setup, layers: Mapping[str, MaskedLayer]) -> dict[str, Any]:
+    """Return what has to be the same in all processes that make a run together.
+
+    Args:
+        setup: What the run is made of.
+        layers: By name.
+    """
+    return {
+        "method": setup.method.describe(),
+        "total_steps": setup.total_steps,
+        "watch_dense": setup.watch_dense,
+        "track_age": setup.track_age,
+        "gather": setup.gather,
+        "layers": {name: [*layer.weight.shape] for name, layer in layers.items()},
+        "placement of the weights": {name: placement_of(layer.weight) for name, layer in layers.items()},
+    }
 
 
 def assemble(setup: Setup, layers: Mapping[str, MaskedLayer], removals: ExitStack) -> tuple[Phases, Steps]:

@@ -1,6 +1,5 @@
 """``SparseTraining``: the engine that runs a method's schedule on a model, from the optimizer's own steps."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,6 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..checks.rules import FLAG, require
+from ..distributed.agreement import device_of, together
+from ..distributed.peers import everyone_with
 from ..distributed.shards import local
 from ..layers.claims import claim
 from ..layers.conversion import write_zeros_
@@ -19,15 +20,14 @@ from ..layers.selection.select_layers import weight_count
 from ..layers.selection.wrapped_names import warn_of_unmerged
 from ..layers.sharded.gathering import GatherMode
 from ..layers.sparsify import give_back_
-from ..layers.verification import VerificationReport, verify
 from ..masks.matrices import matrix_of
 from ..methods.method import Method
 from ..methods.resolve import resolve_method
 from ..methods.schedule import UNKNOWN_LENGTH
 from ..modifiers.base import Entry, Setup
-from .construction import assemble, make_sparse_, setup_of
+from .construction import assemble, facts_of, make_sparse_, setup_of
 from .ending import Progress, ending
-from .saved_state import resume_, state_of
+from .saved_state import facts_of_state, resume_
 from .state_checks import check_state
 from .state_versions import in_this_version
 from .status import RunStatus
@@ -70,8 +70,9 @@ class SparseTraining(RunStatus):
 
     Raises:
         ValueError: If a value is not allowed, a target matches nothing, a trainable weight is in no optimizer, masks
-            are searched before the criterion can have statistics, or the state is of another model. The model is left
-            as it was.
+            are searched before the criterion can have statistics, the state is of another model, or another process
+            sets up another run. The model is left as it was.
+        RuntimeError: If the run cannot be set up in another process.
 
     Example:
         >>> import torch
@@ -121,45 +122,45 @@ class SparseTraining(RunStatus):
         state: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
-        check_owners(model, optimizer, lr_schedulers)
-        require("verbose", verbose, FLAG)
-        options = LayerOptions(targets, exclude, backend, deterministic, keep_transposed)
-        self.method = resolve_method(method)
-        setup = setup_of(
-            model,
-            optimizer,
-            self.method,
-            total_steps,
-            lr_schedulers,
-            teacher,
-            logits_from,
-            watch_dense,
-            track_age,
-            group,
-            gather,
-        )
-        self.model, self._verbose = setup.model, verbose
-        self._start(setup, options, state)
+        self._everyone = everyone_with(model, group)
+        with ExitStack() as undo:
+            with together(self._everyone, "the run", device_of(model)) as note:
+                check_owners(model, optimizer, lr_schedulers)
+                require("verbose", verbose, FLAG)
+                options = LayerOptions(targets, exclude, backend, deterministic, keep_transposed)
+                self.method = resolve_method(method)
+                setup = setup_of(
+                    model, optimizer, self.method, total_steps, lr_schedulers, teacher, logits_from, watch_dense,
+                    track_age, group, gather,
+                )  # fmt: skip
+                self._verbose = verbose
+                state = self._start(setup, options, state, undo)
+                note(lambda: {**facts_of(setup, self.masks.layers), **facts_of_state(state)})
+            self._begin(state)
+            undo.pop_all()
         if verbose:
             print(self.report.summary())
 
-    def _start(self, setup: Setup, options: LayerOptions, state: Mapping[str, Any] | None) -> None:
-        """Make the layers sparse and enter the first phase, or go on from a state; the model stays as it was if not."""
+    def _start(
+        self, setup: Setup, options: LayerOptions, state: Mapping[str, Any] | None, undo: ExitStack
+    ) -> Mapping[str, Any] | None:
+        """Make the layers sparse and put together what trains them; return the state to go on from, checked."""
+        self.model = setup.model
         self._selection, layers = make_sparse_(setup, options, resumes=state is not None)
-        self._removals = ExitStack()  # of everything that hangs on the model and the optimizers
-        try:
-            self._weight_count = weight_count(self.model.modules())
-            self._phases, self._steps = assemble(setup, layers, self._removals)
-            self._steps.run, self.masks = self, self._phases.masks
-            if state is None:
-                self._phases.enter()
-            else:
-                self._resume(state, stacklevel=5)
-        except BaseException:
-            self._removals.close()
-            give_back_(self.model, layers.values(), zeros=False)
-            raise
-        claim(layers.values(), self)
+        undo.callback(give_back_, self.model, layers.values(), zeros=False)
+        self._removals = undo.enter_context(ExitStack())  # of everything that hangs on the model and the optimizers
+        self._weight_count = weight_count(self.model.modules())
+        self._phases, self._steps = assemble(setup, layers, self._removals)
+        self._steps.run, self.masks = self, self._phases.masks
+        return None if state is None else self._checked(state, stacklevel=5)
+
+    def _begin(self, state: Mapping[str, Any] | None) -> None:
+        """Enter the first phase, or go on from a state; what is sent between processes begins here."""
+        if state is None:
+            self._phases.enter()
+        else:
+            self._go_on(state)
+        claim(self.masks.layers.values(), self)
 
     def distilled(self, loss: Tensor) -> Tensor:
         """Mix what the teacher says about the last batch into a loss: ``(1 - share)·loss + share·T²·KL``.
@@ -193,10 +194,6 @@ class SparseTraining(RunStatus):
         for modifier in self._phases.modifiers:
             loss = modifier.mixed(loss)
         return loss
-
-    def verify(self, example: Any) -> VerificationReport:
-        """Compare the model as it runs with the same model with plain masked weights, as :func:`sparsetrain.verify`."""
-        return verify(self.model, example)
 
     def refresh(self) -> None:
         """Search masks now, whatever the schedule says."""
@@ -275,25 +272,28 @@ class SparseTraining(RunStatus):
             layer.operands.invalidate()
         self._phases.repack_()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain numbers, strings and tensors; save it beside the model and the optimizer."""
-        return state_of(self._phases, self._steps.hooks) if self._final is None else copy.deepcopy(self._final[1])
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state: clock, phase, masks and statistics; weights and optimizers are the caller's.
 
         Pruned entries are put back into the weights if the state holds them, under ``"pruned_weights"``.
 
         Raises:
-            ValueError: If the state is damaged or of another model; nothing is changed then.
+            ValueError: If the state is damaged, of another model or another one in another process; nothing is changed
+                then.
         """
-        if self.finished:
-            raise ValueError("training is finished: pass the state to a new SparseTraining(..., state=...).")
-        self._resume(state, stacklevel=4)
+        with together(self._everyone, "the run", device_of(self.model)) as note:
+            if self.finished:
+                raise ValueError("training is finished: pass the state to a new SparseTraining(..., state=...).")
+            state = self._checked(state, stacklevel=4)
+            note(lambda: facts_of_state(state))
+        self._go_on(state)
 
-    def _resume(self, state: Mapping[str, Any], stacklevel: int) -> None:
+    def _checked(self, state: Mapping[str, Any], stacklevel: int) -> Mapping[str, Any]:
         state = in_this_version(state)
         check_state(state, self._phases, stacklevel)
+        return state
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
         total_steps = self.total_steps
         resume_(self._phases, self._steps.hooks, state)
         if state["total_steps"] != total_steps:

@@ -34,6 +34,17 @@ def state_of(phases: Phases, hooks: StepHooks) -> dict[str, Any]:
     }
 
 
+def facts_of_state(state: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what a state, None for none, says of where its run was, which is the same in every process.
+
+    Example:
+        >>> facts_of_state(None)
+        {'clock': None}
+    """
+    keys = ("clock", "kept", "exists", "active", "dense", "starts", "stepped", "last_refresh")
+    return {"clock": None} if state is None else {key: state[key] for key in keys}
+
+
 def resume_(phases: Phases, hooks: StepHooks, state: Mapping[str, Any]) -> None:
     """Have a run go on from a state; pruned entries that are with it are put back before weights are packed.
 
