@@ -15,8 +15,8 @@ from ..masks.matrices import weight_of
 from ..matmul.autocast import as_autocast, autocast_dtype
 from ..matmul.kept_weight import may_keep
 from ..matmul.transforms import as_constants, as_leaf, transformed_weight, with_gradient_of_input
-from .linear import multiply
 from .masked_layer import MaskedLayer
+from .products import multiply
 from .sharded.gathered_products import gathered_weight
 
 ONES = ((1,), (1, 1))
@@ -163,7 +163,7 @@ class SparseConvolution(MaskedLayer):
         return output[0] if one else output
 
     def _convolve_gathered(self, input: Tensor) -> Tensor:
-        weight = gathered_weight(self)
+        weight = gathered_weight(self, self.weight)
         if self.adapter is not None:
             down, up = map(held, as_constants(self.adapter))
             weight = weight + weight_of(up @ down, weight.shape)

@@ -58,27 +58,31 @@ def under_rule(weight: Tensor, rule: GradientRule) -> Tensor:
     return weight if rule.name == "ste" else cast(Tensor, UnderRule.apply(weight, rule))  # type: ignore[no-untyped-call]
 
 
-def gathered_weight(layer: MaskedLayer) -> Tensor:
-    """Return the gathered weight of a layer whose mask is in force, with gradients by the layer's rule.
+def gathered_weight(layer: MaskedLayer, weight: Tensor) -> Tensor:
+    """Return the gathered weight of a layer whose mask is in force, or its part here, with gradients by its rule.
 
     Raises:
         RuntimeError: If it was gathered without its mask.
     """
     assert layer.shard is not None
     layer.shard.require_fresh()
-    return under_rule(layer.weight, layer.gradient)
+    return under_rule(weight, layer.gradient)
+
+
+def multiply_gathered(layer: MaskedLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply tokens ``[..., K]`` by a gathered layer's matrix, or its part here, and add a bias: ``[..., O]``."""
+    matrix = layer.as_matrix(gathered_weight(layer, weight))
+    if layer.draws is None:
+        return F.linear(input, matrix, bias)
+    return sparse_linear(
+        input, matrix, codes_in(matrix.detach()), bias, gradient=layer.gradient, backend="masked", draws=layer.draws,
+        seed=layer.execution.seed,
+    )  # fmt: skip
 
 
 def gathered_linear(layer: MaskedLayer, input: Tensor) -> Tensor:
     """Multiply tokens ``[..., K]`` by a gathered layer's matrix, add bias and adapter: ``[..., O]``."""
-    if layer.draws is not None:
-        matrix = layer.as_matrix(gathered_weight(layer))
-        output = sparse_linear(
-            input, matrix, codes_in(matrix.detach()), layer.bias, gradient=layer.gradient, backend="masked",
-            draws=layer.draws, seed=layer.execution.seed,
-        )  # fmt: skip
-    else:
-        output = F.linear(input, layer.as_matrix(gathered_weight(layer)), layer.bias)
+    output = multiply_gathered(layer, input, layer.weight, layer.bias)
     if layer.adapter is None:
         return output
     down, up = map(held, as_constants(layer.adapter))
