@@ -143,7 +143,7 @@ def fsdp_parameters(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         if not hasattr(module, "_get_fsdp_state"):
             continue
-        state = module._get_fsdp_state()
+        state = module._get_fsdp_state()  # type: ignore[operator]
         if id(state) in seen:
             continue
         seen.add(id(state))

@@ -17,7 +17,7 @@ from ..matmul.kept_weight import may_keep
 from ..matmul.transforms import as_constants, as_leaf, transformed_weight, with_gradient_of_input
 from .masked_layer import MaskedLayer
 from .products import multiply
-from .sharded.gathered_products import gathered_weight
+from .sharded.gathered_products import gathered_backward_codes, gathered_weight
 
 ONES = ((1,), (1, 1))
 """Kernels of linear layers."""
@@ -154,6 +154,9 @@ class SparseConvolution(MaskedLayer):
             output = cast(Tensor, self._conv_forward(input.detach(), weight, self.bias))  # type: ignore[operator]
             other = cast(Tensor, self._conv_forward(input, backward_weight, None))  # type: ignore[operator]
             return with_gradient_of_input(output, other)
+        return self._convolve_twice(input, weight, backward_weight)
+
+    def _convolve_twice(self, input: Tensor, weight: Tensor, backward_weight: Tensor) -> Tensor:
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         one = input.dim() == len(self.stride) + 1  # image without a batch
         padded = F.pad(input[None] if one else input, explicit_padding(self), mode=mode)
@@ -163,11 +166,18 @@ class SparseConvolution(MaskedLayer):
         return output[0] if one else output
 
     def _convolve_gathered(self, input: Tensor) -> Tensor:
-        weight = gathered_weight(self, self.weight)
+        weight = gathered_weight(self, self.weight, self.gradient)
+        added: Tensor | float = 0.0
         if self.adapter is not None:
             down, up = map(held, as_constants(self.adapter))
-            weight = weight + weight_of(up @ down, weight.shape)
-        return cast(Tensor, self._conv_forward(input, weight, self.bias))  # type: ignore[operator]
+            added = weight_of(up @ down, weight.shape)
+            weight = weight + added
+        codes = gathered_backward_codes(self)
+        if codes is None:
+            return cast(Tensor, self._conv_forward(input, weight, self.bias))  # type: ignore[operator]
+        pruned = weight_of(~unpack_codes(codes), weight.shape)
+        again = gathered_weight(self, self.weight).detach().masked_fill(pruned, 0)
+        return self._convolve_twice(input, weight, again + added)
 
     def _masked(self, master: Tensor, backward_codes: Tensor | None = None) -> Tensor:
         codes, parameter = self.mask_codes, self.weight

@@ -154,17 +154,20 @@ def eager_product(layer: MaskedLayer, input: Tensor, held: Held | None = None) -
         held: Parts of the parameters, where those are spread over processes.
     """
     weight: Tensor | None
+    source: Tensor | None
     bias: Tensor | None
     if held is None:
         parameters = layer._parameters
-        source = weight = parameters.get("weight")
+        weight = source = parameters.get("weight")
         bias = parameters.get("bias")
     else:
         weight, source, bias = held
     call = layer.eager_call
     if not isinstance(call, Call) or not call.is_of(layer.__dict__, weight):
         layer.eager_call = call = _call(layer, weight)
-    if call is None or weight is None or source is None or input.is_nested or not input.dim() or input.size(-1) != call.columns:
+    if call is None or weight is None or source is None:
+        return None
+    if input.is_nested or not input.dim() or input.size(-1) != call.columns:
         return None
     device, name = call.device, call.spec.forward
     if not (input.is_cuda if device == "cuda" else input.is_cpu):

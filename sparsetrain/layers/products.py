@@ -21,7 +21,7 @@ def multiply(layer: MaskedLayer, input: Tensor) -> Tensor:
     return output + F.linear(F.linear(input, down), up)
 
 
-def multiply_part(layer: MaskedLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def multiply_part(layer: MaskedLayer, input: Tensor, weight: Tensor, bias: Tensor | None, number: int = 0) -> Tensor:
     """Multiply tokens by the part of a layer's matrix that lies here, masked, and add a bias.
 
     Args:
@@ -29,13 +29,16 @@ def multiply_part(layer: MaskedLayer, input: Tensor, weight: Tensor, bias: Tenso
         input: ``[..., K]`` of the part, plain.
         weight: The part, as the graph of gradients knows it.
         bias: ``[O]`` of the part, plain, or None.
+        number: Of the part, among those that make random draws of their own.
     """
-    if is_eager(input) and (output := eager_product(layer, input, (layer.master, weight, bias))) is not None:
-        return output
-    return _multiply(layer, input, layer.thresholded_matrix(layer.as_matrix(weight)), bias)
+    quick = is_eager(input) and (layer.draws is None or not number)
+    output = eager_product(layer, input, (layer.master, weight, bias)) if quick else None
+    if output is None:
+        output = _multiply(layer, input, layer.thresholded_matrix(layer.as_matrix(weight)), bias, number)
+    return output
 
 
-def _multiply(layer: MaskedLayer, input: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply(layer: MaskedLayer, input: Tensor, matrix: Tensor, bias: Tensor | None, number: int = 0) -> Tensor:
     execution = layer.execution
     return sparse_linear(
         input,
@@ -46,6 +49,6 @@ def _multiply(layer: MaskedLayer, input: Tensor, matrix: Tensor, bias: Tensor | 
         backend=layer.backend,
         transposable=execution.transposable,
         draws=layer.draws,
-        seed=execution.seed,
+        seed=execution.seed + number,
         backward_codes=layer.backward_codes,
     )

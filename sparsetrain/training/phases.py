@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..distributed.peers import reshard_
+from ..layers.sharded.gathering import settle_wires_
 from ..masks.gradient_rules import resolve_gradient_rule
 from ..modifiers.base import Entry, Modifier, Run
 from .mask_state import MaskState
@@ -67,6 +68,7 @@ class Phases:
             if layer.phase == "dense" or not layer.is_2_4:
                 layer.operands.release()
         self.tell(entry)
+        settle_wires_(self._model, masks.layers)
 
     def tell(self, entry: Entry) -> None:
         """Tell modifiers of the phase again."""

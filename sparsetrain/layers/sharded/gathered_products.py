@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...distributed.shards import held
+from ...distributed.shards import held, local
 from ...kernels.tile_codes import pack_codes
 from ...masks.gradient_rules import GradientRule
 from ...matmul.transforms import as_constants
 from ..functional import sparse_linear
 from ..masked_layer import MaskedLayer
+from .wires import DoublePrunedWire
 
 
 def kept_in(weight: Tensor) -> Tensor:
@@ -58,25 +59,49 @@ def under_rule(weight: Tensor, rule: GradientRule) -> Tensor:
     return weight if rule.name == "ste" else cast(Tensor, UnderRule.apply(weight, rule))  # type: ignore[no-untyped-call]
 
 
-def gathered_weight(layer: MaskedLayer, weight: Tensor) -> Tensor:
-    """Return the gathered weight of a layer whose mask is in force, or its part here, with gradients by its rule.
+def gathered_weight(layer: MaskedLayer, weight: Tensor, rule: GradientRule | None = None) -> Tensor:
+    """Return the gathered weight of a layer whose mask is in force, with gradients by a rule; None for all of them.
+
+    Args:
+        layer: Whose weight it is.
+        weight: It, or the part of it that tensor parallelism leaves here.
+        rule: Of the gradient.
 
     Raises:
         RuntimeError: If it was gathered without its mask.
     """
     assert layer.shard is not None
     layer.shard.require_fresh()
-    return under_rule(weight, layer.gradient)
+    return weight if rule is None else under_rule(weight, rule)
 
 
-def multiply_gathered(layer: MaskedLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply tokens ``[..., K]`` by a gathered layer's matrix, or its part here, and add a bias: ``[..., O]``."""
+def gathered_backward_codes(layer: MaskedLayer) -> Tensor | None:
+    """Return the gathered codes by which the input gradient's weight is pruned further, if there are any."""
+    wire = None if layer.shard is None else layer.shard.wire
+    if layer.backward_codes is None or not isinstance(wire, DoublePrunedWire) or wire.codes is None:
+        return None
+    return wire.codes[: layer.as_matrix(local(layer.weight)).shape[0] // 4]
+
+
+def multiply_gathered(
+    layer: MaskedLayer, input: Tensor, weight: Tensor, bias: Tensor | None, number: int = 0
+) -> Tensor:
+    """Multiply tokens ``[..., K]`` by a gathered layer's matrix, or its part here, and add a bias: ``[..., O]``.
+
+    Args:
+        layer: Whose weight it is.
+        input: Plain.
+        weight: What was gathered, or the part of it that tensor parallelism leaves here.
+        bias: Of the same part, plain, or None.
+        number: Of the part, among those that make random draws of their own.
+    """
+    backward_codes = gathered_backward_codes(layer)
+    if layer.draws is None and backward_codes is None:
+        return F.linear(input, layer.as_matrix(gathered_weight(layer, weight, layer.gradient)), bias)
     matrix = layer.as_matrix(gathered_weight(layer, weight))
-    if layer.draws is None:
-        return F.linear(input, matrix, bias)
     return sparse_linear(
         input, matrix, codes_in(matrix.detach()), bias, gradient=layer.gradient, backend="masked", draws=layer.draws,
-        seed=layer.execution.seed,
+        seed=layer.execution.seed + number, backward_codes=backward_codes,
     )  # fmt: skip
 
 

@@ -1,42 +1,39 @@
 """``Shard``: the part of a layer's weight that lies in this process, and what FSDP2 gathers of it."""
 
 import weakref
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...distributed.shards import local
 from ...kernels.torch_internals import storage_address
-
-
-class Sender(Protocol):
-    """A layer whose weight is spread."""
-
-    def sent_part(self, dtype: torch.dtype) -> Tensor:
-        """Return what products see of the part that lies here, shaped like it; what is pruned is -0."""
+from .wires import MaskedWire, SpreadLayer, Wire, part_size
 
 
 class Shard:
-    """The part of a weight that lies here. FSDP2 gathers what products see of it, so all other ranks get zeros too.
+    """The part of a weight that lies here, with FSDP2's extension methods on it, which send it by a wire.
 
-    The parts have FSDP2's extension methods, which it looks for on the local tensors of its parameters. What travels
-    is of the weight's own shape in the dtype of the mixed precision policy; pruned entries are -0, kept ones never
-    are, so the mask of the whole weight can be read from it.
+    So what is gathered is what products see, and all other ranks' masks come with it.
 
     Args:
         layer: Whose weight it is.
         weight: A DTensor.
     """
 
-    def __init__(self, layer: Sender, weight: Tensor) -> None:
+    def __init__(self, layer: SpreadLayer, weight: Tensor) -> None:
         self._layer = weakref.ref(layer)
         self.weight = weight
         self.name = ""
+        """Of the layer."""
+        self.wire: Wire = MaskedWire()
+        self._size: tuple[int, ...] = ()  # of what is sent, and in which dtype, where FSDP2 does not tell
+        self._dtype: torch.dtype | None = None
         self.gathered: Tensor | None = None
-        """The parameter that FSDP2 puts into the layer's place while it is gathered."""
+        """The parameter that FSDP2 puts into the weight's place while it is gathered."""
         self.is_fresh = False
-        """Whether what is gathered now has been sent by this shard, as the mask is."""
+        """Whether what is gathered now was sent by the wire, as the mask is then."""
         self._whole: Tensor | None = None
         self.attach()
 
@@ -46,11 +43,25 @@ class Shard:
         return local(self.weight)
 
     def attach(self) -> None:
-        """Hang on the local tensor, which conversions replace."""
+        """Hang on the local tensor, which conversions replace, for the wire as it is now."""
         part: Any = self.part
-        if getattr(getattr(part, "fsdp_pre_all_gather", None), "shard", None) is not self:
-            part.fsdp_pre_all_gather, part.fsdp_post_all_gather = Send(self), Receive(self)
+        send = part.__dict__.get("fsdp_pre_all_gather")
+        wanted = SendMasked if type(self.wire) is MaskedWire else Send
+        if type(send) is not wanted or send.shard is not self:
+            part.fsdp_pre_all_gather, part.fsdp_post_all_gather = wanted(self), Receive(self)
             self.is_fresh = False
+
+    def use(self, wire: Wire, size: Sequence[int], dtype: torch.dtype | None) -> None:
+        """Have the part sent by another wire from now on; FSDP2 has to make its buffers again.
+
+        Args:
+            wire: The other.
+            size: Of the largest part.
+            dtype: In which products see the weight; None for its own.
+        """
+        self.wire, self._size, self._dtype = wire, tuple(size), dtype
+        self.gathered = self._whole = None
+        self.attach()
 
     def takes(self, parameter: Tensor) -> bool:
         """Say whether FSDP2 only swaps the layer's weight for this parameter, gathered or not, and take note of it."""
@@ -59,69 +70,77 @@ class Shard:
             return True
         if parameter is self.gathered:
             return True
-        if self._whole is not None and storage_address(local(parameter)) == storage_address(self._whole):
-            self.gathered = parameter
-            return True
-        return False
+        if self._whole is None or storage_address(local(parameter)) != storage_address(self._whole):
+            return False
+        self.gathered = parameter
+        self.wire.settle(parameter)
+        return True
 
-    def send(self, mesh: Any, size: torch.Size, dtype: torch.dtype | None) -> Tensor:
-        """Return what is sent: what products see of the part, as large as the largest part."""
+    def send(self, size: Sequence[int] = (), dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """Return what is sent.
+
+        Args:
+            size: Of the largest part; empty for that of :meth:`use`.
+            dtype: Of the products; None for that of :meth:`use`, or else the weight's own.
+        """
         layer = self._layer()
         assert layer is not None
-        part = self.part
-        seen = layer.sent_part(dtype or part.dtype)
-        padded = [
-            -(-whole // mesh.size()) if here != whole else whole for here, whole in zip(part.shape, size, strict=True)
-        ]
-        if list(seen.shape) == padded:
-            return seen.contiguous()
-        room = seen.new_zeros(padded)
-        room[tuple(slice(0, length) for length in seen.shape)] = seen
-        return room
+        with torch.no_grad():
+            return self.wire.send(layer, size or self._size, dtype or self._dtype or self.weight.dtype)
 
-    def receive(self, whole: Tensor) -> Tensor:
-        """Take note of what was gathered."""
-        self._whole, self.is_fresh = whole, True
-        return whole
+    def receive(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """Return what stands for the weight that was gathered."""
+        layer = self._layer()
+        assert layer is not None
+        self._whole, self.is_fresh = self.wire.receive(layer, parts), True
+        return self._whole
 
     def require_fresh(self) -> None:
-        """Raise ``RuntimeError`` unless the weight that products are about to see has been sent by this shard."""
+        """Raise ``RuntimeError`` unless the weight that products are about to see was sent by the wire."""
         if not self.is_fresh:
             raise RuntimeError(
-                f"layer {self.name!r} was gathered without its mask: its local tensor was replaced after the model was "
-                "sharded, so call training.apply_masks_() after that, or convert the model before fully_shard."
+                f"layer {self.name!r} was gathered without its mask, because its local tensor was replaced after the "
+                "model was sharded: convert and load the model before fully_shard, or write into its weights."
             )
 
 
-class Send:
-    """FSDP2's ``fsdp_pre_all_gather``; copied or pickled with the tensor, it says that it belongs to another."""
+class Hook:
+    """One of FSDP2's extension methods on a local tensor; copied or pickled with it, it is nobody's."""
 
     def __init__(self, shard: Shard | None = None) -> None:
         self.shard = shard
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Send, ()
+        return type(self), ()
+
+
+class SendMasked(Hook):
+    """``fsdp_pre_all_gather`` with five arguments, after which FSDP2 wants parts of the weight's own shape."""
 
     def __call__(
         self, mesh: Any, outer_size: torch.Size, outer_stride: tuple[int, ...], module: Any, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], None]:
         """Return what is sent, and nothing beside it."""
         assert self.shard is not None
-        return (self.shard.send(mesh, outer_size, mp_policy.param_dtype),), None
+        size = part_size(self.shard.part, outer_size, mesh.size())
+        return self.shard.send(size, mp_policy.param_dtype), None
 
 
-class Receive:
-    """FSDP2's ``fsdp_post_all_gather``."""
+class Send(Hook):
+    """``fsdp_pre_all_gather`` with one argument, after which parts may have any shape."""
 
-    def __init__(self, shard: Shard | None = None) -> None:
-        self.shard = shard
+    def __call__(self, mesh: Any) -> tuple[tuple[Tensor, ...], None]:
+        """Return what is sent, and nothing beside it."""
+        assert self.shard is not None
+        return self.shard.send(), None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Receive, ()
+
+class Receive(Hook):
+    """``fsdp_post_all_gather``."""
 
     def __call__(
         self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the weight that was gathered, and nothing beside it."""
         assert self.shard is not None
-        return self.shard.receive(outputs[0]), ()
+        return self.shard.receive(outputs), ()

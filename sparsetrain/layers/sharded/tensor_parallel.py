@@ -53,7 +53,8 @@ def parallel_linear(layer: MaskedLayer, input: Tensor) -> Tensor:
     else:
         held_weight = held(weight)
     multiply = multiply_part if weight is layer.shard.weight else multiply_gathered  # type: ignore[union-attr]
-    product = multiply(layer, part, held_weight, held(bias) if inside else None)
+    number = mesh.get_local_rank() if by_rows else 0
+    product = multiply(layer, part, held_weight, held(bias) if inside else None, number)
     placement = Shard(last) if by_rows else Partial() if by_columns else wanted
     shape = (*spread.shape[:-1], layer.matrix_shape[0])
     strides = tuple(accumulate((1, *reversed(shape[1:])), mul))[::-1]
