@@ -138,14 +138,15 @@ class MaskedLayer(nn.Module):
         """Return the layer's input with its features in the last dimension."""
         return input
 
-    def thresholded_matrix(self) -> Tensor:
+    def thresholded_matrix(self, matrix: Tensor | None = None) -> Tensor:
         """Return the matrix, or what the soft threshold leaves of it; the mask is still to be applied."""
+        matrix = self.matrix if matrix is None else matrix
         if self.soft_scale is None:
-            return self.matrix
+            return matrix
         if is_transformed():
-            values = soft_thresholded(self.matrix.detach(), self.mask_codes, self.execution.transposable)
-            return with_gradient_of(values * self.soft_scale, self.matrix)
-        soft = SoftThreshold.apply(self.matrix, self.mask_codes, self.soft_scale, self.execution.transposable)  # type: ignore[no-untyped-call]
+            values = soft_thresholded(matrix.detach(), self.mask_codes, self.execution.transposable)
+            return with_gradient_of(values * self.soft_scale, matrix)
+        soft = SoftThreshold.apply(matrix, self.mask_codes, self.soft_scale, self.execution.transposable)  # type: ignore[no-untyped-call]
         return cast(Tensor, soft)
 
     @torch.no_grad()
