@@ -87,15 +87,34 @@ def part_like(whole: Tensor, like: Tensor) -> Tensor:
     Raises:
         ValueError: If another tensor is cut in strides, as under FSDP2 beside tensor parallelism.
     """
+    return part_of(whole, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def part_of(whole: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    """Return the part that lies here of a tensor that is the same in every process, as :func:`part_like`."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
     if any(is_cut(placement) and type(placement) is not Shard for placement in placements):
         raise ValueError(
             f"placements are {placements}: a whole tensor cannot be cut like that; make the run after the model is "
             "sharded, and resume from a sharded state."
         )
     return local(distribute_tensor(whole, mesh, placements, src_data_rank=None))
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return the whole of a DTensor, of any dtype; every process of its mesh has to call this.
+
+    Example:
+        >>> whole = torch.zeros(4)
+        >>> gathered(whole) is whole
+        True
+    """
+    if not is_spread(tensor):
+        return tensor
+    part = local(tensor).detach().contiguous().unsqueeze(-1).view(torch.uint8)  # neither gloo nor NCCL sends int16
+    whole: Tensor = spread_like(part, tensor, (*tensor.shape, part.shape[-1])).full_tensor()  # type: ignore[attr-defined]
+    return whole.contiguous().view(tensor.dtype).squeeze(-1)
 
 
 def is_cut(placement: Any) -> bool:

@@ -1,6 +1,5 @@
 """``SparseTraining``: the engine that runs a method's schedule on a model, from the optimizer's own steps."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -26,13 +25,10 @@ from ..methods.schedule import UNKNOWN_LENGTH
 from ..modifiers.base import Entry, Setup
 from .construction import assemble, make_sparse_, setup_of
 from .ending import Progress, ending
-from .saved_state import resume_, state_of
-from .state_checks import check_state
-from .state_versions import in_this_version
-from .status import RunStatus
+from .saved_run import SavedRun
 
 
-class SparseTraining(RunStatus):
+class SparseTraining(SavedRun):
     """Sparse training in the user's own loop: make it after the optimizer, then train as before.
 
     It hangs on the optimizer, so a successful optimizer step is the only clock: accumulation, skipped steps,
@@ -268,27 +264,3 @@ class SparseTraining(RunStatus):
         for layer in self.masks.layers.values():
             layer.operands.invalidate()
         self._phases.repack_()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain numbers, strings and tensors; save it beside the model and the optimizer."""
-        return state_of(self._phases, self._steps.hooks) if self._final is None else copy.deepcopy(self._final[1])
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state: clock, phase, masks and statistics; weights and optimizers are the caller's.
-
-        Pruned entries are put back into the weights if the state holds them, under ``"pruned_weights"``.
-
-        Raises:
-            ValueError: If the state is damaged or of another model; nothing is changed then.
-        """
-        if self.finished:
-            raise ValueError("training is finished: pass the state to a new SparseTraining(..., state=...).")
-        self._resume(state, stacklevel=4)
-
-    def _resume(self, state: Mapping[str, Any], stacklevel: int) -> None:
-        state = in_this_version(state)
-        check_state(state, self._phases, stacklevel)
-        total_steps = self.total_steps
-        resume_(self._phases, self._steps.hooks, state)
-        if state["total_steps"] != total_steps:
-            self.retime(None if total_steps is None else max(total_steps, self.clock))
