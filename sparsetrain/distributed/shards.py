@@ -85,8 +85,12 @@ def part_like(whole: Tensor, like: Tensor) -> Tensor:
         whole: Plain, the same in every process; cut where ``like`` is cut, in units of its own rows.
         like: A DTensor of as many dimensions.
     """
-    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
-    cuts = [cut for cut in enumerate(like.placements) if is_cut(cut[1])]  # type: ignore[attr-defined]
+    return part_of(whole, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def part_of(whole: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    """Return the part that lies here of a tensor that is the same in every process, as :func:`part_like`."""
+    cuts = [cut for cut in enumerate(placements) if is_cut(cut[1])]
     # FSDP2 cuts in strides what tensor parallelism, with a later dimension of the mesh, has cut before
     for dimension, placement in sorted(cuts, key=lambda cut: hasattr(cut[1], "split_factor")):
         length = whole.shape[placement.dim]
@@ -94,6 +98,21 @@ def part_like(whole: Tensor, like: Tensor) -> Tensor:
         start = min(mesh.get_local_rank(dimension) * size, length)
         whole = whole.narrow(placement.dim, start, min(size, length - start))
     return whole
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return the whole of a DTensor, of any dtype; every process of its mesh has to call this.
+
+    Example:
+        >>> whole = torch.zeros(4)
+        >>> gathered(whole) is whole
+        True
+    """
+    if not is_spread(tensor):
+        return tensor
+    part = local(tensor).detach().contiguous().unsqueeze(-1).view(torch.uint8)  # neither gloo nor NCCL sends int16
+    whole: Tensor = spread_like(part, tensor, (*tensor.shape, part.shape[-1])).full_tensor()  # type: ignore[attr-defined]
+    return whole.contiguous().view(tensor.dtype).squeeze(-1)
 
 
 def is_cut(placement: Any) -> bool:
