@@ -153,7 +153,8 @@ def copies(tensor: Tensor, processes: int) -> int:
         2
     """
     cuts = zip(tensor.device_mesh.shape, tensor.placements, strict=True) if is_spread(tensor) else ()  # type: ignore[attr-defined]
-    return processes // math.prod(size for size, placement in cuts if is_cut(placement))
+    parts: int = math.prod(size for size, placement in cuts if is_cut(placement))
+    return processes // parts
 
 
 def is_counted(tensor: Tensor) -> bool:
