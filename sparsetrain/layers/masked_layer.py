@@ -289,6 +289,8 @@ class MaskedLayer(nn.Module):
         register(self)
 
     def _remove_mask(self) -> None:
+        if self.shard is not None:
+            self.shard.detach()
         for name in STATE:
             self.__dict__.pop(name, None)
 
