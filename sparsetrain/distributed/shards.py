@@ -78,6 +78,21 @@ def held(tensor: Tensor) -> Tensor:
     return cast(Tensor, tensor.to_local()) if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def gradient_here(parameter: Tensor) -> Tensor | None:
+    """Return the part that lies here of a parameter's gradient, which is spread as the parameter is from now on.
+
+    Where every process has tokens of its own, DTensor leaves the gradient as a sum that is still to be made.
+
+    Example:
+        >>> gradient_here(nn.Parameter(torch.zeros(4))) is None
+        True
+    """
+    gradient: Any = parameter.grad
+    if gradient is not None and is_spread(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+        parameter.grad = gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return None if gradient is None else local(gradient)
+
+
 def part_like(whole: Tensor, like: Tensor) -> Tensor:
     """Return the part that lies here of a tensor that is spread as another is; nothing is sent.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sparsetrain as st
 
@@ -60,6 +61,20 @@ def shard(model: nn.Module, shape: tuple[int, ...], **options: Any) -> nn.Module
     return model
 
 
+def parallelize(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """Apply tensor parallelism to every block over the last dimension of a mesh, then FSDP2 over those before it."""
+    names = ("replicate", "shard")[-len(shape) + 1 :] if len(shape) > 1 else ()
+    mesh = mesh_of(shape, (*names, "tp"))
+    for child in model.children():
+        if isinstance(child, Block):
+            plan = {"up": ColwiseParallel(), "gate": ColwiseParallel(), "down": RowwiseParallel()}
+            parallelize_module(child, mesh["tp"], plan)
+    for module in (*model.children(), model) if names else ():
+        if len(list(module.children())):
+            fully_shard(module, mesh=mesh[names])
+    return model
+
+
 def policy(name: str | None) -> MixedPrecisionPolicy:
     """Return a policy whose parameters have a dtype, reduced in float32."""
     return MixedPrecisionPolicy(None if name is None else getattr(torch, name), torch.float32)
@@ -70,19 +85,42 @@ def train(
     method: Any,
     steps: int = STEPS,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    micro_batches: int = 1,
+    part: tuple[int, int] = (0, 1),
+    average: Callable[[nn.Module], None] = lambda model: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train a model, sharded or not, on the same batches in every process, and return what there is to compare."""
+    """Train a model, sharded or not, and return what there is to compare.
+
+    Args:
+        model: What is trained.
+        method: Of the run.
+        steps: Of the run.
+        optimizer: Called with parameters and lr.
+        micro_batches: Of a step.
+        part: Which of how many parts of every batch this process has.
+        average: Called with the model before every step, to average gradients.
+        options: Of the run.
+    """
     owner = optimizer(model.parameters(), lr=1e-2)
     training = st.SparseTraining(model, owner, method, steps, verbose=False, **options)
     losses = []
     for step in range(steps):
         owner.zero_grad()
-        loss = model(batch(step)).square().mean()
-        loss.backward()
+        loss = torch.zeros(())
+        for tokens in batch(step).chunk(part[1])[part[0]].chunk(micro_batches):
+            own = training.distilled(model(tokens).square().mean()) / micro_batches
+            own.backward()  # type: ignore[no-untyped-call]
+            loss += own.detach()
+        average(model)
         owner.step()
         losses.append(loss.item())
     return {"losses": losses, **outcome(model, training)}
+
+
+def tensor_parallel(method: Any, shape: tuple[int, ...], **options: Any) -> dict[str, Any]:
+    """Train blocks under tensor parallelism, with FSDP2 if the mesh has more than one dimension."""
+    return train(parallelize(blocks(), shape), method, **options)
 
 
 def outcome(model: nn.Module, training: st.SparseTraining) -> dict[str, Any]:
