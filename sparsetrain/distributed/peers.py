@@ -92,3 +92,27 @@ def reshard_(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "set_requires_gradient_sync"):
             module.reshard()  # type: ignore[operator]
+
+
+def everyone_with(model: Any, group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, ...]:
+    """Return the groups of all processes that make a run together with this one; none if it is alone.
+
+    Args:
+        model: Where meshes of spread weights are found; whatever the user passed.
+        group: Of processes that hold the same weights; None for all.
+
+    Example:
+        >>> everyone_with(nn.Linear(4, 4), None)
+        ()
+    """
+    count = world_size()
+    if count == 1:
+        return ()
+    parameters: Iterable[Any] = model.parameters() if isinstance(model, nn.Module) else ()
+    meshes: list[Any] = [entry.device_mesh for entry in parameters if is_spread(entry)]
+    if not meshes:
+        return (group,) if dist.get_world_size(group) > 1 else ()
+    mesh = max(meshes, key=lambda entry: entry.size())
+    if mesh.size() == count:
+        return (None,)  # even if ranks see other meshes
+    return tuple(mesh.get_group(dimension) for dimension in range(mesh.ndim) if mesh.size(dimension) > 1)

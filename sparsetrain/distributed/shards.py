@@ -94,24 +94,40 @@ def gradient_here(parameter: Tensor) -> Tensor | None:
 
 
 def part_like(whole: Tensor, like: Tensor) -> Tensor:
-    """Return the part that lies here of a tensor that is spread as another is; nothing is sent.
+    """Return the part that lies here of a tensor that is spread as another is; a view, and nothing is sent.
 
     Args:
         whole: Plain, the same in every process; cut where ``like`` is cut, in units of its own rows.
         like: A DTensor of as many dimensions.
-
-    Raises:
-        ValueError: If another tensor is cut in strides, as under FSDP2 beside tensor parallelism.
     """
-    from torch.distributed.tensor import Shard, distribute_tensor
+    return part_of(whole, like.device_mesh, like.placements)  # type: ignore[attr-defined]
 
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    if any(is_cut(placement) and type(placement) is not Shard for placement in placements):
-        raise ValueError(
-            f"placements are {placements}: a whole tensor cannot be cut like that; make the run after the model is "
-            "sharded, and resume from a sharded state."
-        )
-    return local(distribute_tensor(whole, mesh, placements, src_data_rank=None))
+
+def part_of(whole: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    """Return the part that lies here of a tensor that is the same in every process, as :func:`part_like`."""
+    cuts = [cut for cut in enumerate(placements) if is_cut(cut[1])]
+    # FSDP2 cuts in strides what tensor parallelism, with a later dimension of the mesh, has cut before
+    for dimension, placement in sorted(cuts, key=lambda cut: hasattr(cut[1], "split_factor")):
+        length = whole.shape[placement.dim]
+        size = -(-length // mesh.size(dimension))
+        start = min(mesh.get_local_rank(dimension) * size, length)
+        whole = whole.narrow(placement.dim, start, min(size, length - start))
+    return whole
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return the whole of a DTensor, of any dtype; every process of its mesh has to call this.
+
+    Example:
+        >>> whole = torch.zeros(4)
+        >>> gathered(whole) is whole
+        True
+    """
+    if not is_spread(tensor):
+        return tensor
+    part = local(tensor).detach().contiguous().unsqueeze(-1).view(torch.uint8)  # neither gloo nor NCCL sends int16
+    whole: Tensor = spread_like(part, tensor, (*tensor.shape, part.shape[-1])).full_tensor()  # type: ignore[attr-defined]
+    return whole.contiguous().view(tensor.dtype).squeeze(-1)
 
 
 def is_cut(placement: Any) -> bool:
@@ -158,6 +174,15 @@ def copies(tensor: Tensor, processes: int) -> int:
     return processes // math.prod(cut_dimensions(tensor).values())
 
 
+def is_counted(tensor: Tensor) -> bool:
+    """Say whether this process is the first of those that hold its part of a DTensor."""
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
+    return all(
+        mesh.get_local_rank(dimension) == 0 for dimension, placement in enumerate(placements) if not is_cut(placement)
+    )
+
+
 def is_first(tensor: Tensor) -> bool:
     """Say whether this process holds the first part of a DTensor, in every dimension in which it is cut."""
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
@@ -165,3 +190,15 @@ def is_first(tensor: Tensor) -> bool:
     return all(
         mesh.get_local_rank(dimension) == 0 for dimension, placement in enumerate(placements) if is_cut(placement)
     )
+
+
+def placement_of(tensor: Tensor) -> str:
+    """Return in words how a tensor is spread, and over how many processes; other processes may have another mesh.
+
+    Example:
+        >>> placement_of(torch.zeros(4))
+        'plain'
+    """
+    if not is_spread(tensor):
+        return "plain"
+    return f"{tensor.placements} over {tuple(tensor.device_mesh.shape)} processes"  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..distributed.layouts import matrix_layout
 from ..distributed.shards import is_spread, local, part_like, spread_like
 from ..kernels.tile_codes import unpack_codes
 from ..kernels.torch_internals import is_transformed
@@ -169,15 +170,19 @@ class MaskedLayer(nn.Module):
         return self.as_weight(matrix)
 
     @torch.no_grad()
+    def seen_matrix(self) -> Tensor:
+        """Return the matrix of the part that lies here whose kept entries products see."""
+        if self.soft_scale is None:
+            return self.matrix.detach()
+        return soft_thresholded(self.matrix, self.mask_codes, self.execution.transposable) * self.soft_scale
+
+    @torch.no_grad()
     def sent_part(self, dtype: torch.dtype) -> Tensor:
         """Return what products see of the part that lies here, in a dtype; pruned entries are -0, kept ones never."""
         if not self.is_masked:
             return self.master.to(dtype)
-        matrix = self.matrix
-        if self.soft_scale is not None:
-            matrix = soft_thresholded(matrix, self.mask_codes, self.execution.transposable) * self.soft_scale
-        # -0 + 0 is 0
-        return self.as_weight(torch.where(unpack_codes(self.mask_codes), matrix.to(dtype) + 0.0, -0.0))
+        kept = self.seen_matrix().to(dtype) + 0.0  # -0 + 0 is 0
+        return self.as_weight(torch.where(unpack_codes(self.mask_codes), kept, -0.0))
 
     def train(self, mode: bool = True) -> "MaskedLayer":
         """Switch between training and evaluation; weights may be swapped around it, so operands are made again."""
@@ -251,7 +256,7 @@ class MaskedLayer(nn.Module):
         self.shard.name = name
         rows, columns = self.matrix.shape
         if (codes := self.__dict__.get("mask_codes")) is not None and codes.shape != (rows // 4, columns // 4):
-            self.mask_codes = part_like(codes, weight).contiguous()
+            self.mask_codes = matrix_layout(weight, codes.dtype, self.transposed, 4).part(codes)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(

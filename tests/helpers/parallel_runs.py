@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import failure
-from sharded_runs import WIDTH, batch, blocks, mesh_of, outcome, parallelize, train, whole
+from sharded_runs import STEPS, WIDTH, batch, blocks, mesh_of, outcome, parallelize, whole
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -34,9 +34,50 @@ def world_mesh() -> Any:
     return mesh_of((dist.get_world_size(),), ("tp",))
 
 
+def train_part(
+    model: nn.Module,
+    method: Any,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    micro_batches: int = 1,
+    part: tuple[int, int] = (0, 1),
+    average: Callable[[nn.Module], None] = lambda model: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a model, spread or not, and return what there is to compare.
+
+    Args:
+        model: What is trained.
+        method: Of the run.
+        optimizer: Called with parameters and lr.
+        micro_batches: Of a step.
+        part: Which of how many parts of every batch this process has.
+        average: Called with the model before every step, to average gradients.
+        options: Of the run.
+    """
+    owner = optimizer(model.parameters(), lr=1e-2)
+    training = st.SparseTraining(model, owner, method, STEPS, verbose=False, **options)
+    losses = []
+    for step in range(STEPS):
+        owner.zero_grad()
+        loss = torch.zeros(())
+        for tokens in batch(step).chunk(part[1])[part[0]].chunk(micro_batches):
+            own = training.distilled(model(tokens).square().mean()) / micro_batches
+            own.backward()  # type: ignore[no-untyped-call]
+            loss += own.detach()
+        average(model)
+        owner.step()
+        losses.append(loss.item())
+    return {"losses": losses, **outcome(model, training)}
+
+
+def tensor_parallel(method: Any, shape: tuple[int, ...], **options: Any) -> dict[str, Any]:
+    """Train blocks under tensor parallelism, with FSDP2 if the mesh has more than one dimension."""
+    return train_part(parallelize(blocks(), shape), method, **options)
+
+
 def distributed(method: Any, shape: tuple[int, ...], **options: Any) -> dict[str, Any]:
     """Train with the batch split over the first dimension of the mesh, over which FSDP2 averages gradients."""
-    return train(parallelize(blocks(), shape), method, part=(_mesh(shape).get_local_rank(0), shape[0]), **options)
+    return train_part(parallelize(blocks(), shape), method, part=(_mesh(shape).get_local_rank(0), shape[0]), **options)
 
 
 def averaged_by_hand(method: Any, shape: tuple[int, int], **options: Any) -> dict[str, Any]:
@@ -56,7 +97,7 @@ def averaged_by_hand(method: Any, shape: tuple[int, int], **options: Any) -> dic
         plan = {"up": ColwiseParallel(), "gate": ColwiseParallel(), "down": RowwiseParallel()}
         parallelize_module(block, mesh["tp"], plan)
     part = mesh.get_local_rank(0), shape[0]
-    return train(model, method, part=part, average=average, group=group, **options)
+    return train_part(model, method, part=part, average=average, group=group, **options)
 
 
 def _mesh(shape: tuple[int, ...]) -> Any:

@@ -9,10 +9,13 @@ from torch import Tensor
 from ...distributed.shards import held, local
 from ...kernels.tile_codes import pack_codes
 from ...masks.gradient_rules import GradientRule
+from ...matmul.autocast import as_autocast
+from ...matmul.linear_function import LinearSpec
 from ...matmul.transforms import as_constants
+from ...matmul.wire_matmul import WireLinearFunction
 from ..functional import sparse_linear
 from ..masked_layer import MaskedLayer
-from .wires import DoublePrunedWire
+from .wires import DoublePrunedWire, PackedWire
 
 
 def kept_in(weight: Tensor) -> Tensor:
@@ -95,6 +98,8 @@ def multiply_gathered(
         bias: Of the same part, plain, or None.
         number: Of the part, among those that make random draws of their own.
     """
+    if layer.shard is not None and isinstance(layer.shard.wire, PackedWire):
+        return multiply_packed(layer, layer.shard.wire, input, weight, bias, number)
     backward_codes = gathered_backward_codes(layer)
     if layer.draws is None and backward_codes is None:
         return F.linear(input, layer.as_matrix(gathered_weight(layer, weight, layer.gradient)), bias)
@@ -103,6 +108,24 @@ def multiply_gathered(
         input, matrix, codes_in(matrix.detach()), bias, gradient=layer.gradient, backend="masked", draws=layer.draws,
         seed=layer.execution.seed + number, backward_codes=backward_codes,
     )  # fmt: skip
+
+
+def multiply_packed(
+    layer: MaskedLayer, wire: PackedWire, input: Tensor, weight: Tensor, bias: Tensor | None, number: int
+) -> Tensor:
+    """Do what :func:`multiply_gathered` does with a weight that came packed, of which only the shape is there."""
+    values, backend = wire.values, layer.backend
+    assert values is not None
+    if torch.is_autocast_enabled(input.device.type):
+        input = as_autocast(input)
+    elif input.dtype != values.dtype:
+        raise ValueError(
+            f"input is {input.dtype} but the weight of layer {layer.shard and layer.shard.name!r} was gathered in "
+            f"{values.dtype}: they must be alike outside of autocast, so cast one of them or use autocast."
+        )
+    spec = LinearSpec(layer.gradient, backend, backend, layer.execution.seed + number)
+    given = input, gathered_weight(layer, weight), values, wire.numbers, layer.mask_codes, bias, layer.draws, spec
+    return cast(Tensor, WireLinearFunction.apply(*given))  # type: ignore[no-untyped-call]
 
 
 def gathered_linear(layer: MaskedLayer, input: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Methods and options beside the presets as they are."""
 
+GATHERED = ("adapters", "double-pruned", "weight_gradient")
+"""Those that are also tried where FSDP2 gathers what tensor parallelism leaves here."""
+
 
 def size(shape: tuple[int, ...]) -> int:
     return int(torch.tensor(shape).prod())
@@ -42,22 +45,24 @@ def size(shape: tuple[int, ...]) -> int:
 
 @functools.cache
 def preset_in_one_process(method: str) -> dict[str, Any]:
-    return sharded_runs.train(sharded_runs.blocks(), method)
+    return parallel_runs.train_part(sharded_runs.blocks(), method)
 
 
 @pytest.mark.parametrize("method", PRESETS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_preset_trains_as_in_one_process(layout: str, method: str) -> None:
     shape = LAYOUTS[layout]
-    for found in ranks(size(shape))("sharded_runs.tensor_parallel", method, shape):
+    for found in ranks(size(shape))("parallel_runs.tensor_parallel", method, shape):
         sharded_runs.require_equal(found, preset_in_one_process(method), CLOSE)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_trains_as_in_one_process(name: str) -> None:
-    method, options = METHODS[name]
-    wanted = sharded_runs.train(sharded_runs.blocks(), method, **options)
-    for found in ranks(2)("sharded_runs.tensor_parallel", method, (2,), **options):
+@pytest.mark.parametrize(
+    ("name", "layout"), [*((name, "tp") for name in METHODS), *((name, "fsdp and tp") for name in GATHERED)]
+)
+def test_a_method_trains_as_in_one_process(name: str, layout: str) -> None:
+    (method, options), shape = METHODS[name], LAYOUTS[layout]
+    wanted = parallel_runs.train_part(sharded_runs.blocks(), method, **options)
+    for found in ranks(size(shape))("parallel_runs.tensor_parallel", method, shape, **options):
         sharded_runs.require_equal(found, wanted, CLOSE)
 
 
@@ -66,16 +71,16 @@ def test_a_method_trains_as_in_one_process(name: str) -> None:
 )
 def test_statistics_are_added_up_over_the_processes_that_share_gradients(function: str, shape: tuple[int, ...]) -> None:
     method = METHODS["wanda"][0]
-    wanted = sharded_runs.train(sharded_runs.blocks(), method)
+    wanted = parallel_runs.train_part(sharded_runs.blocks(), method)
     for found in ranks(4)(f"parallel_runs.{function}", method, shape):
         sharded_runs.require_equal({**found, "losses": wanted["losses"]}, wanted, CLOSE)
 
 
 def test_a_student_is_distilled_as_in_one_process() -> None:
     method = {"preset": "dense_to_sparse_finetune", "freeze_at": 9, "refresh_every": 2, "distillation": 0.3}
-    wanted = sharded_runs.train(sharded_runs.blocks(), method)
+    wanted = parallel_runs.train_part(sharded_runs.blocks(), method)
     divergence = wanted["metrics"].pop("distillation")
-    for found in ranks(2)("sharded_runs.tensor_parallel", method, (2,)):
+    for found in ranks(2)("parallel_runs.tensor_parallel", method, (2,)):
         assert found["metrics"].pop("distillation") == pytest.approx(divergence, rel=1e-4)  # of nearly equal logits
         sharded_runs.require_equal(found, wanted, CLOSE)
 
