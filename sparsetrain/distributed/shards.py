@@ -135,19 +135,15 @@ def is_cut(placement: Any) -> bool:
     return getattr(placement, "dim", None) is not None
 
 
-def cut_dimensions(tensor: Tensor) -> dict[int, int]:
-    """Return the dimensions in which a DTensor is cut, each with the number of parts.
+def first_cut(tensor: Tensor) -> int | None:
+    """Return the dimension in which the first cut of a DTensor is, which is FSDP2's where that shards it.
 
     Example:
-        >>> cut_dimensions(torch.zeros(4))
-        {}
+        >>> first_cut(torch.zeros(4)) is None
+        True
     """
-    found: dict[int, int] = {}
-    if is_spread(tensor):
-        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):  # type: ignore[attr-defined]
-            if is_cut(placement):
-                found[placement.dim] = found.get(placement.dim, 1) * size
-    return found
+    placements: Any = tensor.placements if is_spread(tensor) else ()  # type: ignore[attr-defined]
+    return next((placement.dim for placement in placements if is_cut(placement)), None)
 
 
 def groups_of(tensor: Tensor, cut: bool) -> list[dist.ProcessGroup]:
@@ -171,7 +167,9 @@ def copies(tensor: Tensor, processes: int) -> int:
         >>> copies(torch.zeros(4), processes=2)
         2
     """
-    return processes // math.prod(cut_dimensions(tensor).values())
+    cuts = zip(tensor.device_mesh.shape, tensor.placements, strict=True) if is_spread(tensor) else ()  # type: ignore[attr-defined]
+    parts: int = math.prod(size for size, placement in cuts if is_cut(placement))
+    return processes // parts
 
 
 def is_counted(tensor: Tensor) -> bool:

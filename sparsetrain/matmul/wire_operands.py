@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, Operand
-from ..backends.packing import fill_from_wire_
+from ..backends.wires import WireJob, fill_from_wires_
 from ..dispatch import Product
 
 Key = tuple[str, torch.dtype]
@@ -51,7 +51,8 @@ class WireOperands:
             if each == product or ((key, each) in self._asked and (key, each) not in self._filled):
                 wanted[each] = self._operand(values, backend, each, dtype)
                 self._filled.add((key, each))
-        fill_from_wire_(values, numbers, backend, dtype, wanted["forward"], wanted["input_gradient"])
+        parts = wanted["forward"], wanted["input_gradient"]
+        fill_from_wires_([WireJob(values.to(dtype), numbers, backend, *parts)])
         return self._made[key][product]
 
     def _operand(self, values: Tensor, backend: Backend, product: Product, dtype: torch.dtype) -> Operand:
