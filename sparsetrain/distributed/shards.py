@@ -172,15 +172,6 @@ def copies(tensor: Tensor, processes: int) -> int:
     return processes // parts
 
 
-def is_counted(tensor: Tensor) -> bool:
-    """Say whether this process is the first of those that hold its part of a DTensor."""
-    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    placements: Any = tensor.placements  # type: ignore[attr-defined]
-    return all(
-        mesh.get_local_rank(dimension) == 0 for dimension, placement in enumerate(placements) if not is_cut(placement)
-    )
-
-
 def is_first(tensor: Tensor) -> bool:
     """Say whether this process holds the first part of a DTensor, in every dimension in which it is cut."""
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]

@@ -31,11 +31,17 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "soft, transposable": ({"preset": "s_ste", "pattern": "transposable", "warmup": 2}, {}),
     "double-pruned": ({"preset": "slope", "refresh_every": 3, "adapter_rank": 0}, {}),
     "adapters": ({"preset": "slope", "refresh_every": 3, "adapter_start": 8, "adapter_rank": 2}, {}),
+    "dense tiles": (
+        {"preset": "fst", "refresh_every": 3, "dense_tail": 0, "dense_budget": 0.25, "dense_unit": "tiles"},
+        {},
+    ),
+    "a dense layer": ({"preset": "asp_one_shot", "prune_at": 6, "dense_budget": 0.5}, {}),
+    "packed": ({"preset": "fst", "refresh_every": 3, "warmup": 2, "decay": 0.01}, {"gather": "packed"}),
     "frozen moments": ({"preset": "step"}, {"track_age": True}),
 }
 """Methods and options beside the presets as they are."""
 
-GATHERED = ("adapters", "double-pruned", "weight_gradient")
+GATHERED = ("adapters", "double-pruned", "weight_gradient", "dense tiles", "packed")
 """Those that are also tried where FSDP2 gathers what tensor parallelism leaves here."""
 
 
