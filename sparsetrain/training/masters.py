@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..distributed.peers import reshard_
-from ..distributed.shards import is_spread, local
+from ..distributed.shards import gradient_here, is_spread
 from ..layers.masked_layer import MaskedLayer
 from .step_hooks import owned_parameters
 
@@ -109,7 +109,7 @@ class Masters:
         names, weights = self.of(optimizer)
         gradients = [*map(_GRADIENT, weights)]
         if self._is_spread:
-            gradients = [None if gradient is None else local(gradient) for gradient in gradients]
+            gradients = [*map(gradient_here, weights)]
         if not any(map(is_, gradients, repeat(None))) and not any(map(_REQUIRES_GRAD, gradients)):
             return dict(zip(names, gradients, strict=True))
         return {
