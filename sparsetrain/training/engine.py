@@ -22,8 +22,7 @@ from ..layers.sparsify import give_back_
 from ..masks.matrices import matrix_of
 from ..methods.method import Method
 from ..methods.resolve import resolve_method
-from ..methods.schedule import UNKNOWN_LENGTH
-from ..modifiers.base import Entry, Setup
+from ..modifiers.base import Setup
 from .construction import assemble, facts_of, make_sparse_, setup_of
 from .ending import Progress, ending
 from .saved_state import facts_of_state, resume_
@@ -154,7 +153,7 @@ class SparseTraining(RunStatus):
         if state is None:
             self._phases.enter()
         else:
-            self._go_on(state)
+            resume_(self._phases, self._steps.hooks, state)
         claim(self.masks.layers.values(), self)
 
     def distilled(self, loss: Tensor) -> Tensor:
@@ -240,15 +239,7 @@ class SparseTraining(RunStatus):
             >>> training.timeline.starts
             (0, 10)
         """
-        if total_steps is not None and total_steps < self.clock:
-            raise ValueError(f"total_steps is {total_steps} but {self.clock} steps are taken: pass at least as many.")
-        length = UNKNOWN_LENGTH if total_steps is None else total_steps
-        run = self._phases.run
-        run.timeline = run.timeline.retimed(self.method.schedule.resolve(length, cut=True), run.clock)
-        run.total_steps = run.total_steps if total_steps is None else total_steps
-        if not self._phases.enter():
-            self._phases.tell(Entry(resumed=True))
-        self._phases.repack_()
+        self._phases.retime(total_steps)
 
     def apply_masks_(self) -> None:
         """Bring weights back under their masks after something else wrote them, as merging adapters does.
@@ -281,15 +272,9 @@ class SparseTraining(RunStatus):
                 raise ValueError("training is finished: pass the state to a new SparseTraining(..., state=...).")
             state = self._checked(state, stacklevel=4)
             note(lambda: facts_of_state(state))
-        self._go_on(state)
+        resume_(self._phases, self._steps.hooks, state)
 
     def _checked(self, state: Mapping[str, Any], stacklevel: int) -> Mapping[str, Any]:
         state = in_this_version(state)
         check_state(state, self._phases, stacklevel)
         return state
-
-    def _go_on(self, state: Mapping[str, Any]) -> None:
-        total_steps = self.total_steps
-        resume_(self._phases, self._steps.hooks, state)
-        if state["total_steps"] != total_steps:
-            self.retime(None if total_steps is None else max(total_steps, self.clock))

@@ -1,6 +1,6 @@
 """Which wire the weights of a run travel by, phase by phase."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -30,6 +30,24 @@ def settle_wires_(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> None:
         shard, wire = changed.get(id(parameter._module_info.module), (None, None))
         if shard is not None and wire is not None and parameter._module_info.param_name == "weight":
             shard.use(wire, parameter.padded_sharded_param_size, parameter.mp_policy.param_dtype)
+            gather_afresh(parameter)
+
+
+def release_wires_(model: nn.Module, layers: Iterable[MaskedLayer]) -> None:
+    """Have FSDP2 gather the weights of layers that are about to be dense as they are.
+
+    Args:
+        model: Whose layers they are.
+        layers: Some of them.
+    """
+    shards = {id(layer.shard.weight): layer.shard for layer in layers if layer.shard is not None}
+    if not shards:
+        return
+    reshard_(model)
+    for shard in shards.values():
+        shard.detach()
+    for parameter in fsdp_parameters(model):
+        if id(parameter.sharded_param) in shards:
             gather_afresh(parameter)
 
 
