@@ -7,7 +7,7 @@ subclasses override or call (``_apply``, ``_conv_forward``, ``_init_group``, ``_
 """
 
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -53,6 +53,10 @@ def is_compiler_loaded() -> bool:
 storage_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
 """Returns what tells a tensor's storage, as long as that is held; ``data_ptr`` is the same for storages that share
 memory and for empty ones, and ``untyped_storage`` makes an object in every call."""
+
+unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe_view
+"""Returns a tensor of another shape that is no view to autograd, as ``F.linear`` does: FSDP2 warns of views that it
+hangs hooks on."""
 
 foreach_add = torch._foreach_add
 """This and the next are torch's operators on lists, of which public optimizers alone make use."""

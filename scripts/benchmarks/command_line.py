@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from . import scale_inputs
+
 QUICK_SECONDS = 100.0
 
 
@@ -30,6 +32,8 @@ def command_line() -> argparse.ArgumentParser:
     for stand_in in (gemm, step):
         stand_in.add_argument("--stand-in", action="store_true", help="with the tests' stand-ins for sparse backends")
     commands.add_parser("model", help="the speed-up that arithmetic expects for each GPU; measures nothing")
+    scale = "the cost of sharded training on many GPUs that arithmetic expects; measures nothing"
+    scale_inputs.add_flags(commands.add_parser("scale-model", help=scale))
     host = commands.add_parser("host", help="host time of an eager layer and of the engine's step over dense")
     host.add_argument("--repeats", type=_count, default=200, help="pairs of samples (default: %(default)s)")
     host.add_argument("--threads", type=_count, help="of torch (default: torch's own)")

@@ -24,6 +24,7 @@ def main() -> int:
         "figure": _figure,
         "kernels": _kernels,
         "model": _model,
+        "scale-model": _scale_model,
         "host": _host,
     }
     if getattr(options, "stand_in", False):
@@ -95,6 +96,12 @@ def _model(options: argparse.Namespace) -> int:
 
     print(model.table())
     return 0
+
+
+def _scale_model(options: argparse.Namespace) -> int:
+    from . import scale_model
+
+    return scale_model.run(options)
 
 
 def _step(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from ..kernels.masked_update.operator import apply_masks_
 from ..kernels.metadata_order import Order
 from ..kernels.pack import unpack_rows
 from ..kernels.pack.eager import pack_tiles_now_
+from ..kernels.wire import from_wire, pack_wires_now_
 from .interface import Backend, Operand
 
 
@@ -85,6 +86,39 @@ def fill_(jobs: Sequence[PackJob]) -> None:
             _fill_from_matrix(jobs[position])
         for batch in batches.packed:
             batch.pack_(jobs)
+
+
+@torch.no_grad()
+def fill_from_wire_(
+    values: Tensor,
+    numbers: Tensor,
+    backend: Backend,
+    dtype: torch.dtype,
+    operand: Operand | None,
+    transpose: Operand | None,
+) -> None:
+    """Pack a weight that came over the wire into a backend's operands, W's, Wᵀ's or both; no dense weight is made.
+
+    Args:
+        values: ``[O, I/2]``, of the wire.
+        numbers: uint8 ``[O/4, I/4]``, of the wire.
+        backend: Whose operands they are.
+        dtype: Of their values.
+        operand: W's, or None.
+        transpose: Wᵀ's, or None.
+    """
+    kept = values.to(dtype)
+    if any(part is not None and part.values is None for part in (operand, transpose)):
+        matrix = from_wire(kept, numbers)  # backends that take the masked matrix itself
+        for part, own in ((operand, matrix), (transpose, matrix.t())):
+            if part is not None:
+                backend.finish_(part, own.contiguous())
+        return
+    targets = Targets([(operand, transpose)])
+    columns = targets.columns
+    pack_wires_now_([kept], [numbers], columns[0], columns[1], columns[2], columns[3], targets.tables, targets.orders)
+    for _, part, natural in targets.unordered:
+        backend.finish_(part, natural)
 
 
 class Packed(NamedTuple):

@@ -1,5 +1,6 @@
 """Tensors that are spread over processes (DTensors): the part that lies here, and who holds the rest."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -129,17 +130,14 @@ def groups_of(tensor: Tensor, cut: bool) -> list[dist.ProcessGroup]:
     ]
 
 
-def copies(tensor: Tensor) -> int:
-    """Return how many processes hold the same part of a tensor; 1 for a plain one.
+def copies(tensor: Tensor, processes: int) -> int:
+    """Return how many of some processes, each of which holds a part of a tensor, hold the same part.
 
     Example:
-        >>> copies(torch.zeros(4))
-        1
+        >>> copies(torch.zeros(4), processes=2)
+        2
     """
-    found = 1
-    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True) if is_spread(tensor) else ():  # type: ignore[attr-defined]
-        found *= 1 if is_cut(placement) else size
-    return found
+    return processes // math.prod(cut_dimensions(tensor).values())
 
 
 def is_counted(tensor: Tensor) -> bool:

@@ -13,6 +13,7 @@ from ..criteria.criterion import Criterion
 from ..distributed.peers import Peers
 from ..layers.layer_group import LayerGroups
 from ..layers.masked_layer import MaskedLayer
+from ..layers.sharded.gathering import GatherMode
 from ..methods.method import Method
 from ..methods.schedule import Timeline
 from ..types import PhaseKind
@@ -32,6 +33,7 @@ class Setup(NamedTuple):
     watch_dense: bool = True
     track_age: bool = False
     group: dist.ProcessGroup | None = None
+    gather: GatherMode = "auto"
 
 
 @dataclass

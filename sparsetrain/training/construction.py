@@ -20,6 +20,7 @@ from ..layers.masked_layer import MaskedLayer
 from ..layers.options import LayerOptions, check_run_options
 from ..layers.selection.report import SelectionReport
 from ..layers.selection.select_layers import select_layers, sparse_layers
+from ..layers.sharded.gathering import GatherMode
 from ..layers.sparsify import sparsify_
 from ..masks.patterns import resolve_pattern
 from ..methods.method import Method
@@ -45,6 +46,7 @@ def setup_of(
     watch_dense: bool,
     track_age: bool,
     group: dist.ProcessGroup | None,
+    gather: GatherMode,
 ) -> Setup:
     """Return what a run is to be made of: plain models and optimizers, phases in steps.
 
@@ -57,13 +59,14 @@ def setup_of(
         teacher=teacher,
         watch_dense=watch_dense,
         track_age=track_age,
+        gather=gather,
     )
     given = [optimizer] if isinstance(optimizer, Optimizer) or not isinstance(optimizer, Sequence) else optimizer
     require_whole_weights(model)
     require_torch_training(model, given)
     optimizers = [*map(plain_optimizer, given)]
     timeline = method.schedule.resolve(total_steps)
-    run = total_steps, watch_dense, track_age, group
+    run = total_steps, watch_dense, track_age, group, gather
     return Setup(plain_model(model), method, timeline, optimizers, lr_schedulers, teacher, logits_from, *run)
 
 
@@ -108,6 +111,7 @@ def facts_of(setup: Setup, layers: Mapping[str, MaskedLayer]) -> dict[str, Any]:
         "total_steps": setup.total_steps,
         "watch_dense": setup.watch_dense,
         "track_age": setup.track_age,
+        "gather": setup.gather,
         "layers": {name: [*layer.weight.shape] for name, layer in layers.items()},
         "placement of the weights": {name: placement_of(layer.weight) for name, layer in layers.items()},
     }
@@ -137,7 +141,7 @@ def assemble(setup: Setup, layers: Mapping[str, MaskedLayer], removals: ExitStac
         removals.callback(modifier.detach)
         modifier.attach()
     run.groups.number_draws_(run.layers, run.clock)
-    phases = Phases(run, masks, modifiers, setup.watch_dense, setup.model)
+    phases = Phases(run, masks, modifiers, setup)
     steps = Steps(phases, masters)
     removals.callback(steps.hooks.remove)
     return phases, steps

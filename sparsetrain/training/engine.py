@@ -18,6 +18,7 @@ from ..layers.conversion import write_zeros_
 from ..layers.options import LayerOptions, check_owners
 from ..layers.selection.select_layers import weight_count
 from ..layers.selection.wrapped_names import warn_of_unmerged
+from ..layers.sharded.gathering import GatherMode
 from ..layers.sparsify import give_back_
 from ..masks.matrices import matrix_of
 from ..methods.method import Method
@@ -59,6 +60,9 @@ class SparseTraining(RunStatus):
         track_age: Keep the age of every mask entry (one byte a weight).
         group: Processes that hold the same weights and average their gradients, such as the replicas of a pipeline's
             stage; None for all. Sharded weights know their own.
+        gather: What FSDP2 gathers of a weight whose mask is in force: ``"masked"``, the weight with zeros;
+            ``"packed"``, what is kept and one byte a tile; ``"auto"``, packed where products are sparse. The report
+            says which.
         state: What an earlier :meth:`state_dict` returned, to go on from there; as good as :meth:`load_state_dict`
             afterwards, without a first mask search.
         verbose: Print the one-line summary of the selection and, at :meth:`finish`, what the model is then.
@@ -113,6 +117,7 @@ class SparseTraining(RunStatus):
         watch_dense: bool = True,
         track_age: bool = False,
         group: ProcessGroup | None = None,
+        gather: GatherMode = "auto",
         state: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
@@ -125,7 +130,7 @@ class SparseTraining(RunStatus):
                 self.method = resolve_method(method)
                 setup = setup_of(
                     model, optimizer, self.method, total_steps, lr_schedulers, teacher, logits_from, watch_dense,
-                    track_age, group,
+                    track_age, group, gather,
                 )  # fmt: skip
                 self._verbose = verbose
                 state = self._start(setup, options, state, undo)
@@ -264,8 +269,7 @@ class SparseTraining(RunStatus):
         Pruned entries are put back into the weights if the state holds them, under ``"pruned_weights"``.
 
         Raises:
-            ValueError: If the state is damaged, of another model or another one in another process; nothing is changed
-                then.
+            ValueError: If the state is damaged, or of another model or run; nothing is changed then, on any rank.
         """
         with together(self._everyone, "the run", device_of(self.model)) as note:
             if self.finished:

@@ -120,7 +120,10 @@ class MaskState:
 
     def _holders(self, layer: MaskedLayer) -> Groups:
         """Return the groups of processes that hold the same part of a layer's weight."""
-        return self._peers.groups if layer.shard is None else tuple(groups_of(layer.shard.weight, cut=False))
+        if layer.shard is None:
+            return self._peers.groups
+        same, other = (groups_of(layer.shard.weight, cut) for cut in (False, True))
+        return (*same, *(group for group in self._peers.groups if group not in same + other))
 
     @torch.no_grad()
     def refresh_backward(self) -> None:
