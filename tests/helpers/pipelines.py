@@ -5,8 +5,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import failure
-from sharded_runs import Block, batch, blocks, outcome, shard, train
+from sharded_runs import Block, batch, blocks, mesh_of, outcome, shard, train
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
@@ -51,18 +52,21 @@ def one_process(method: Any) -> list[dict[str, Any]]:
     return [{"losses": losses, **outcome(*pair)} for pair in zip(models, runs, strict=True)]
 
 
-def pipeline(method: Any, planted: bool = False) -> dict[str, Any]:
-    """Train this rank's stage, its replicas on equal batches, and return losses and what became of it."""
+def pipeline(method: Any, planted: bool = False, sharded: bool = False) -> dict[str, Any]:
+    """Train this rank's stage, its replicas or shards on equal batches, and return losses and what became of it."""
     count = dist.get_world_size() // STAGES
     stage, replica = divmod(dist.get_rank(), count)
     groups = [replicas(number) for number in range(STAGES)]
     model, other = stages()[stage], (dist.get_rank() + count) % dist.get_world_size()
+    if sharded:
+        fully_shard(model, mesh=mesh_of((STAGES, count), ("stage", "shard"))["shard"])
     owner = AdamW(model.parameters(), lr=1e-2)
-    training = st.SparseTraining(model, owner, method, STEPS, verbose=False, group=groups[stage])
+    group = None if sharded else groups[stage]
+    training = st.SparseTraining(model, owner, method, STEPS, verbose=False, group=group)
     losses = []
     for step in range(STEPS):
         losses.append(_first(model, batch(step), other) if stage == 0 else _last(model, other))
-        for parameter in model.parameters():
+        for parameter in [] if sharded else model.parameters():
             assert parameter.grad is not None
             dist.all_reduce(parameter.grad, group=groups[stage])
             parameter.grad.div_(count)

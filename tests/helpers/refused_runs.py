@@ -220,3 +220,12 @@ def finished() -> list[float]:
         if step == 3:
             training.finish()
     return losses
+
+
+def head_of_its_own() -> list[str]:
+    """Return the layers that become sparse if FSDP2 was applied to the output head itself."""
+    model: Any = nn.Sequential(*blocks().children(), nn.Linear(16, 10))
+    fully_shard(model[3], mesh=mesh_of((dist.get_world_size(),), ("shard",)))
+    shard(model, (dist.get_world_size(),))
+    training = run(model, AdamW(model.parameters()))
+    return sorted(training.masks.layers)

@@ -17,8 +17,9 @@ def in_one_process() -> list[dict[str, Any]]:
     return pipelines.one_process(FST)
 
 
-def test_each_stage_trains_as_in_one_process() -> None:
-    found = ranks(4)("pipelines.pipeline", FST)
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicas", "shards"])
+def test_each_stage_trains_as_in_one_process(sharded: bool) -> None:
+    found = ranks(4)("pipelines.pipeline", FST, sharded=sharded)
     for rank, outcome in enumerate(found):
         stage = in_one_process()[rank // 2]
         losses = stage["losses"] if rank // 2 else [0.0] * pipelines.STEPS

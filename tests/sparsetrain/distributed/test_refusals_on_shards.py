@@ -96,6 +96,12 @@ def test_states_that_differ_are_refused_and_nothing_is_loaded() -> None:
         assert "last_refresh is 0 on rank 0 but -1 on rank 1" in message
 
 
+def test_a_layer_that_stays_dense_may_be_sharded_as_it_likes() -> None:
+    for found in ranks(2)("refused_runs.head_of_its_own"):
+        assert "3" not in found
+        assert "0.up" in found
+
+
 def test_verify_says_that_it_needs_whole_weights() -> None:
     for message in ranks(2)("refused_runs.verified"):
         assert message.startswith("ValueError: layer '0.up' is sharded, and verify() needs whole weights")
