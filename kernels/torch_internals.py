@@ -136,8 +136,7 @@ local_tensor: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")
 def fsdp_parameters(model: nn.Module) -> Iterator[Any]:
     """Yield what FSDP2 keeps of every parameter that it shards, which no public function tells.
 
-    Of that, read are ``_module_info`` (``module`` and ``param_name``), ``mp_policy``, ``offload_to_cpu``,
-    ``post_forward_mesh_info`` and ``padded_sharded_param_size``.
+    Of that, read are ``mp_policy``, ``padded_sharded_param_size``, and what the next two functions return.
 
     Example:
         >>> list(fsdp_parameters(nn.Linear(4, 4)))
@@ -154,6 +153,16 @@ def fsdp_parameters(model: nn.Module) -> Iterator[Any]:
         groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has one at most
         for group in [state._fsdp_param_group] if groups is None else groups:
             yield from () if group is None else group.fsdp_params
+
+
+def module_of(parameter: Any) -> tuple[nn.Module, str]:
+    """Return the module that has a parameter which :func:`fsdp_parameters` yields, and its name there."""
+    return parameter._module_info.module, parameter._module_info.param_name
+
+
+def gathered_size(parameter: Any) -> tuple[int, ...]:
+    """Return the size of what FSDP2 gathers: of the part that tensor parallelism leaves, where there is one."""
+    return tuple(parameter._orig_size)
 
 
 def gather_afresh(parameter: Any) -> None:

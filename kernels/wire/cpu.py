@@ -24,7 +24,7 @@ def to_wire_into(weight: Tensor, codes: Tensor, values: Tensor, numbers: Tensor)
         >>> values, numbers = torch.empty(8, 2), torch.empty(2, 1, dtype=torch.uint8)
         >>> to_wire_into(torch.ones(4, 4), torch.full((1, 1), 0x5A5A, dtype=torch.int16), values, numbers)
         >>> values[:, 0].tolist(), numbers.flatten().tolist()
-        ([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], [25, 0])
+        ([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], [23, 0])
     """
     rows = weight.shape[0]
     values[:rows] = pack(weight, codes, values.dtype, transposed=False)[0]

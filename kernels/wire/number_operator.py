@@ -21,7 +21,7 @@ def codes_of_numbers(numbers: Tensor) -> Tensor:
         ValueError: If the numbers are not uint8.
 
     Example:
-        >>> hex(codes_of_numbers(torch.tensor([25], dtype=torch.uint8)).item())
+        >>> hex(codes_of_numbers(torch.tensor([23], dtype=torch.uint8)).item())
         '0x5a5a'
     """
     require_dtype("numbers", numbers, torch.uint8)
@@ -44,7 +44,7 @@ def numbers_of_codes(codes: Tensor) -> Tensor:
 
     Example:
         >>> numbers_of_codes(torch.tensor([0x33CC, 0x5A5A], dtype=torch.int16)).tolist()
-        [0, 25]
+        [0, 23]
     """
     require_dtype("codes", codes, torch.int16)
     numbers = numbers_of(codes.contiguous())

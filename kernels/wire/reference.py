@@ -38,7 +38,7 @@ def to_wire(weight: Tensor, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
         >>> tile = torch.arange(16.0).view(4, 4)
         >>> values, numbers = to_wire(tile, torch.full((1, 1), 0x5A5A, dtype=torch.int16), torch.float32)
         >>> values.tolist(), numbers.tolist()
-        ([[1.0, 3.0], [4.0, 6.0], [9.0, 11.0], [12.0, 14.0]], [[25]])
+        ([[1.0, 3.0], [4.0, 6.0], [9.0, 11.0], [12.0, 14.0]], [[23]])
     """
     values = weight.to(dtype)[unpack_codes(codes)].view(weight.shape[0], weight.shape[1] // 2)
     known = torch.tensor(pattern_codes())

@@ -9,7 +9,7 @@ from ..device_functions import join_columns, kept_pair, load_code, nibbles_of, p
 from ..launch import interpreted, on_device_of
 from ..pack.triton_sides import PAIRS, TRITON
 from .numbering import NO_PATTERN, pattern_table
-from .triton_kernel import entries_of, load_pattern
+from .triton_kernel import entries_of
 
 # one program, by the dense dtype: rows and columns in tiles, warps. Nothing moves between threads.
 BLOCKS = {torch.float32: (4, 32, 4), torch.float16: (4, 64, 4), torch.bfloat16: (4, 64, 4)}
@@ -139,6 +139,12 @@ def numbers_kernel(codes, numbers, tiles, BLOCK: tl.constexpr):
     code = load_code(codes + tile, tile < tiles)
     a, b, c, d = nibbles_of(code)
     tl.store(numbers + tile, number_of(code, a, b, c, d).to(tl.uint8), mask=tile < tiles)
+
+
+@triton.jit
+def load_pattern(patterns, numbers, inside):
+    """What ``pattern_table`` has of tiles; a byte is always inside of it."""
+    return tl.load(patterns + tl.load(numbers, mask=inside, other=0).to(tl.int32))
 
 
 @triton.jit

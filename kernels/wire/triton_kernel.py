@@ -94,12 +94,13 @@ def pack_wire_kernel(
     row, column = top + tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
     inside = (row < tile_rows) & (column < tile_columns)  # [ROWS, COLUMNS] tiles
     numbers = tensor_pointer(number_base, number_offsets, tensor, ALIGNED) + row * tile_columns + column
-    pattern = load_pattern(patterns, numbers, inside)
+    number = tl.load(numbers, mask=inside, other=0).to(tl.int32)
     kept = tensor_pointer(kept_base, kept_offsets, tensor, ALIGNED) + row * 4 * tile_columns + column
     pair_a = tl.load(kept, mask=inside, other=0)
     pair_b = tl.load(kept + tile_columns, mask=inside, other=0)
     pair_c = tl.load(kept + 2 * tile_columns, mask=inside, other=0)
     pair_d = tl.load(kept + 3 * tile_columns, mask=inside, other=0)
+    pattern = tl.load(patterns + number)  # after the loads whose layouts are wanted; a byte is inside of the table
     codes, metadata = pattern.to(tl.int32), (pattern >> 32).to(tl.int32)  # of a tile and, above, of its transpose
     if FORWARD:
         store_side(
@@ -123,12 +124,6 @@ def pack_wire_kernel(
             (values_t_base, values_t_offsets, meta_t_base, meta_t_offsets, table_t_base, table_t_offsets), tensor, top,
             left, tile_rows, tile_columns, word_rows, ORDER_T, None, ALIGNED, False, ROWS, COLUMNS,
         )  # fmt: skip
-
-
-@triton.jit
-def load_pattern(patterns, numbers, inside):
-    """What ``pattern_table`` has of tiles; a byte is always inside of the table."""
-    return tl.load(patterns + tl.load(numbers, mask=inside, other=0).to(tl.int32))
 
 
 @triton.jit

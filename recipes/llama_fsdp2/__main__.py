@@ -107,7 +107,7 @@ def sparse_training(
         model, optimizer, options.method, options.steps, options.targets, gather=options.gather, verbose=verbose
     )
     if folder:
-        state = {"training": training.sharded_state_dict()}  # type: ignore[attr-defined]
+        state = {"training": training.sharded_state_dict()}
         load(state, checkpoint_id=folder)
         training.load_state_dict(state["training"])
     return training

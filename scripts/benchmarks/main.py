@@ -26,6 +26,7 @@ def main() -> int:
         "model": _model,
         "scale-model": _scale_model,
         "host": _host,
+        "sharded": _sharded,
     }
     if getattr(options, "stand_in", False):
         from . import stand_in
@@ -53,6 +54,13 @@ def _host(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return host.run(options.repeats, options.csv)
+
+
+def _sharded(options: argparse.Namespace) -> int:
+    from . import sharded
+
+    size = sharded.Size(options.blocks, options.width, options.tokens)
+    return sharded.run(size, options.ranks, options.repeats, options.device, options.csv)
 
 
 def _grid(options: argparse.Namespace) -> int:

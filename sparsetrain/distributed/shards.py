@@ -85,8 +85,12 @@ def part_like(whole: Tensor, like: Tensor) -> Tensor:
         whole: Plain, the same in every process; cut where ``like`` is cut, in units of its own rows.
         like: A DTensor of as many dimensions.
     """
-    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
-    cuts = [cut for cut in enumerate(like.placements) if is_cut(cut[1])]  # type: ignore[attr-defined]
+    return part_of(whole, like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def part_of(whole: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    """Return the part that lies here of a tensor that is the same in every process, as :func:`part_like`."""
+    cuts = [cut for cut in enumerate(placements) if is_cut(cut[1])]
     # FSDP2 cuts in strides what tensor parallelism, with a later dimension of the mesh, has cut before
     for dimension, placement in sorted(cuts, key=lambda cut: hasattr(cut[1], "split_factor")):
         length = whole.shape[placement.dim]
@@ -96,24 +100,35 @@ def part_like(whole: Tensor, like: Tensor) -> Tensor:
     return whole
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """Return the whole of a DTensor, of any dtype; every process of its mesh has to call this.
+
+    Example:
+        >>> whole = torch.zeros(4)
+        >>> gathered(whole) is whole
+        True
+    """
+    if not is_spread(tensor):
+        return tensor
+    part = local(tensor).detach().contiguous().unsqueeze(-1).view(torch.uint8)  # neither gloo nor NCCL sends int16
+    whole: Tensor = spread_like(part, tensor, (*tensor.shape, part.shape[-1])).full_tensor()  # type: ignore[attr-defined]
+    return whole.contiguous().view(tensor.dtype).squeeze(-1)
+
+
 def is_cut(placement: Any) -> bool:
     """Say whether a DTensor's placement cuts it in a dimension, in strides too."""
     return getattr(placement, "dim", None) is not None
 
 
-def cut_dimensions(tensor: Tensor) -> dict[int, int]:
-    """Return the dimensions in which a DTensor is cut, each with the number of parts.
+def first_cut(tensor: Tensor) -> int | None:
+    """Return the dimension in which the first cut of a DTensor is, which is FSDP2's where that shards it.
 
     Example:
-        >>> cut_dimensions(torch.zeros(4))
-        {}
+        >>> first_cut(torch.zeros(4)) is None
+        True
     """
-    found: dict[int, int] = {}
-    if is_spread(tensor):
-        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):  # type: ignore[attr-defined]
-            if is_cut(placement):
-                found[placement.dim] = found.get(placement.dim, 1) * size
-    return found
+    placements: Any = tensor.placements if is_spread(tensor) else ()  # type: ignore[attr-defined]
+    return next((placement.dim for placement in placements if is_cut(placement)), None)
 
 
 def groups_of(tensor: Tensor, cut: bool) -> list[dist.ProcessGroup]:
@@ -137,7 +152,9 @@ def copies(tensor: Tensor, processes: int) -> int:
         >>> copies(torch.zeros(4), processes=2)
         2
     """
-    return processes // math.prod(cut_dimensions(tensor).values())
+    cuts = zip(tensor.device_mesh.shape, tensor.placements, strict=True) if is_spread(tensor) else ()  # type: ignore[attr-defined]
+    parts: int = math.prod(size for size, placement in cuts if is_cut(placement))
+    return processes // parts
 
 
 def is_counted(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..distributed.layouts import matrix_layout
 from ..distributed.shards import is_spread, local, part_like, spread_like
 from ..kernels.tile_codes import unpack_codes
 from ..kernels.torch_internals import is_transformed
@@ -255,7 +256,7 @@ class MaskedLayer(nn.Module):
         self.shard.name = name
         rows, columns = self.matrix.shape
         if (codes := self.__dict__.get("mask_codes")) is not None and codes.shape != (rows // 4, columns // 4):
-            self.mask_codes = part_like(codes, weight).contiguous()
+            self.mask_codes = matrix_layout(weight, codes.dtype, self.transposed, 4).part(codes)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(

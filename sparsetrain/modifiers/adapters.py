@@ -11,6 +11,7 @@ from torch.optim import Adagrad, Optimizer
 
 from ..checks.rules import each
 from ..checks.states import by_layer, require_part, tensor
+from ..distributed.layouts import Layout, layout_of
 from ..distributed.peers import Peers
 from ..distributed.shards import local, replicated_like
 from ..distributed.wrappers import is_zero
@@ -161,6 +162,11 @@ class Adapters(Modifier):
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the values."""
         return {name: [local(part).detach().cpu().clone() for part in pair] for name, pair in self.parts.items()}
+
+    def layouts(self) -> Mapping[tuple[str | int, ...], Layout]:
+        """Return that every process has them."""
+        pairs = ((name, index, part) for name, pair in self.parts.items() for index, part in enumerate(pair))
+        return {(name, index): layout_of(local(part)) for name, index, part in pairs}
 
     def check_state(self, state: Any, resumed: Resumed) -> None:
         """Raise ``ValueError`` if a state is damaged or of other adapters; changes nothing."""

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..criteria.criterion import Criterion
+from ..distributed.layouts import Layout
 from ..distributed.peers import Peers
 from ..layers.layer_group import LayerGroups
 from ..layers.masked_layer import MaskedLayer
@@ -194,8 +195,15 @@ class Modifier:
         return {}
 
     def state_dict(self) -> Any:
-        """Return the state as plain numbers, strings and tensors; None if there is none."""
+        """Return the state as plain numbers, strings and tensors; None if there is none.
+
+        Of sharded tensors it has the parts that lie here, of numbers those of the whole run.
+        """
         return None
+
+    def layouts(self) -> Mapping[tuple[str | int, ...], Layout]:
+        """Return how tensors that its state may have are spread over processes, by their keys from the outside in."""
+        return {}
 
     def check_state(self, state: Any, resumed: Resumed) -> None:
         """Raise ``ValueError`` if a state, None if there is none, is damaged or of another run; changes nothing."""

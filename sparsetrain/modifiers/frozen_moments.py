@@ -10,6 +10,8 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from ..checks.rules import DICT, mapping, number, optional, sequence
 from ..checks.states import refuse_missing, require_part, tensor
+from ..distributed.layouts import Layout, layout_of
+from ..distributed.shards import is_spread
 from ..kernels.torch_internals import INIT_GROUP
 from .adam_update import Frozen, nowhere, update_
 from .base import Entry, Modifier, Resumed, Run, Setup
@@ -107,11 +109,21 @@ class FrozenMoments(Modifier):
         """Return what is frozen of every optimizer's parameters in their order; None before.
 
         Of a parameter: None if it is not frozen, or else ``correction``, and ``going``: bool, where Adam goes on, or
-        None if it does so nowhere.
+        None if it does so nowhere in a whole parameter.
         """
         if self._frozen is None:
             return None
-        return [[_saved(self._frozen.get(entry)) for entry in _parameters(one)] for one in self._optimizers]
+        return [[_saved(entry, self._frozen.get(entry)) for entry in _parameters(one)] for one in self._optimizers]
+
+    def layouts(self) -> Mapping[tuple[str | int, ...], Layout]:
+        """Return how ``going`` of every parameter is spread: as the parameter is."""
+        found: dict[tuple[str | int, ...], Layout] = {}
+        for owner, optimizer in enumerate(self._optimizers):
+            for index, parameter in enumerate(_parameters(optimizer)):
+                shape, _, mesh, placements = layout_of(parameter)
+                pairs = (2,) if parameter.is_complex() else ()
+                found[owner, index, "going"] = Layout((*shape, *pairs), torch.bool, mesh, placements)
+        return found
 
     def check_state(self, state: Any, resumed: Resumed) -> None:
         """Raise ``ValueError`` if a state is damaged or of other optimizers; changes nothing."""
@@ -200,8 +212,8 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _saved(frozen: Frozen | None) -> dict[str, Any] | None:
+def _saved(parameter: Tensor, frozen: Frozen | None) -> dict[str, Any] | None:
     if frozen is None:
         return None
-    going = frozen.going.cpu().clone() if frozen.going.any() else None
+    going = frozen.going.cpu().clone() if is_spread(parameter) or frozen.going.any() else None
     return {"correction": frozen.correction, "going": going}

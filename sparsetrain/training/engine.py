@@ -26,13 +26,10 @@ from ..methods.resolve import resolve_method
 from ..modifiers.base import Setup
 from .construction import assemble, facts_of, make_sparse_, setup_of
 from .ending import Progress, ending
-from .saved_state import facts_of_state, resume_
-from .state_checks import check_state
-from .state_versions import in_this_version
-from .status import RunStatus
+from .saved_run import SavedRun
 
 
-class SparseTraining(RunStatus):
+class SparseTraining(SavedRun):
     """Sparse training in the user's own loop: make it after the optimizer, then train as before.
 
     It hangs on the optimizer, so a successful optimizer step is the only clock: accumulation, skipped steps,
@@ -133,32 +130,29 @@ class SparseTraining(RunStatus):
                     track_age, group, gather,
                 )  # fmt: skip
                 self._verbose = verbose
-                state = self._start(setup, options, state, undo)
-                note(lambda: {**facts_of(setup, self.masks.layers), **facts_of_state(state)})
+                self._start(setup, options, state is not None, undo)
+                note(lambda: {**facts_of(setup, self.masks.layers), "goes on": state is not None})
             self._begin(state)
             undo.pop_all()
         if verbose:
             print(self.report.summary())
 
-    def _start(
-        self, setup: Setup, options: LayerOptions, state: Mapping[str, Any] | None, undo: ExitStack
-    ) -> Mapping[str, Any] | None:
-        """Make the layers sparse and put together what trains them; return the state to go on from, checked."""
+    def _start(self, setup: Setup, options: LayerOptions, resumes: bool, undo: ExitStack) -> None:
+        """Make the layers sparse and put together what trains them."""
         self.model = setup.model
-        self._selection, layers = make_sparse_(setup, options, resumes=state is not None)
+        self._selection, layers = make_sparse_(setup, options, resumes)
         undo.callback(give_back_, self.model, layers.values(), zeros=False)
         self._removals = undo.enter_context(ExitStack())  # of everything that hangs on the model and the optimizers
         self._weight_count = weight_count(self.model.modules())
         self._phases, self._steps = assemble(setup, layers, self._removals)
         self._steps.run, self.masks = self, self._phases.masks
-        return None if state is None else self._checked(state, stacklevel=5)
 
     def _begin(self, state: Mapping[str, Any] | None) -> None:
         """Enter the first phase, or go on from a state; what is sent between processes begins here."""
         if state is None:
             self._phases.enter()
         else:
-            resume_(self._phases, self._steps.hooks, state)
+            self._resume(state, stacklevel=5)
         claim(self.masks.layers.values(), self)
 
     def distilled(self, loss: Tensor) -> Tensor:
@@ -262,23 +256,3 @@ class SparseTraining(RunStatus):
         for layer in self.masks.layers.values():
             layer.operands.invalidate()
         self._phases.repack_()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state: clock, phase, masks and statistics; weights and optimizers are the caller's.
-
-        Pruned entries are put back into the weights if the state holds them, under ``"pruned_weights"``.
-
-        Raises:
-            ValueError: If the state is damaged, or of another model or run; nothing is changed then, on any rank.
-        """
-        with together(self._everyone, "the run", device_of(self.model)) as note:
-            if self.finished:
-                raise ValueError("training is finished: pass the state to a new SparseTraining(..., state=...).")
-            state = self._checked(state, stacklevel=4)
-            note(lambda: facts_of_state(state))
-        resume_(self._phases, self._steps.hooks, state)
-
-    def _checked(self, state: Mapping[str, Any], stacklevel: int) -> Mapping[str, Any]:
-        state = in_this_version(state)
-        check_state(state, self._phases, stacklevel)
-        return state

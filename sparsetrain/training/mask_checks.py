@@ -49,7 +49,7 @@ def _rules(masks: MaskState, maskable: list[str], exists: bool) -> dict[str, Rul
     codes = {name: tensor(torch.int16, layer.mask_codes.shape) for name, layer in layers.items()}
     again = codes if exists and masks.pattern.search_backward is not None else {}
     flips = {name: whole(0, layers[name].weight.numel()) for name in maskable}
-    ages = {name: tensor(torch.uint8, layer.weight.shape) for name, layer in layers.items()}
+    ages = {name: tensor(torch.uint8, layer.master.shape) for name, layer in layers.items()}
     sums = sequence(NOT_NEGATIVE, length=5)
     return {
         "codes": by_layer(codes, needed=None),

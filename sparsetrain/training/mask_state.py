@@ -14,7 +14,7 @@ from ..kernels.tile_codes import unpack_codes
 from ..layers.masked_layer import MaskedLayer
 from ..layers.one_pass import search_in_one_pass_
 from ..layers.sharded.dense_budget import dense_layers_of
-from ..layers.sharded.totals import sum_over_parts, total
+from ..layers.sharded.totals import counted_once, sum_over_parts, total
 from ..masks.matrices import by_device
 from ..masks.tile_codes import KEEP_ALL
 from .mask_search import MaskSearch
@@ -205,8 +205,13 @@ class MaskState:
         return sum(layer.weight.numel() for layer in self.layers.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of everything that the next refresh and the metrics depend on."""
+        """Return copies of everything that the next refresh and the metrics depend on.
+
+        Of sharded layers it has the parts that lie here, and numbers of the whole, so all processes have to call this.
+        """
         layers = self.layers.items()
+        history = sum_over_parts(self.layers, self.flips, self.virtual_flips, self.sums_at_refresh)
+        flips, virtual_flips, sums_at_refresh = history
         return {
             "pattern": self.pattern.name,
             "exists": self.exists,
@@ -215,9 +220,9 @@ class MaskState:
             "codes": {name: codes.detach().cpu().clone() for name, codes in self.codes.items()},
             "shapes": {name: list(layer.weight.shape) for name, layer in layers},
             "transposed": sorted(name for name, layer in layers if layer.transposed),
-            "flips": {name: int(count) for name, count in self.flips.items()},
-            "virtual_flips": {name: int(count) for name, count in self.virtual_flips.items()},
-            "sums_at_refresh": {name: sums.tolist() for name, sums in self.sums_at_refresh.items()},
+            "flips": {name: int(count) for name, count in flips.items()},
+            "virtual_flips": {name: int(count) for name, count in virtual_flips.items()},
+            "sums_at_refresh": {name: sums.tolist() for name, sums in sums_at_refresh.items()},
             "ages": {name: age.cpu().clone() for name, age in self.ages.items()},
             "criterion": self.criterion.state_dict(),
             "backward_codes": {
@@ -232,11 +237,9 @@ class MaskState:
         self.exists = bool(state["exists"])
         self.kept = int(state["kept"])
         self.dense = None if state["dense"] is None else frozenset(state["dense"])
-        self.flips = {name: torch.tensor(count) for name, count in state["flips"].items()}
-        self.virtual_flips = {name: torch.tensor(count) for name, count in state["virtual_flips"].items()}
-        self.sums_at_refresh = {
-            name: torch.tensor(sums, dtype=torch.float64) for name, sums in state["sums_at_refresh"].items()
-        }
+        self.flips = self._counted_once(state["flips"], torch.int64)
+        self.virtual_flips = self._counted_once(state["virtual_flips"], torch.int64)
+        self.sums_at_refresh = self._counted_once(state["sums_at_refresh"], torch.float64)
         for name, age in self.ages.items():
             age.copy_(state["ages"].get(name, torch.zeros(())))
         self.criterion.load_state_dict(state["criterion"])
@@ -246,3 +249,7 @@ class MaskState:
                 layer.set_backward_codes_(state["backward_codes"][name])
             else:
                 layer.backward_codes = None
+
+    def _counted_once(self, totals: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+        numbers = {name: torch.tensor(total, dtype=dtype) for name, total in totals.items()}
+        return {name: counted_once(self.layers[name], number) for name, number in numbers.items()}

@@ -4,15 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoint.pruned_entries import PRUNED_KEY, put_back_
+from ..distributed.agreement import together
+from ..distributed.equal_codes import Groups
 from ..modifiers.base import Entry
 from .phases import Phases
-from .state_checks import saved_timeline
-from .state_versions import STATE_VERSION
+from .sharded_state import in_nested_form
+from .state_checks import check_state, saved_timeline
+from .state_layouts import Path, replaced, required_layouts, spread, tensor_at
+from .state_versions import STATE_VERSION, in_this_version
 from .step_hooks import StepHooks
 
 
 def state_of(phases: Phases, hooks: StepHooks) -> dict[str, Any]:
     """Return the state of a run as plain numbers, strings and tensors.
+
+    Where weights are sharded, tensors are DTensors that are spread like them; all processes have to call this.
 
     Args:
         phases: Of the run.
@@ -20,7 +26,7 @@ def state_of(phases: Phases, hooks: StepHooks) -> dict[str, Any]:
     """
     run = phases.run
     parts = [(modifier.name, modifier.state_dict()) for modifier in phases.modifiers]
-    return {
+    state = {
         "version": STATE_VERSION,
         "clock": run.clock,
         "total_steps": run.total_steps,
@@ -32,9 +38,38 @@ def state_of(phases: Phases, hooks: StepHooks) -> dict[str, Any]:
         "modifiers": {name: part for name, part in parts if part is not None},
         **phases.masks.state_dict(),
     }
+    return spread(state, phases)
 
 
-def facts_of_state(state: Mapping[str, Any] | None) -> dict[str, Any]:
+def received(state: Any, phases: Phases, everyone: Groups, stacklevel: int) -> dict[str, Any]:
+    """Return a state in this version with the parts that lie here, once all processes have found it sound.
+
+    Args:
+        state: What :func:`state_of` or :func:`.sharded_state.in_fixed_layout` returned, or what has become of it;
+            instead of DTensors, it may have whole tensors.
+        phases: Of the run that is to load it.
+        everyone: The processes that load it together.
+        stacklevel: Of warnings, from here to the user's line.
+
+    Raises:
+        RuntimeError: If another process refuses it.
+        ValueError: If it is damaged or of another model, or differs between processes.
+    """
+    device = next(iter(phases.masks.layers.values())).master.device
+    with together(everyone, "the state", device) as note:
+        state = in_this_version(in_nested_form(state))
+        layouts = required_layouts(state, phases)
+        tensors: dict[Path, Any] = {path: tensor_at(state, path) for path in sorted(layouts, key=str)}
+        sent = [str(path) for path in tensors if not layouts[path].holds(tensors[path])]
+        note(lambda: {**facts_of_state(state), "tensors in another layout": sent})
+    parts = {path: layouts[path].part(tensor) for path, tensor in tensors.items()}
+    with together(everyone, "the state", device):
+        found: dict[str, Any] = replaced(state, parts)
+        check_state(found, phases, stacklevel)
+    return found
+
+
+def facts_of_state(state: Any) -> dict[str, Any]:
     """Return what a state, None for none, says of where its run was, which is the same in every process.
 
     Example:
@@ -42,7 +77,7 @@ def facts_of_state(state: Mapping[str, Any] | None) -> dict[str, Any]:
         {'clock': None}
     """
     keys = ("clock", "kept", "exists", "active", "dense", "starts", "stepped", "last_refresh")
-    return {"clock": None} if state is None else {key: state[key] for key in keys}
+    return {"clock": None} if not isinstance(state, Mapping) else {key: state.get(key) for key in keys}
 
 
 def resume_(phases: Phases, hooks: StepHooks, state: Mapping[str, Any]) -> None:
@@ -51,7 +86,7 @@ def resume_(phases: Phases, hooks: StepHooks, state: Mapping[str, Any]) -> None:
     Args:
         phases: Of the run.
         hooks: On its optimizers.
-        state: What :func:`state_of` returned, in this version, and ``check_state`` let pass.
+        state: What :func:`received` returned.
     """
     run, masks, total_steps = phases.run, phases.masks, phases.run.total_steps
     masks.load_state_dict(state)

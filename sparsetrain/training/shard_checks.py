@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..criteria import resolve_criterion
-from ..distributed.shards import cut_dimensions, is_spread
+from ..distributed.shards import is_cut, is_spread
 from ..layers.sharded.refusals import require_one_run
 from ..modifiers.base import Setup
 
@@ -28,7 +28,8 @@ class Unproven(NamedTuple):
 
 
 def _cuts_columns(layers: Layers) -> bool:
-    return any(set(cut_dimensions(layer.weight)) - {0} for layer in layers.values())  # type: ignore[arg-type]
+    weights: list[Any] = [layer.weight for layer in layers.values() if is_spread(layer.weight)]
+    return any(is_cut(placement) and placement.dim for weight in weights for placement in weight.placements)
 
 
 def _criterion(setup: Setup) -> Any:

@@ -141,7 +141,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bad argument": {"backend": lambda rank: "nothing" if rank == 1 else "auto"},
     "no method": {"method": lambda rank: 7 if rank == 1 else "fst"},
     "one state": {"state": lambda rank: earlier() if rank else None},
-    "damaged state": {"state": lambda rank: {**earlier(), "clock": -1 if rank else 0}},
+    "damaged state": {"state": lambda rank: {**earlier(), **({"version": 99} if rank else {})}},
     "other state": {"state": lambda rank: earlier(steps=rank)},
 }
 

@@ -1,16 +1,16 @@
 """Runs on sharded models, on ranks (``ranks.py``) and in one process, to be compared."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import sparsetrain as st
+from scripts.benchmarks.sharded import CountingAllGather
 from sparsetrain.backends import BACKENDS
 
 STEPS = 12
@@ -154,20 +154,6 @@ def simulated(method: Any, gather: str, **options: Any) -> dict[str, Any]:
     finally:
         del BACKENDS["simulated"]
     return {**found, "used": backend.calls["product"] > 0}
-
-
-class CountingAllGather:
-    """Torch's all-gather of FSDP2, which counts the bytes that a rank sends."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
-        self.bytes += input_tensor.numel() * input_tensor.element_size()
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 def bytes_sent(dtype: str | None) -> dict[str, dict[str, int]]:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ...backends import BACKENDS
 from ...backends.interface import SPARSE_DTYPES
 from ...distributed.peers import reshard_
-from ...distributed.shards import cut_dimensions
-from ...kernels.torch_internals import fsdp_parameters, gather_afresh
+from ...distributed.shards import first_cut
+from ...kernels.torch_internals import fsdp_parameters, gather_afresh, gathered_size, module_of
 from ...matmul.choices import backend_on
 from ..masked_layer import MaskedLayer
 from .wires import DoublePrunedWire, MaskedWire, PackedWire, Wire
@@ -37,8 +37,8 @@ def settle_wires_(model: nn.Module, layers: Mapping[str, MaskedLayer], gather: G
         return
     reshard_(model)
     for parameter in fsdp_parameters(model):
-        found = wanted.get(id(parameter._module_info.module))
-        if found is not None and parameter._module_info.param_name == "weight":
+        module, name = module_of(parameter)
+        if name == "weight" and (found := wanted.get(id(module))) is not None:
             _use(*found, parameter)
 
 
@@ -62,7 +62,7 @@ def release_wires_(model: nn.Module, layers: Iterable[MaskedLayer]) -> None:
 
 def _use(layer: MaskedLayer, kind: type[Wire], parameter: Any) -> None:
     assert layer.shard is not None
-    wire = PackedWire(parameter._orig_size) if kind is PackedWire else kind()
+    wire = PackedWire(gathered_size(parameter)) if kind is PackedWire else kind()
     layer.operands.wired = wire.operands if isinstance(wire, PackedWire) else None
     layer.shard.use(wire, parameter.padded_sharded_param_size, parameter.mp_policy.param_dtype)
     gather_afresh(parameter)
@@ -98,8 +98,8 @@ def why_not_packed(layer: MaskedLayer, gather: GatherMode) -> str | None:
         return "its mask keeps more than 2:4"
     if weight.dim() != 2 or layer.transposed:
         return "it is no nn.Linear"
-    if 1 in cut_dimensions(weight):
-        return "its columns are cut, which FSDP2 can gather in the weight's own shape alone"
+    if first_cut(weight) == 1:
+        return "its columns are cut, which FSDP2 gathers in the weight's own shape alone"
     if gather == "auto" and not runs_sparse(layer):
         return "its products are dense here, to which masked zeros cost less"
     return None

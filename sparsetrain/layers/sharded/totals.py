@@ -69,7 +69,7 @@ def sum_over_mesh(layers: Mapping[str, MaskedLayer], numbers: Tensor) -> Tensor:
         >>> sum_over_mesh({"fc": SparseLinear(8, 4)}, torch.tensor([1.0])).tolist()
         [1.0]
     """
-    mesh = _mesh(layers)
+    mesh = mesh_of(layers)
     if mesh is None:
         return numbers
     numbers = numbers.clone()
@@ -87,11 +87,17 @@ def processes(layers: Mapping[str, MaskedLayer]) -> int:
         >>> processes({"fc": SparseLinear(8, 4)})
         1
     """
-    mesh = _mesh(layers)
+    mesh = mesh_of(layers)
     return 1 if mesh is None else int(mesh.size())
 
 
-def _mesh(layers: Mapping[str, MaskedLayer]) -> Any:
+def mesh_of(layers: Mapping[str, MaskedLayer]) -> Any:
+    """Return the mesh that the layers' weights are spread over; None where they are whole.
+
+    Example:
+        >>> mesh_of({}) is None
+        True
+    """
     meshes: list[Any] = [layer.shard.weight.device_mesh for layer in layers.values() if layer.shard is not None]  # type: ignore[attr-defined]
     return max(meshes, key=lambda mesh: int(mesh.size()), default=None)  # the others are parts of it
 

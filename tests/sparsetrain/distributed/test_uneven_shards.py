@@ -24,7 +24,7 @@ def in_one_process(method: str, hidden: int) -> dict[str, Any]:
 @pytest.mark.parametrize("hidden", [16, 36], ids=["one holds nothing", "one holds half"])
 def test_shards_of_unequal_size_change_nothing(hidden: int, method: str) -> None:
     for found in ranks(5)("pipelines.uneven", hidden, METHODS[method]):
-        sharded_runs.require_equal(found, in_one_process(method, hidden), relative=1e-5)
+        sharded_runs.require_equal(found, in_one_process(method, hidden), relative=1e-6)  # fifths of sums
 
 
 @pytest.mark.parametrize("method", METHODS)
