@@ -14,6 +14,7 @@ from ..checks.states import by_layer, require_part, tensor
 from ..distributed.layouts import Layout, layout_of
 from ..distributed.peers import Peers
 from ..distributed.shards import gradient_here, local, replicated_like
+from ..distributed.wrappers import is_zero
 from ..layers.masked_layer import MaskedLayer
 from .base import Entry, Modifier, Resumed, Run, Setup, Step
 
@@ -214,6 +215,11 @@ def require_late_start(optimizers: Sequence[Optimizer]) -> None:
         >>> require_late_start([torch.optim.SGD([nn.Parameter(torch.zeros(1))], momentum=0.9, fused=True)])
     """
     for optimizer in optimizers:
+        if is_zero(optimizer):
+            raise ValueError(
+                "optimizer is ZeroRedundancyOptimizer but adapters join its parameters later than it deals them out: "
+                "use the optimizer inside itself, or adapter_rank=0."
+            )
         for group in optimizer.param_groups:
             if group.get("fused") and group.get("momentum") and group.get("dampening"):
                 raise ValueError(

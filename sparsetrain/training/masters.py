@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ..distributed.peers import reshard_
 from ..distributed.shards import gradient_here, is_spread
 from ..layers.masked_layer import MaskedLayer
+from ..layers.sharded.refusals import require_one_run
 from .step_hooks import owned_parameters
 
 _GRADIENT, _REQUIRES_GRAD = attrgetter("grad"), attrgetter("requires_grad")
@@ -100,6 +101,8 @@ class Masters:
                     "so it would stay as it is: write into the old one (with torch.no_grad(): weight.copy_(...)), or "
                     "put the new one into the optimizer's param_groups."
                 )
+        if any(is_spread(new) for _, new in replaced.values()):  # sharded after the run was made
+            require_one_run(self._model, self._layers)
         self.owned.update(now)
         self.weights.update({name: new for name, (_, new) in replaced.items()})
         self._list()

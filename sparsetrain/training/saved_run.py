@@ -70,13 +70,6 @@ class SavedRun(RunStatus):
             raise ValueError("training is finished: pass the state to a new SparseTraining(..., state=...).")
         self._resume(state, stacklevel=4)
 
-    def retime(self, total_steps: int | None) -> None:
-        """Set the length of the whole run."""
-        raise NotImplementedError
-
     def _resume(self, state: Mapping[str, Any], stacklevel: int) -> None:
         found = received(state, self._phases, self._everyone, stacklevel + 1)
-        total_steps = self.total_steps
         resume_(self._phases, self._steps.hooks, found)
-        if found["total_steps"] != total_steps:
-            self.retime(None if total_steps is None else max(total_steps, self.clock))

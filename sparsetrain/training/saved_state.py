@@ -88,7 +88,7 @@ def resume_(phases: Phases, hooks: StepHooks, state: Mapping[str, Any]) -> None:
         hooks: On its optimizers.
         state: What :func:`received` returned.
     """
-    run, masks = phases.run, phases.masks
+    run, masks, total_steps = phases.run, phases.masks, phases.run.total_steps
     masks.load_state_dict(state)
     put_back_(masks.layers, state["codes"], state.get(PRUNED_KEY, {}))
     run.groups.forget()
@@ -102,3 +102,5 @@ def resume_(phases: Phases, hooks: StepHooks, state: Mapping[str, Any]) -> None:
     phases.settle(Entry(resumed=True))
     run.groups.number_draws_(masks.layers, run.clock)
     phases.repack_()
+    if state["total_steps"] != total_steps:
+        phases.retime(None if total_steps is None else max(total_steps, run.clock))

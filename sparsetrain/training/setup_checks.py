@@ -15,6 +15,7 @@ from ..methods.schedule import Timeline
 from ..modifiers.base import Setup
 from ..modifiers.masked_decay import AUTO_START
 from ..modifiers.registry import check_all
+from .shard_checks import check_shards
 from .step_hooks import owned_parameters
 
 
@@ -31,14 +32,13 @@ def check_setup(setup: Setup, report: SelectionReport, backend: str) -> None:
         raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
     if not setup.optimizers:
         raise ValueError("optimizer is an empty list: pass the optimizer that owns the model's weights.")
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise ValueError("model is wrapped in FSDP: masks need whole weights on every rank, so use DDP or one device.")
     for choice in report.dense:
         if choice.reason.startswith("already sparse") and (run := run_of(model.get_submodule(choice.name))):
             raise ValueError(
                 f"layer {choice.name!r} is trained by another SparseTraining, at step {run.clock}: call its finish() "
                 "first, with zeros=False to go on from the dense weights, or exclude the layer."
             )
+    check_shards(setup, {choice.name: model.get_submodule(choice.name) for choice in report.sparse})
     _check_weights(model, report, setup.optimizers)
     _check_parallel(model, report)
     _warn_of_frozen(report, method, setup.timeline)

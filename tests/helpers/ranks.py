@@ -77,10 +77,10 @@ def ranks(world: int) -> Ranks:
 
 
 def failure(function: Any, *args: Any, **options: Any) -> str:
-    """Return the message of the ValueError or RuntimeError that a call raises; "" if it raises none."""
+    """Return the message of the TypeError, ValueError or RuntimeError that a call raises; "" if it raises none."""
     try:
         function(*args, **options)
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -33,11 +33,6 @@ def settle_wires_(model: nn.Module, layers: Mapping[str, MaskedLayer], gather: G
     _use(model, {id(layer): (layer, wire_of(layer, gather)) for layer in layers.values() if layer.shard is not None})
 
 
-def give_wires_back_(model: nn.Module, layers: Iterable[MaskedLayer]) -> None:
-    """Have FSDP2 gather every layer's weight in its own shape again, as it does of a dense layer; nothing is sent."""
-    _use(model, {id(layer): (layer, MaskedWire) for layer in layers if layer.shard is not None})
-
-
 def _use(model: nn.Module, wanted: Mapping[int, tuple[MaskedLayer, type[Wire]]]) -> None:
     """Have layers, by their ids, use a kind of wire."""
     changed = {
@@ -52,6 +47,24 @@ def _use(model: nn.Module, wanted: Mapping[int, tuple[MaskedLayer, type[Wire]]])
         module, name = module_of(parameter)
         if name == "weight" and (found := changed.get(id(module))) is not None:
             _exchange(*found, parameter)
+
+
+def release_wires_(model: nn.Module, layers: Iterable[MaskedLayer]) -> None:
+    """Have FSDP2 gather the weights of layers that are about to be dense as they are.
+
+    Args:
+        model: Whose layers they are.
+        layers: Some of them.
+    """
+    shards = {id(layer.shard.weight): layer.shard for layer in layers if layer.shard is not None}
+    if not shards:
+        return
+    reshard_(model)
+    for shard in shards.values():
+        shard.detach()
+    for parameter in fsdp_parameters(model):
+        if id(parameter.sharded_param) in shards:
+            gather_afresh(parameter)
 
 
 def _exchange(layer: MaskedLayer, kind: type[Wire], parameter: Any) -> None:
