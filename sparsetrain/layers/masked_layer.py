@@ -154,9 +154,11 @@ class MaskedLayer(nn.Module):
         """Return the weight that the products see when the mask is in force, for a master at hand.
 
         Args:
-            master: Shaped like the weight, on any device.
+            master: Shaped like the weight and spread like it, on any device; or the part that lies here.
             with_adapter: Add the adapter, if there is one.
         """
+        if is_spread(master):
+            return spread_like(self.effective_weight(local(master), with_adapter), master, master.shape)
         matrix, codes = self.as_matrix(master), self.mask_codes.to(master.device)
         if self.soft_scale is not None:
             soft = soft_thresholded(matrix, codes, self.execution.transposable)
@@ -284,6 +286,8 @@ class MaskedLayer(nn.Module):
         register(self)
 
     def _remove_mask(self) -> None:
+        if self.shard is not None:
+            self.shard.release()
         for name in STATE:
             self.__dict__.pop(name, None)
 

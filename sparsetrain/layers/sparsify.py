@@ -23,6 +23,7 @@ from .fused_encoders import settle_fused_encoders_
 from .masked_layer import MaskedLayer
 from .options import MODULE, LayerOptions
 from .selection.select_layers import SelectionReport, select_layers, sparse_layers
+from .sharded.gathering import release_
 from .transposed_linear import TransposedLinear
 
 
@@ -179,6 +180,10 @@ def export_dense_(model: nn.Module, *, zeros: bool = True) -> list[str]:
 
 def give_back_(model: nn.Module, layers: Iterable[MaskedLayer], zeros: bool) -> None:
     """Turn masked layers of a model back into their dense classes, and let it take the paths that masks forbid."""
+    layers = [*layers]
+    spread = [layer for layer in layers if layer.shard is not None]
     for layer in layers:
         to_dense_(layer, zeros)
+    if spread:
+        release_(model, spread)
     settle_fused_encoders_(model)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..checkpoint.pruned_entries import PRUNED_KEY, put_back_
+from ..checkpoint.pruned_entries import PRUNED_KEY, pruned_here, put_back_
+from ..layers.masked_layer import MaskedLayer
 from ..layers.sharded.agreement import refused_together
 from ..modifiers.base import Entry
 from .phases import Phases
@@ -54,7 +55,7 @@ def received(state: Any, phases: Phases, stacklevel: int) -> dict[str, Any]:
     """
     layers = phases.masks.layers
     with refused_together(layers) as same:
-        state = in_this_version(in_nested_form(state))
+        state = with_pruned_here(in_this_version(in_nested_form(state)), layers)
         layouts = required_layouts(state, phases)
         tensors: dict[Path, Any] = {path: tensor_at(state, path) for path in sorted(layouts, key=str)}
         same.append([path for path in tensors if not layouts[path].holds(tensors[path])])  # what is sent
@@ -63,6 +64,15 @@ def received(state: Any, phases: Phases, stacklevel: int) -> dict[str, Any]:
         found: dict[str, Any] = replaced(state, parts)
         check_state(found, phases, stacklevel)
     return found
+
+
+def with_pruned_here(state: Any, layers: Mapping[str, MaskedLayer]) -> Any:
+    """Return a state with the pruned values that belong to the parts of the weights that lie here, if it has any."""
+    pruned, codes = (state.get(key) if isinstance(state, Mapping) else None for key in (PRUNED_KEY, "codes"))
+    if not (isinstance(pruned, Mapping) and isinstance(codes, Mapping)):
+        return state
+    here = {name: pruned_here(layers[name], codes.get(name), pruned[name]) for name in pruned if name in layers}
+    return {**state, PRUNED_KEY: {**pruned, **here}}
 
 
 def resume_(phases: Phases, hooks: StepHooks, state: Mapping[str, Any]) -> None:

@@ -56,10 +56,10 @@ class Ranks:
         answers: dict[int, Any] = {}
         waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self._pipes)}
         while waiting:
-            for pipe in wait([*waiting], TIMEOUT) or self._end(next(iter(waiting.values())), "hangs", function):
-                rank = waiting.pop(pipe)
+            for ready in wait([*waiting], TIMEOUT) or self._end(next(iter(waiting.values())), "hangs", function):
+                rank = waiting.pop(ready)
                 try:
-                    answers[rank] = pipe.recv()  # type: ignore[union-attr]
+                    answers[rank] = self._pipes[rank].recv()
                 except EOFError:
                     self._end(rank, "died", function)
         if failed := [f"rank {rank}: {error}" for rank, (error, _) in sorted(answers.items()) if error]:

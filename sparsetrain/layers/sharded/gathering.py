@@ -1,6 +1,6 @@
 """Which wire the weights of a run travel by, phase by phase."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -30,6 +30,20 @@ def settle_wires_(model: nn.Module, layers: Mapping[str, MaskedLayer]) -> None:
         shard, wire = changed.get(id(parameter._module_info.module), (None, None))
         if shard is not None and wire is not None and parameter._module_info.param_name == "weight":
             shard.use(wire, parameter.padded_sharded_param_size, parameter.mp_policy.param_dtype)
+            gather_afresh(parameter)
+
+
+def release_(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Have FSDP2 gather the weights of layers that are dense again as those of any other.
+
+    Args:
+        model: Whose layers they are.
+        layers: Whose shards were released.
+    """
+    reshard_(model)
+    released = {id(layer) for layer in layers}
+    for parameter in fsdp_parameters(model):
+        if id(parameter._module_info.module) in released and parameter._module_info.param_name == "weight":
             gather_afresh(parameter)
 
 

@@ -51,6 +51,12 @@ class Shard:
             part.fsdp_pre_all_gather, part.fsdp_post_all_gather = wanted(self), Receive(self)
             self.is_fresh = False
 
+    def release(self) -> None:
+        """Take everything off the local tensor, so that FSDP2 gathers the weight itself."""
+        part = self.part.__dict__
+        for name in ("fsdp_pre_all_gather", "fsdp_post_all_gather"):
+            part.pop(name, None)
+
     def use(self, wire: Wire, size: Sequence[int], dtype: torch.dtype | None) -> None:
         """Have the part sent by another wire from now on; FSDP2 has to make its buffers again.
 
