@@ -126,11 +126,13 @@ def metadata_place(row, word, inside, word_columns, rows, ORDER: tl.constexpr, t
 
 @triton.jit
 def pair_bits(first, last, DTYPE: tl.constexpr, EMULATE_ROUNDING: tl.constexpr):
-    """Two float32 values rounded to DTYPE, as the integer that holds both, the first in its low half."""
+    """Two float32 values rounded to DTYPE, or two that are its bits, as the integer that holds both, the first low."""
     if DTYPE == tl.float32:
         return first.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF | (
             last.to(tl.int32, bitcast=True).to(tl.int64) << 32
         )
+    elif first.dtype.is_int():
+        return (first.to(tl.int32) & 0xFFFF) | (last.to(tl.int32) << 16)
     else:
         return rounded_bits(first, DTYPE, EMULATE_ROUNDING) | (rounded_bits(last, DTYPE, EMULATE_ROUNDING) << 16)
 

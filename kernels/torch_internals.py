@@ -7,7 +7,7 @@ subclasses override or call (``_apply``, ``_conv_forward``, ``_init_group``, ``_
 """
 
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -53,6 +53,10 @@ def is_compiler_loaded() -> bool:
 storage_address: Callable[[Tensor], int] = torch._C._storage_address  # type: ignore[attr-defined]
 """Returns what tells a tensor's storage, as long as that is held; ``data_ptr`` is the same for storages that share
 memory and for empty ones, and ``untyped_storage`` makes an object in every call."""
+
+unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe_view
+"""Returns a tensor of another shape that is no view to autograd, as ``F.linear`` does: FSDP2 warns of views that it
+hangs hooks on."""
 
 foreach_add = torch._foreach_add
 """This and the next are torch's operators on lists, of which public optimizers alone make use."""
@@ -132,8 +136,7 @@ local_tensor: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")
 def fsdp_parameters(model: nn.Module) -> Iterator[Any]:
     """Yield what FSDP2 keeps of every parameter that it shards, which no public function tells.
 
-    Of that, read are ``_module_info`` (``module`` and ``param_name``), ``mp_policy``, ``offload_to_cpu``,
-    ``post_forward_mesh_info`` and ``padded_sharded_param_size``.
+    Of that, read are ``mp_policy``, ``padded_sharded_param_size``, and what the next two functions return.
 
     Example:
         >>> list(fsdp_parameters(nn.Linear(4, 4)))
@@ -150,6 +153,16 @@ def fsdp_parameters(model: nn.Module) -> Iterator[Any]:
         groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has one at most
         for group in [state._fsdp_param_group] if groups is None else groups:
             yield from () if group is None else group.fsdp_params
+
+
+def module_of(parameter: Any) -> tuple[nn.Module, str]:
+    """Return the module that has a parameter which :func:`fsdp_parameters` yields, and its name there."""
+    return parameter._module_info.module, parameter._module_info.param_name
+
+
+def gathered_size(parameter: Any) -> tuple[int, ...]:
+    """Return the size of what FSDP2 gathers: of the part that tensor parallelism leaves, where there is one."""
+    return tuple(parameter._orig_size)
 
 
 def gather_afresh(parameter: Any) -> None:

@@ -55,25 +55,44 @@ def sides_of(
     orders: Sequence[int] | None,
 ) -> tuple[Side | None, Side | None]:
     """Return the targets of W and of Wᵀ, if they are wanted, or raise ``ValueError`` where something does not fit."""
-    sizes = [len(column) for column in (weights, codes, values, meta, values_t, meta_t)]
-    count = len(weights)
-    if len(codes) != count or any(tuple(pair) not in ((0, 0), (count, count)) for pair in (sizes[2:4], sizes[4:])):
-        raise ValueError(
-            f"weights, codes, values, meta, values_t, meta_t have {sizes} entries: pass one of each for every weight, "
-            "and of values and meta, or of values_t and meta_t, also none."
-        )
-    known, places = _orders_of(len(meta) + len(meta_t), orders, tables)
+    targets = (values, meta, values_t, meta_t)
+    require_lists("weights, codes", (weights, codes), targets)
     dtype = next((entry.dtype for entry in (*values, *values_t)), torch.float32)
     for position, (weight, code) in enumerate(zip(weights, codes, strict=True)):
         require_weight(weight, code, dtype)
-        _check_target(f"codes[{position}]", code, torch.int16, tuple(code.shape), weight.device)
+        require_tensor(f"codes[{position}]", code, torch.int16, tuple(code.shape), weight.device)
+    return targets_of([(*weight.shape,) for weight in weights], weights, dtype, targets, tables, orders)
+
+
+def require_lists(names: str, sources: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Tensor]]) -> None:
+    """Raise ``ValueError`` unless lists of two sources and four targets are as long as the first, or left out."""
+    sizes = [len(column) for column in (*sources, *targets)]
+    count = sizes[0]
+    if sizes[1] != count or any(tuple(pair) not in ((0, 0), (count, count)) for pair in (sizes[2:4], sizes[4:])):
+        raise ValueError(
+            f"{names}, values, meta, values_t, meta_t have {sizes} entries: pass one of each for every weight, "
+            "and of values and meta, or of values_t and meta_t, also none."
+        )
+
+
+def targets_of(
+    shapes: Sequence[tuple[int, ...]],
+    sources: Sequence[Tensor],
+    dtype: torch.dtype,
+    targets: Sequence[Sequence[Tensor]],
+    tables: Sequence[Tensor],
+    orders: Sequence[int] | None,
+) -> tuple[Side | None, Side | None]:
+    """Return the targets of W and of Wᵀ of weights ``[O, I]`` on their sources' devices, checked, as sides."""
+    values, meta, values_t, meta_t = targets
+    known, places = _orders_of(len(meta) + len(meta_t), orders, tables)
     sides: list[Side | None] = []
     for suffix, packed, words, first in (("", values, meta, 0), ("_t", values_t, meta_t, len(meta))):
         own, table = known[first : first + len(packed)], places[first : first + len(packed)]
         for position, target in enumerate(packed):
-            device, shape = weights[position].device, weights[position].shape
-            rows, columns = (shape[0], shape[1]) if not suffix else (shape[1], shape[0])
-            _check_target(f"values{suffix}[{position}]", target, dtype, (rows, columns // 2), device)
+            device, shape = sources[position].device, shapes[position]
+            rows, columns = shape if not suffix else shape[::-1]
+            require_tensor(f"values{suffix}[{position}]", target, dtype, (rows, columns // 2), device)
             _check_meta(
                 f"meta{suffix}[{position}]", words[position], rows, columns, own[position], table[position], device
             )
@@ -100,17 +119,18 @@ def _check_meta(
     name: str, meta: Tensor, rows: int, columns: int, order: Order, table: Tensor | None, device: torch.device
 ) -> None:
     if order == Order.NATURAL:
-        _check_target(name, meta, torch.int16, (rows, -(-columns // 16)), device)
+        require_tensor(name, meta, torch.int16, (rows, -(-columns // 16)), device)
         return
     if table is not None:
-        _check_target(f"the table of {name}", table, torch.int32, (rows * -(-columns // 16),), device)
+        require_tensor(f"the table of {name}", table, torch.int32, (rows * -(-columns // 16),), device)
     size = meta.numel() if table is not None else metadata_words(rows, columns, order)
     if size == 0 and meta.numel():
         raise ValueError(f"order of {name} is {order.name}: a matrix [{rows}, {columns}] has none; use another order.")
-    _check_target(name, meta.view(-1) if meta.is_contiguous() else meta, torch.int16, (size,), device)
+    require_tensor(name, meta.view(-1) if meta.is_contiguous() else meta, torch.int16, (size,), device)
 
 
-def _check_target(name: str, target: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+def require_tensor(name: str, target: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise ``ValueError`` unless a tensor is contiguous and what it has to be."""
     fits = target.dtype == dtype and tuple(target.shape) == shape and target.is_contiguous()
     if not fits or target.device != device:
         raise ValueError(

@@ -9,8 +9,8 @@ from torch import Tensor
 from ..metadata_order import Order, metadata_places
 from .sides import Side
 
-_TILES_PER_CHUNK = {"cpu": 1 << 17}  # whose planes stay in the caches
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+TILES_PER_CHUNK = {"cpu": 1 << 17}  # whose planes stay in the caches
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def pack(weight: Tensor, codes: Tensor, dtype: torch.dtype, transposed: bool = T
         [[2.0, 4.0], [1.0, 3.0]]
     """
     tile_rows, tile_columns = codes.shape
-    packed, bits = empty_packed(weight, dtype, transposed), _INTEGERS[dtype.itemsize]
+    packed, bits = empty_packed(weight, dtype, transposed), INTEGERS[dtype.itemsize]
     if weight.numel() == 0:
         return packed
     tiles = torch.unflatten(torch.unflatten(weight, 1, (tile_columns, 4)), 0, (tile_rows, 4))
@@ -39,12 +39,12 @@ def pack(weight: Tensor, codes: Tensor, dtype: torch.dtype, transposed: bool = T
         values_t = packed[2].view(bits).view(tile_columns, 4, tile_rows, 2).permute(1, 2, 0, 3)  # [column, O/4, I/4, 2]
         meta_t = packed[3].view(tile_columns, 4, -1).permute(1, 2, 0)  # [column, word, I/4]
     # whole words of the transpose, so a multiple of four tile rows
-    step = 4 * max(1, _TILES_PER_CHUNK.get(weight.device.type, 1 << 22) // (4 * tile_columns))
+    step = 4 * max(1, TILES_PER_CHUNK.get(weight.device.type, 1 << 22) // (4 * tile_columns))
     for top in range(0, tile_rows, step):
         chunk, words = slice(top, top + step), slice(top // 4, (top + step) // 4)
         planes = _planes(codes[chunk], dtype)
         entries = planes.copy_(tiles[chunk].permute(3, 1, 0, 2)).view(bits)  # [column, row, O/4, I/4]
-        kept = _kept_masks(codes[chunk])
+        kept = kept_masks(codes[chunk])
         wide = kept if bits == torch.int16 else kept.to(bits)
         _write_pairs(entries, wide, values[:, chunk])
         meta[:, chunk].copy_(_words(_nibbles(kept), -1))
@@ -127,7 +127,7 @@ def _planes(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(tile_rows, 4, 4, tile_columns, dtype=dtype, device=codes.device).permute(1, 2, 0, 3)
 
 
-def _kept_masks(codes: Tensor) -> Tensor:
+def kept_masks(codes: Tensor) -> Tensor:
     """Return int16 with all bits set where an entry is kept, ``[column, row, tile row, tile column]``."""
     masks = _planes(codes, torch.int16)
     for row in range(4):

@@ -10,7 +10,7 @@ from ..launch import Known, kernels_now, relaunched
 from ..plan import Plans, layout_of
 from .arguments import sides_of
 from .operator import pack_on_cuda, pack_tiles_
-from .sides import Side
+from .sides import known_sides
 
 
 def _pack_now_on_cuda(
@@ -42,9 +42,7 @@ def _pack_now_on_cuda(
     if plan is None:
         pack_on_cuda(weights, codes, *sides_of(weights, codes, *every, orders), search=False)
         return
-    numbers = [0] * (len(meta) + len(meta_t)) if orders is None else orders
-    side = Side(values, meta, numbers[: len(meta)], meta) if values else None
-    side_t = Side(values_t, meta_t, numbers[len(meta) :], meta_t) if values_t else None
+    side, side_t = known_sides(values, meta, values_t, meta_t, orders)
     pack_into(weights, codes, side, side_t, search=False, plan=plan, known=known)
 
 

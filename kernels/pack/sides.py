@@ -37,3 +37,21 @@ class Side:
     def columns(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
         """The lists of tensors."""
         return self.values, self.meta, self.tables
+
+
+def known_sides(
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
+    orders: Sequence[int] | None,
+) -> tuple[Side | None, Side | None]:
+    """Return targets without tables that were checked before as sides.
+
+    Example:
+        >>> known_sides([], [], [], [], None)
+        (None, None)
+    """
+    numbers = [0] * (len(meta) + len(meta_t)) if orders is None else orders
+    side = Side(values, meta, numbers[: len(meta)], meta) if values else None
+    return side, Side(values_t, meta_t, numbers[len(meta) :], meta_t) if values_t else None

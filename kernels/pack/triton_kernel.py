@@ -1,7 +1,6 @@
 """Packing a weight and its transpose in one pass, with or without search and statistics, as a Triton kernel."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,28 +18,15 @@ from ..device_functions import (
 )
 from ..launch import Known, Launch, interpreted, launch
 from ..mask_search.triton_kernel import best_nibbles, ranking_key
-from ..plan import Group, Plan
+from ..plan import Plan
 from ..pointer_tables import table
 from .sides import Side
-from .triton_sides import PAIRS, TRITON, groups_of_equal_sides, store_sides
+from .triton_sides import TRITON, Settings, plan_of_sides, store_sides, target_arguments
 
 # one program: rows and columns in tiles, warps. Both sides write runs of at least 64 bytes.
 BOTH = {torch.float32: (32, 32, 8), torch.float16: (16, 32, 4), torch.bfloat16: (16, 32, 4)}
-ALONE = (4, 64, 4)  # without the transpose
+ALONE = dict.fromkeys(BOTH, (4, 64, 4))  # without the transpose
 SUMS = 4  # of every block: kept, pruned, entries that are not finite, flips
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a launch is told of its tensors' layout."""
-
-    grid: tuple[int, int]
-    tiles: tuple[int, int]
-    words: tuple[int, int]
-    stride: int
-    block: tuple[int, int, int]
-    dtype: torch.dtype
-    orders: tuple[int, int]
 
 
 def pack_into(
@@ -89,24 +75,7 @@ def plan_of(
     weights: Sequence[Tensor], codes: Sequence[Tensor], side: Side | None, side_t: Side | None
 ) -> Plan[Settings]:
     """Return the launches of weights, their codes and their targets, in that order and that of ``Side.columns``."""
-    sides = [given for given in (side, side_t) if given is not None]
-    groups = []
-    for positions in groups_of_equal_sides([weights, codes], side, side_t):
-        weight, code = weights[positions[0]], codes[positions[0]]
-        block = BOTH[weight.dtype] if side_t is not None else ALONE
-        tile_rows, tile_columns = code.shape
-        blocks = -(-tile_rows // block[0]) * -(-tile_columns // block[1])
-        settings = Settings(
-            (blocks, len(positions)), (tile_rows, tile_columns), (-(-tile_rows // 4), -(-tile_columns // 4)),
-            weight.stride(0), block, sides[0].values[positions[0]].dtype if sides else weight.dtype,
-            (int(side.orders[positions[0]]) if side else 0, int(side_t.orders[positions[0]]) if side_t else 0),
-        )  # fmt: skip
-        sizes = [weight.element_size(), code.element_size()]
-        for given in sides:
-            values, meta, places = (column[positions[0]] for column in given.columns)
-            sizes += [2 * values.element_size(), meta.element_size(), places.element_size()]  # values go in pairs
-        groups.append(Group(positions, sizes, settings))
-    return Plan(groups)
+    return plan_of_sides(weights, codes, side, side_t, ALONE if side_t is None else BOTH)
 
 
 def _launch(
@@ -115,14 +84,7 @@ def _launch(
 ) -> Launch:  # fmt: skip
     weight, code, *targets = firsts
     rows, columns, warps = settings.block
-    written: list[Tensor] = []
-    rest = iter(zip(targets, offsets[2:], strict=True))
-    for given in sides:
-        if given is None:
-            written += [code, offsets[1]] * 3  # unread
-            continue
-        for number, (target, table_of) in zip(range(3), rest, strict=False):
-            written += [target if number else target.view(PAIRS[target.dtype]), table_of]
+    written = target_arguments(sides, targets, offsets[2:], (code, offsets[1]))
     arguments = (
         weight, offsets[0], code, offsets[1], *written, code if sums is None else sums, *settings.tiles,
         *settings.words, 0 if sums is None else sums.shape[2], settings.stride,

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningCLI
 from sparsetrain.hardware.extras import require
 
 from .recipe_cli import RecipeCLI
-from .recipe_files import find_recipe
+from .recipe_files import with_recipe_paths
 
 
 def fit(arguments: Sequence[str]) -> int:
@@ -30,19 +30,3 @@ def run_cli(arguments: Sequence[str], **options: Any) -> LightningCLI:
     settings = {"exit_on_error": False, "allow_abbrev": False}
     parser = {**settings, "fit": dict(settings)} if arguments[:1] == ["fit"] else settings
     return RecipeCLI(save_config_kwargs={"overwrite": True}, parser_kwargs=parser, **options)
-
-
-def with_recipe_paths(arguments: Sequence[str]) -> list[str]:
-    """Replace the names of recipes behind ``--config`` and ``-c`` by their paths."""
-    resolved = []
-    expects_name = False
-    for argument in arguments:
-        key, equals, name = argument.partition("=")
-        if expects_name:
-            resolved.append(find_recipe(argument))
-        elif key == "--config" and equals:
-            resolved.append(f"--config={find_recipe(name)}")
-        else:
-            resolved.append(argument)
-        expects_name = argument in ("--config", "-c")
-    return resolved

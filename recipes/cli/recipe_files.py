@@ -1,5 +1,6 @@
 """The recipes that come with the package, and those of the user."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparsetrain.checks.suggestions import did_you_mean
@@ -32,6 +33,22 @@ def find_recipe(name: str) -> str:
     raise FileNotFoundError(
         f"config {name!r} is no file and no recipe{near}: pass a path, or one of {', '.join(shipped)}."
     )
+
+
+def with_recipe_paths(arguments: Sequence[str]) -> list[str]:
+    """Replace the names of recipes behind ``--config`` and ``-c`` by their paths."""
+    resolved = []
+    expects_name = False
+    for argument in arguments:
+        key, equals, name = argument.partition("=")
+        if expects_name:
+            resolved.append(find_recipe(argument))
+        elif key == "--config" and equals:
+            resolved.append(f"--config={find_recipe(name)}")
+        else:
+            resolved.append(argument)
+        expects_name = argument in ("--config", "-c")
+    return resolved
 
 
 def _require_mapping(path: str) -> None:

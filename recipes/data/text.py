@@ -1,18 +1,14 @@
 """``TextDataModule``: byte-level blocks of text, read through ``datasets``."""
 
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparsetrain.hardware.extras import require
-
 from .documents import Blocks, split_documents
 from .resumable import ResumableLoader, as_is
-from .sources import FORMATS, python_sources, text_files
+from .sources import text_rows
 
 
 class TextDataModule(LightningDataModule):
@@ -111,44 +107,14 @@ class TextDataModule(LightningDataModule):
 
     def _documents(self) -> Any:
         """Return a ``datasets.Dataset`` with one text per row."""
-        datasets = require("datasets", "recipes", "TextDataModule")
-        source, column = self.hparams["source"], self.hparams["text_column"]
-        datasets.disable_progress_bars()
-        path = None if source is None else Path(source).expanduser()
-        rows = self._local(datasets, path) if path is None or path.exists() else self._hub(datasets, source)
+        options = self.hparams
+        column = options["text_column"]
+        rows = text_rows(
+            options["source"], options["split"], cache_dir=options["cache_dir"], num_proc=options["num_proc"]
+        )
         if column not in rows.column_names:
             raise ValueError(f"text_column is {column!r}: the source has {rows.column_names}, so name one of them.")
         kind = getattr(rows.features[column], "dtype", rows.features[column])
         if kind not in ("string", "large_string"):
             raise ValueError(f"text_column {column!r} holds {kind}: it must hold strings, so name another column.")
         return rows.select_columns([column])
-
-    def _local(self, datasets: ModuleType, path: Path | None) -> Any:
-        options = self.hparams
-        if path is not None and (path / "dataset_info.json").is_file():
-            return datasets.load_from_disk(str(path))
-        if path is not None and (path / "dataset_dict.json").is_file():
-            splits = datasets.load_from_disk(str(path))
-            if options["split"] not in splits:
-                raise ValueError(f"split is {options['split']!r}: source {str(path)!r} has {sorted(splits)}.")
-            return splits[options["split"]]
-        files = python_sources() if path is None else text_files(path)
-        kind = FORMATS[Path(files[0]).suffix]
-        extra = {"sample_by": "document", "encoding_errors": "replace"} if kind == "text" else {}
-        processes = options["num_proc"] and min(options["num_proc"], len(files))
-        return datasets.load_dataset(
-            kind, data_files=files, split="train", cache_dir=options["cache_dir"], num_proc=processes, **extra
-        )
-
-    def _hub(self, datasets: ModuleType, source: str) -> Any:
-        options = self.hparams
-        try:
-            return datasets.load_dataset(
-                source, split=options["split"], cache_dir=options["cache_dir"], num_proc=options["num_proc"]
-            )
-        except (ConnectionError, FileNotFoundError) as error:
-            raise FileNotFoundError(
-                f"source {source!r} is no local path and could not be read from the hub: pass a file, a folder, a "
-                "saved dataset, or None for the offline default, and unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE "
-                "to allow downloads."
-            ) from error

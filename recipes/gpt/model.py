@@ -108,9 +108,23 @@ class GPT(nn.Module):
     def _initialise(self, depth: int) -> None:
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
-                # residual branches add up over the depth, so their last layers start smaller
-                residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * depth) if residual else INIT_STD)
+                nn.init.normal_(parameter, std=initial_std(name, depth))
+
+
+def initial_std(name: str, depth: int) -> float:
+    """Return the standard deviation that a matrix of a :class:`GPT` starts with.
+
+    Args:
+        name: Of the parameter.
+        depth: Blocks of the model.
+
+    Example:
+        >>> initial_std("blocks.0.mlp.up.weight", depth=2), initial_std("blocks.0.mlp.down.weight", depth=2)
+        (0.02, 0.01)
+    """
+    # residual branches add up over the depth, so their last layers start smaller
+    residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+    return INIT_STD / math.sqrt(2 * depth) if residual else INIT_STD
 
 
 def _check_activation(mlp: object, fused: bool) -> None:

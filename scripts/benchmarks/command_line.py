@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from . import scale_inputs
+
 QUICK_SECONDS = 100.0
 
 
@@ -30,13 +32,25 @@ def command_line() -> argparse.ArgumentParser:
     for stand_in in (gemm, step):
         stand_in.add_argument("--stand-in", action="store_true", help="with the tests' stand-ins for sparse backends")
     commands.add_parser("model", help="the speed-up that arithmetic expects for each GPU; measures nothing")
+    scale = "the cost of sharded training on many GPUs that arithmetic expects; measures nothing"
+    scale_inputs.add_flags(commands.add_parser("scale-model", help=scale))
     host = commands.add_parser("host", help="host time of an eager layer and of the engine's step over dense")
     host.add_argument("--repeats", type=_count, default=200, help="pairs of samples (default: %(default)s)")
     host.add_argument("--threads", type=_count, help="of torch (default: torch's own)")
+    sharded = commands.add_parser("sharded", help="a step under FSDP2, sparse by each wire in turn with dense")
+    for name, value, text in (
+        ("--ranks", 2, "processes, one a GPU"),
+        ("--blocks", 4, "of two linear layers"),
+        ("--width", 256, "features of a block"),
+        ("--tokens", 256, "in the batch of a rank"),
+        ("--repeats", 20, "pairs of steps"),
+    ):
+        sharded.add_argument(name, type=_count, default=value, help=f"{text} (default: %(default)s)")
+    sharded.add_argument("--device", choices=["cuda", "cpu"], default="cpu", help="(default: %(default)s)")
     for limited in (gemm, linear, step):
         limited.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
         limited.add_argument("--seconds", type=float, help="begin nothing after so long")
-    for stored in (search, every, gemm, linear, step, host):
+    for stored in (search, every, gemm, linear, step, host, sharded):
         stored.add_argument("--csv", type=Path, help="append the rows to this file")
     _figure(commands.add_parser("figure", help="draw the ratio to dense over tokens from the CSV of gemm or linear"))
     return parser

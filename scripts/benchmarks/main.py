@@ -24,7 +24,9 @@ def main() -> int:
         "figure": _figure,
         "kernels": _kernels,
         "model": _model,
+        "scale-model": _scale_model,
         "host": _host,
+        "sharded": _sharded,
     }
     if getattr(options, "stand_in", False):
         from . import stand_in
@@ -52,6 +54,13 @@ def _host(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return host.run(options.repeats, options.csv)
+
+
+def _sharded(options: argparse.Namespace) -> int:
+    from . import sharded
+
+    size = sharded.Size(options.blocks, options.width, options.tokens)
+    return sharded.run(size, options.ranks, options.repeats, options.device, options.csv)
 
 
 def _grid(options: argparse.Namespace) -> int:
@@ -95,6 +104,12 @@ def _model(options: argparse.Namespace) -> int:
 
     print(model.table())
     return 0
+
+
+def _scale_model(options: argparse.Namespace) -> int:
+    from . import scale_model
+
+    return scale_model.run(options)
 
 
 def _step(options: argparse.Namespace) -> int:

@@ -52,11 +52,16 @@ class PackJob:
     @cached_property
     def kind(self) -> tuple[object, ...] | None:
         """What jobs have in common that are packed in one call; None if the packer does not write its operands."""
-        if any(part is not None and part.values is None for part in (self.operand, self.transpose)):
+        if not are_packed(self.operand, self.transpose):
             return None
         # alone if its source is a copy, so that there is one copy at a time
         alone = None if self.within is None else id(self)
         return self.dtype, self.operand is None, self.transpose is None, alone
+
+
+def are_packed(*operands: Operand | None) -> bool:
+    """Say whether the packer writes operands; None for one that there is not."""
+    return not any(operand is not None and operand.values is None for operand in operands)
 
 
 def jobs_of(
@@ -221,14 +226,24 @@ class Targets:
 
 
 def _fill_from_matrix(job: PackJob) -> None:
-    first = job.operand
-    own = first is not None and first.tensors[0].shape == job.weight.shape
-    matrix = first.tensors[0] if own and first is not None else torch.empty_like(job.weight, dtype=job.dtype)
+    matrix = matrix_for(job.operand, job.weight.shape, job.weight, job.dtype)
     matrix.copy_(job.weight)
     for codes in (job.codes, job.within):
         if codes is not None:
             apply_masks_([matrix], [codes])
-    if job.operand is not None:
-        job.backend.finish_(job.operand, matrix)
-    if job.transpose is not None:
-        job.backend.finish_(job.transpose, matrix.t().contiguous())
+    finish_from_matrix_(job.backend, matrix, job.operand, job.transpose)
+
+
+def matrix_for(operand: Operand | None, shape: tuple[int, ...], source: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return memory for the masked matrix ``[O, I]`` of a source: the operand's own, if that is what it holds."""
+    if operand is not None and operand.tensors[0].shape == shape:
+        return operand.tensors[0]
+    return torch.empty(shape, dtype=dtype, device=source.device)
+
+
+def finish_from_matrix_(backend: Backend, matrix: Tensor, operand: Operand | None, transpose: Operand | None) -> None:
+    """Complete operands that the packer does not write."""
+    if operand is not None:
+        backend.finish_(operand, matrix)
+    if transpose is not None:
+        backend.finish_(transpose, matrix.t().contiguous())

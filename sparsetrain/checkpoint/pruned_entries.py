@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from ..checks.rules import DICT, TEXT, Rule, mapping, sequence, shown, whole
 from ..checks.states import refuse, tensor
 from ..distributed.layouts import layout_of, matrix_layout
-from ..distributed.shards import gathered, is_spread
+from ..distributed.shards import gathered, is_spread, local, spread_like
 from ..kernels.tile_codes import unpack_codes
 from ..layers.masked_layer import MaskedLayer
 from ..masks.matrices import weight_of
@@ -77,7 +77,7 @@ def detach_pruned(
     """
     pruned = pruned_values(state_dict, layers, merge_adapters)
     for name in pruned:
-        state_dict[weight_key(name)] = layers[name].effective_weight(state_dict[weight_key(name)], merge_adapters)
+        state_dict[weight_key(name)] = evaluated(layers[name], state_dict[weight_key(name)], merge_adapters)
     return pruned
 
 
@@ -140,7 +140,8 @@ def put_back_(layers: Mapping[str, MaskedLayer], codes: Mapping[str, Tensor], pr
     """Do what :func:`restore_pruned_` does with values that :func:`check_pruned` let pass."""
     for name, values in pruned.items():
         layer, weight = layers[name], layers[name].master
-        weight[_places(codes[name], values, layer).to(weight.device)] = values.to(weight.device, weight.dtype)
+        places = _places(codes[name], values, layer).to(weight.device)
+        weight[places] = values.flatten().to(weight.device, weight.dtype)
 
 
 def check_pruned(layers: Mapping[str, MaskedLayer], codes: Any, pruned: Any) -> None:
@@ -164,7 +165,10 @@ def check_pruned(layers: Mapping[str, MaskedLayer], codes: Any, pruned: Any) -> 
         layer = layers[name]
         _require(f"codes of layer {name!r}", codes[name], tensor(torch.int16, layer.mask_codes.shape))
         _require(f"pruned values of layer {name!r}", values, tensor(None, None))
-        if int(_places(codes[name], values, layer).sum()) != values.numel() or values.dim() != 1:
+        if int(_places(codes[name], values, layer).sum()) != values.numel() or values.shape not in (
+            layer.master.shape,
+            (values.numel(),),
+        ):
             raise ValueError(f"checkpoint's pruned values of {name!r} do not fit its mask: the checkpoint is damaged.")
 
 
@@ -195,6 +199,23 @@ def _places(codes: Tensor, values: Tensor, layer: MaskedLayer) -> Tensor:
     """Return where values belong, bool, shaped like the weight: where the mask prunes, or everywhere."""
     out = ~unpack_codes(codes)
     return layer.as_weight(torch.ones_like(out) if values.numel() == layer.master.numel() else out)
+
+
+def evaluated(layer: MaskedLayer, master: Tensor, with_adapter: bool) -> Tensor:
+    """Return the weight that a layer's products see; a DTensor if the master, spread like the weight, is one.
+
+    Args:
+        layer: Whose mask is in force.
+        master: Shaped like the weight.
+        with_adapter: Add the adapter, if there is one.
+
+    Example:
+        >>> from sparsetrain import SparseLinear
+        >>> evaluated(SparseLinear(4, 4), torch.ones(4, 4), with_adapter=True).sum()
+        tensor(16.)
+    """
+    seen = layer.effective_weight(local(master), with_adapter)
+    return spread_like(seen, master, master.shape) if is_spread(master) else seen
 
 
 def require_as_in_model(key: str, value: Tensor, layer: MaskedLayer) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..distributed.shards import local
 from ..distributed.wrappers import plain_model
 from ..layers.masked_layer import MaskedLayer
-from .pruned_entries import require_as_in_model, weight_key
+from .pruned_entries import evaluated, require_as_in_model, weight_key
 
 
 def sparse_state_dict(
@@ -58,7 +58,7 @@ def sparse_state_dict(
     for key in found:
         require_as_in_model(key, changed[key], layers[key])
     for key in found:
-        changed[key] = layers[key].effective_weight(changed[key], merge_adapters)
+        changed[key] = evaluated(layers[key], changed[key], merge_adapters)
     return changed
 
 
@@ -98,7 +98,7 @@ def _put_evaluated(
         return
     # another hook may have been here first
     if isinstance(value, Tensor) and local(value).data_ptr() == module.master.data_ptr():
-        state_dict[key] = module.effective_weight(value, merge_adapters)
+        state_dict[key] = evaluated(module, value, merge_adapters)
 
 
 def _masked_weights(model: nn.Module) -> dict[str, MaskedLayer]:

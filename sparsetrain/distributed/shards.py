@@ -1,5 +1,6 @@
 """Tensors that are spread over processes (DTensors): the part that lies here, and who holds the rest."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -78,28 +79,25 @@ def held(tensor: Tensor) -> Tensor:
 
 
 def part_like(whole: Tensor, like: Tensor) -> Tensor:
-    """Return the part that lies here of a tensor that is spread as another is; nothing is sent.
+    """Return the part that lies here of a tensor that is spread as another is; a view, and nothing is sent.
 
     Args:
         whole: Plain, the same in every process; cut where ``like`` is cut, in units of its own rows.
         like: A DTensor of as many dimensions.
-
-    Raises:
-        ValueError: If another tensor is cut in strides, as under FSDP2 beside tensor parallelism.
     """
     return part_of(whole, like.device_mesh, like.placements)  # type: ignore[attr-defined]
 
 
 def part_of(whole: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
     """Return the part that lies here of a tensor that is the same in every process, as :func:`part_like`."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    if any(is_cut(placement) and type(placement) is not Shard for placement in placements):
-        raise ValueError(
-            f"placements are {placements}: a whole tensor cannot be cut like that; make the run after the model is "
-            "sharded, and resume from a sharded state."
-        )
-    return local(distribute_tensor(whole, mesh, placements, src_data_rank=None))
+    cuts = [cut for cut in enumerate(placements) if is_cut(cut[1])]
+    # FSDP2 cuts in strides what tensor parallelism, with a later dimension of the mesh, has cut before
+    for dimension, placement in sorted(cuts, key=lambda cut: hasattr(cut[1], "split_factor")):
+        length = whole.shape[placement.dim]
+        size = -(-length // mesh.size(dimension))
+        start = min(mesh.get_local_rank(dimension) * size, length)
+        whole = whole.narrow(placement.dim, start, min(size, length - start))
+    return whole
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -122,19 +120,15 @@ def is_cut(placement: Any) -> bool:
     return getattr(placement, "dim", None) is not None
 
 
-def cut_dimensions(tensor: Tensor) -> dict[int, int]:
-    """Return the dimensions in which a DTensor is cut, each with the number of parts.
+def first_cut(tensor: Tensor) -> int | None:
+    """Return the dimension in which the first cut of a DTensor is, which is FSDP2's where that shards it.
 
     Example:
-        >>> cut_dimensions(torch.zeros(4))
-        {}
+        >>> first_cut(torch.zeros(4)) is None
+        True
     """
-    found: dict[int, int] = {}
-    if is_spread(tensor):
-        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):  # type: ignore[attr-defined]
-            if is_cut(placement):
-                found[placement.dim] = found.get(placement.dim, 1) * size
-    return found
+    placements: Any = tensor.placements if is_spread(tensor) else ()  # type: ignore[attr-defined]
+    return next((placement.dim for placement in placements if is_cut(placement)), None)
 
 
 def groups_of(tensor: Tensor, cut: bool) -> list[dist.ProcessGroup]:
@@ -151,17 +145,25 @@ def groups_of(tensor: Tensor, cut: bool) -> list[dist.ProcessGroup]:
     ]
 
 
-def copies(tensor: Tensor) -> int:
-    """Return how many processes hold the same part of a tensor; 1 for a plain one.
+def copies(tensor: Tensor, processes: int) -> int:
+    """Return how many of some processes, each of which holds a part of a tensor, hold the same part.
 
     Example:
-        >>> copies(torch.zeros(4))
-        1
+        >>> copies(torch.zeros(4), processes=2)
+        2
     """
-    found = 1
-    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True) if is_spread(tensor) else ():  # type: ignore[attr-defined]
-        found *= 1 if is_cut(placement) else size
-    return found
+    cuts = zip(tensor.device_mesh.shape, tensor.placements, strict=True) if is_spread(tensor) else ()  # type: ignore[attr-defined]
+    parts: int = math.prod(size for size, placement in cuts if is_cut(placement))
+    return processes // parts
+
+
+def is_counted(tensor: Tensor) -> bool:
+    """Say whether this process is the first of those that hold its part of a DTensor."""
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
+    return all(
+        mesh.get_local_rank(dimension) == 0 for dimension, placement in enumerate(placements) if not is_cut(placement)
+    )
 
 
 def is_first(tensor: Tensor) -> bool:
@@ -171,3 +173,15 @@ def is_first(tensor: Tensor) -> bool:
     return all(
         mesh.get_local_rank(dimension) == 0 for dimension, placement in enumerate(placements) if is_cut(placement)
     )
+
+
+def placement_of(tensor: Tensor) -> str:
+    """Return in words how a tensor is spread, and over which processes.
+
+    Example:
+        >>> placement_of(torch.zeros(4))
+        'plain'
+    """
+    if not is_spread(tensor):
+        return "plain"
+    return f"{tensor.placements} on ranks {tensor.device_mesh.mesh.tolist()}"  # type: ignore[attr-defined]

@@ -48,6 +48,8 @@ def to_dense_(layer: MaskedLayer, zeros: bool = True) -> nn.Module:
     """
     if zeros and layer.is_masked:
         layer.master.data.copy_(layer.effective_weight(layer.master.data))
+    if layer.shard is not None:
+        layer.shard.release()
     layer._remove_mask()
     dense = cast(nn.Module, layer)
     dense.__class__ = layer.dense_class

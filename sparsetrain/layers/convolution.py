@@ -15,8 +15,8 @@ from ..masks.matrices import weight_of
 from ..matmul.autocast import as_autocast, autocast_dtype
 from ..matmul.kept_weight import may_keep
 from ..matmul.transforms import as_constants, as_leaf, transformed_weight, with_gradient_of_input
-from .linear import multiply
 from .masked_layer import MaskedLayer
+from .products import multiply
 from .sharded.gathered_products import gathered_backward_codes, gathered_weight
 
 ONES = ((1,), (1, 1))
@@ -166,7 +166,7 @@ class SparseConvolution(MaskedLayer):
         return output[0] if one else output
 
     def _convolve_gathered(self, input: Tensor) -> Tensor:
-        weight = gathered_weight(self, self.gradient)
+        weight = gathered_weight(self, self.weight, self.gradient)
         added: Tensor | float = 0.0
         if self.adapter is not None:
             down, up = map(held, as_constants(self.adapter))
@@ -176,7 +176,8 @@ class SparseConvolution(MaskedLayer):
         if codes is None:
             return cast(Tensor, self._conv_forward(input, weight, self.bias))  # type: ignore[operator]
         pruned = weight_of(~unpack_codes(codes), weight.shape)
-        return self._convolve_twice(input, weight, gathered_weight(self).detach().masked_fill(pruned, 0) + added)
+        again = gathered_weight(self, self.weight).detach().masked_fill(pruned, 0)
+        return self._convolve_twice(input, weight, again + added)
 
     def _masked(self, master: Tensor, backward_codes: Tensor | None = None) -> Tensor:
         codes, parameter = self.mask_codes, self.weight

@@ -20,6 +20,9 @@ from .masked_layer import MaskedLayer
 
 DEVICES = ("cpu", "cuda")
 
+Held = tuple[Tensor, Tensor, Tensor | None]
+"""A weight, the tensor of it that has a graph, and the bias."""
+
 
 class Call:
     """What products of a layer have at hand of it, as long as its tensors and settings are these very objects.
@@ -140,7 +143,7 @@ _apply: Callable[..., Tensor] = super(torch.autograd.Function, EagerLinearFuncti
 """What ``Function.apply`` calls after its look at function transforms, of which there are none in eager execution."""
 
 
-def eager_product(layer: MaskedLayer, input: Tensor) -> Tensor | None:
+def eager_product(layer: MaskedLayer, input: Tensor, held: Held | None = None) -> Tensor | None:
     """Return a layer's product, without what :func:`sparse_linear` has to find out first; None if it has to.
 
     Every check here costs next to nothing, and ``nn.Module`` finds parameters slowly.
@@ -148,14 +151,23 @@ def eager_product(layer: MaskedLayer, input: Tensor) -> Tensor | None:
     Args:
         layer: Whose mask is in force.
         input: ``[..., K]``, of which :func:`is_eager` is true.
+        held: Parts of the parameters, where those are spread over processes.
     """
-    parameters = layer._parameters
-    weight: Tensor | None = parameters.get("weight")
-    bias: Tensor | None = parameters.get("bias")
+    weight: Tensor | None
+    source: Tensor | None
+    bias: Tensor | None
+    if held is None:
+        parameters = layer._parameters
+        weight = source = parameters.get("weight")
+        bias = parameters.get("bias")
+    else:
+        weight, source, bias = held
     call = layer.eager_call
     if not isinstance(call, Call) or not call.is_of(layer.__dict__, weight):
         layer.eager_call = call = _call(layer, weight)
-    if call is None or weight is None or input.is_nested or not input.dim() or input.size(-1) != call.columns:
+    if call is None or weight is None or source is None:
+        return None
+    if input.is_nested or not input.dim() or input.size(-1) != call.columns:
         return None
     device, name = call.device, call.spec.forward
     if not (input.is_cuda if device == "cuda" else input.is_cpu):
@@ -165,7 +177,7 @@ def eager_product(layer: MaskedLayer, input: Tensor) -> Tensor | None:
         input = as_autocast(input)
     elif name != "masked" and input.dtype is not weight.dtype:
         return None
-    matrix = layer.as_matrix(weight) if layer.transposed or len(call.shape) != 2 else weight
+    matrix = layer.as_matrix(source) if layer.transposed or len(call.shape) != 2 else source
     masked = masked_backward = None
     if name == "masked":
         if not may_keep(weight):

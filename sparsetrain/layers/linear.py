@@ -6,13 +6,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..masks.tile_codes import require_tiles
-from ..matmul.eager import is_eager
 from ..matmul.execution import Execution
-from ..matmul.transforms import as_constants, as_leaf
-from .eager_linear import eager_product
-from .functional import sparse_linear
+from ..matmul.transforms import as_leaf
 from .masked_layer import MaskedLayer
-from .sharded.gathered_products import gathered_linear
+from .products import multiply
+from .sharded.tensor_parallel import sharded_linear
 
 
 class SparseLinear(MaskedLayer, nn.Linear):
@@ -58,28 +56,5 @@ class SparseLinear(MaskedLayer, nn.Linear):
         if self.phase == "dense":
             return F.linear(input, self.weight, self.bias)
         if self.shard is not None:
-            return gathered_linear(self, input)
+            return sharded_linear(self, input)
         return multiply(self, input)
-
-
-def multiply(layer: MaskedLayer, input: Tensor) -> Tensor:
-    """Multiply tokens ``[..., K]`` by a masked layer's matrix, add bias and adapter: ``[..., O]``."""
-    output = eager_product(layer, input) if is_eager(input) else None
-    if output is None:
-        execution = layer.execution
-        output = sparse_linear(
-            input,
-            layer.thresholded_matrix(),
-            layer.mask_codes,
-            layer.bias,
-            gradient=layer.gradient,
-            backend=layer.backend,
-            transposable=execution.transposable,
-            draws=layer.draws,
-            seed=execution.seed,
-            backward_codes=layer.backward_codes,
-        )
-    if layer.adapter is None:
-        return output
-    down, up = as_constants(layer.adapter)
-    return output + F.linear(F.linear(input, down), up)

@@ -139,14 +139,15 @@ class MaskedLayer(nn.Module):
         """Return the layer's input with its features in the last dimension."""
         return input
 
-    def thresholded_matrix(self) -> Tensor:
+    def thresholded_matrix(self, matrix: Tensor | None = None) -> Tensor:
         """Return the matrix, or what the soft threshold leaves of it; the mask is still to be applied."""
+        matrix = self.matrix if matrix is None else matrix
         if self.soft_scale is None:
-            return self.matrix
+            return matrix
         if is_transformed():
-            values = soft_thresholded(self.matrix.detach(), self.mask_codes, self.execution.transposable)
-            return with_gradient_of(values * self.soft_scale, self.matrix)
-        soft = SoftThreshold.apply(self.matrix, self.mask_codes, self.soft_scale, self.execution.transposable)  # type: ignore[no-untyped-call]
+            values = soft_thresholded(matrix.detach(), self.mask_codes, self.execution.transposable)
+            return with_gradient_of(values * self.soft_scale, matrix)
+        soft = SoftThreshold.apply(matrix, self.mask_codes, self.soft_scale, self.execution.transposable)  # type: ignore[no-untyped-call]
         return cast(Tensor, soft)
 
     @torch.no_grad()
@@ -154,11 +155,9 @@ class MaskedLayer(nn.Module):
         """Return the weight that the products see when the mask is in force, for a master at hand.
 
         Args:
-            master: Shaped like the weight and spread like it, on any device; or the part that lies here.
+            master: Shaped like the weight, on any device; of a sharded one, the part that lies here.
             with_adapter: Add the adapter, if there is one.
         """
-        if is_spread(master):
-            return spread_like(self.effective_weight(local(master), with_adapter), master, master.shape)
         matrix, codes = self.as_matrix(master), self.mask_codes.to(master.device)
         if self.soft_scale is not None:
             soft = soft_thresholded(matrix, codes, self.execution.transposable)
@@ -171,15 +170,19 @@ class MaskedLayer(nn.Module):
         return self.as_weight(matrix)
 
     @torch.no_grad()
+    def seen_matrix(self) -> Tensor:
+        """Return the matrix of the part that lies here whose kept entries products see."""
+        if self.soft_scale is None:
+            return self.matrix.detach()
+        return soft_thresholded(self.matrix, self.mask_codes, self.execution.transposable) * self.soft_scale
+
+    @torch.no_grad()
     def sent_part(self, dtype: torch.dtype) -> Tensor:
         """Return what products see of the part that lies here, in a dtype; pruned entries are -0, kept ones never."""
         if not self.is_masked:
             return self.master.to(dtype)
-        matrix = self.matrix
-        if self.soft_scale is not None:
-            matrix = soft_thresholded(matrix, self.mask_codes, self.execution.transposable) * self.soft_scale
-        # -0 + 0 is 0
-        return self.as_weight(torch.where(unpack_codes(self.mask_codes), matrix.to(dtype) + 0.0, -0.0))
+        kept = self.seen_matrix().to(dtype) + 0.0  # -0 + 0 is 0
+        return self.as_weight(torch.where(unpack_codes(self.mask_codes), kept, -0.0))
 
     def train(self, mode: bool = True) -> "MaskedLayer":
         """Switch between training and evaluation; weights may be swapped around it, so operands are made again."""
@@ -286,8 +289,6 @@ class MaskedLayer(nn.Module):
         register(self)
 
     def _remove_mask(self) -> None:
-        if self.shard is not None:
-            self.shard.release()
         for name in STATE:
             self.__dict__.pop(name, None)
 

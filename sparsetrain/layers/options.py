@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..backends import resolve_backend
-from ..checks.rules import FLAG, TEXT, TOTAL_STEPS, Rule, either, instance, optional, require, sequence
+from ..checks.rules import FLAG, TEXT, TOTAL_STEPS, Rule, either, instance, one_of, optional, require, sequence
 from .selection.targets import as_list
 
 MODULE = instance(nn.Module, "a torch.nn.Module")
@@ -80,18 +80,20 @@ class LayerOptions:
             require(name, getattr(self, name), FLAG)
 
 
-def check_run_options(*, total_steps: Any, logits_from: Any, teacher: Any, **flags: Any) -> None:
+def check_run_options(*, total_steps: Any, logits_from: Any, teacher: Any, gather: Any = "auto", **flags: Any) -> None:
     """Raise ``ValueError`` if an argument of a run or of a trainer's callback is of a wrong kind.
 
     Args:
         total_steps: As :class:`sparsetrain.SparseTraining` takes them.
         logits_from: Likewise.
         teacher: Likewise.
+        gather: Likewise.
         flags: True or False, each.
     """
     require("total_steps", total_steps, TOTAL_STEPS)
     require("logits_from", logits_from, TEXT)
     require("teacher", teacher, optional(MODULE))
+    require("gather", gather, one_of(("auto", "masked", "packed")))
     for name, value in flags.items():
         require(name, value, FLAG)
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..matmul.transforms import as_leaf
-from .linear import multiply
 from .masked_layer import MaskedLayer
-from .sharded.gathered_products import gathered_linear
+from .products import multiply
+from .sharded.tensor_parallel import sharded_linear
 
 LIBRARY, DENSE_NAME = "transformers.pytorch_utils", "Conv1D"
 MASKED_NAME = "SparseTransposedLinear"
@@ -60,7 +60,7 @@ class MaskedTransposedLinear(MaskedLayer):
         if self.phase == "dense":
             return cast(Tensor, super().forward(x))
         if self.shard is not None:
-            return gathered_linear(self, x)
+            return sharded_linear(self, x)
         return multiply(self, x)
 
     def __repr__(self) -> str:

@@ -86,7 +86,7 @@ def dense_tiles(scores: Mapping[str, Tensor], codes: Mapping[str, Tensor], budge
     """
     if not scores:
         return {}
-    losses = _losses(scores, codes)
+    losses = tile_losses(scores, codes)
     device = next(iter(losses.values())).device
     flat = torch.cat([loss.flatten().to(device) for loss in losses.values()])
     order = flat.argsort(descending=True, stable=True)
@@ -112,14 +112,28 @@ def dense_layers(scores: Mapping[str, Tensor], codes: Mapping[str, Tensor], budg
         >>> dense_layers({"a": torch.ones(4, 4), "b": torch.ones(4, 4)}, codes, budget=0.5)
         ['b']
     """
-    means = {name: float(loss.mean()) for name, loss in _losses(scores, codes).items()}
-    left = budget * sum(matrix.numel() for matrix in scores.values())
-    chosen = set()
-    for name in sorted(means, key=lambda name: -means[name]):
-        if scores[name].numel() <= left:
+    means = {name: float(loss.mean()) for name, loss in tile_losses(scores, codes).items()}
+    return costliest(means, {name: matrix.numel() for name, matrix in scores.items()}, budget)
+
+
+def costliest(losses: Mapping[str, float], sizes: Mapping[str, int], budget: float) -> list[str]:
+    """Choose layers by their mean loss of a tile.
+
+    Args:
+        losses: Layer name to that.
+        sizes: Layer name to its number of weights.
+        budget: The fraction of all weights that stays dense.
+
+    Example:
+        >>> costliest({"a": 0.1, "b": 0.3, "c": 0.2}, {"a": 16, "b": 16, "c": 32}, budget=0.5)
+        ['a', 'b']
+    """
+    left, chosen = budget * sum(sizes.values()), set()
+    for name in sorted(losses, key=lambda name: -losses[name]):
+        if sizes[name] <= left:
             chosen.add(name)
-            left -= scores[name].numel()
-    return [name for name in scores if name in chosen]
+            left -= sizes[name]
+    return [name for name in losses if name in chosen]
 
 
 def _search(scores: Mapping[str, Tensor], budget: float, pattern: str) -> dict[str, Tensor]:
@@ -132,12 +146,25 @@ def _search(scores: Mapping[str, Tensor], budget: float, pattern: str) -> dict[s
     return {name: search(matrix, 2) for name, matrix in scores.items()}
 
 
-def _losses(scores: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what masking takes from every tile, float64 ``[O/4, I/4]``."""
+def tile_losses(
+    scores: Mapping[str, Tensor], codes: Mapping[str, Tensor], means: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return what masking takes from every tile, float64 ``[O/4, I/4]``.
+
+    Args:
+        scores: Layer name to scores ``[O, I]``, or those of the part that lies here.
+        codes: Layer name to int16 tile codes ``[O/4, I/4]``.
+        means: Layer name to the mean absolute score of the whole layer; None to take those of the scores.
+
+    Example:
+        >>> tile_losses({"fc": torch.ones(4, 4)}, {"fc": torch.full((1, 1), 0x3C3C, dtype=torch.int16)})["fc"].item()
+        8.0
+    """
     found = {}
     for name, matrix in scores.items():
         exact = matrix.double()
         rows, columns = codes[name].shape
         pruned = exact.masked_fill(unpack_codes(codes[name]), 0).view(rows, 4, columns, 4).sum((1, 3))
-        found[name] = (pruned / exact.abs().mean()).nan_to_num(nan=0.0)
+        mean = exact.abs().mean() if means is None else means[name]
+        found[name] = (pruned / mean).nan_to_num(nan=0.0)
     return found

@@ -106,13 +106,13 @@ def linear_gradients(
             input_gradient = found if flat else found.view(input.shape)
     if wanted[1]:
         tokens = input if flat else input.reshape(-1, weight.shape[1])
-        weight_gradient = _weight_gradient(rows, tokens, weight.dtype, codes, draws, spec, operands)
+        weight_gradient = weight_gradient_of(rows, tokens, weight.dtype, codes, draws, spec, operands)
     if wanted[2]:
         bias_gradient = _in(rows.sum(0), bias_dtype)
     return input_gradient, weight_gradient, bias_gradient
 
 
-def _weight_gradient(
+def weight_gradient_of(
     rows: Tensor,
     tokens: Tensor,
     dtype: torch.dtype,

@@ -12,8 +12,8 @@ from .registry import operands_of
 from .tensor_state import Stamp
 
 # define and impl instead of custom_op: it costs 5 microseconds less a call on the host
-_LIBRARY = torch.library.Library("sparsetrain", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(  # type: ignore[no-untyped-call]
+LIBRARY = torch.library.Library("sparsetrain", "FRAGMENT")  # type: ignore[no-untyped-call]
+LIBRARY.define(  # type: ignore[no-untyped-call]
     "masked_matmul(Tensor rows, Tensor weight, Tensor codes, Tensor? bias, str product, str backend, "
     "Tensor? backward_codes=None) -> Tensor",
     # it keeps memory of its own, which a pool of recorded graphs must not own
@@ -122,5 +122,5 @@ def _shape_of_product(
 
 
 for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("masked_matmul", _multiply, _device)  # type: ignore[no-untyped-call]
-torch.library.register_fake("sparsetrain::masked_matmul", _shape_of_product, lib=_LIBRARY)
+    LIBRARY.impl("masked_matmul", _multiply, _device)  # type: ignore[no-untyped-call]
+torch.library.register_fake("sparsetrain::masked_matmul", _shape_of_product, lib=LIBRARY)

@@ -15,6 +15,7 @@ from .bias_copy import BiasCopy
 from .execution import Execution
 from .kept_weight import KeptWeight
 from .tensor_state import Stamp, hold, stamp_of_sources
+from .wire_operands import WireOperands
 
 MAX_IDLE = 8
 """Renewals that an operand outlives without being used."""
@@ -79,6 +80,8 @@ class Operands:
         self._held: tuple[StorageWeakRef, ...] = ()  # so that no other storage gets the stamp's address
         self._held_storages: Stamp | None = None  # the addresses of those
         self.biases: dict[torch.dtype, BiasCopy] = {}  # copies in other dtypes
+        self.wired: WireOperands | None = None
+        """Those of a weight that comes packed over the wire, which are made in another way."""
         self._device: torch.device | None = None
         self._kept: KeptWeight | None = None
         self._writes = 0  # goes up when the weight may have been written to without a trace

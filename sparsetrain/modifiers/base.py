@@ -14,6 +14,7 @@ from ..distributed.layouts import Layout
 from ..distributed.peers import Peers
 from ..layers.layer_group import LayerGroups
 from ..layers.masked_layer import MaskedLayer
+from ..layers.sharded.gathering import GatherMode
 from ..methods.method import Method
 from ..methods.schedule import Timeline
 from ..types import PhaseKind
@@ -33,6 +34,7 @@ class Setup(NamedTuple):
     watch_dense: bool = True
     track_age: bool = False
     group: dist.ProcessGroup | None = None
+    gather: GatherMode = "auto"
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..criteria.criterion import Criterion
 from ..distributed.peers import Peers
-from ..distributed.shards import is_spread
+from ..distributed.shards import is_spread, local
 from ..layers.masked_layer import MaskedLayer
 from ..masks.matrices import by_device
 from .base import Modifier, Run, Setup, Step
@@ -179,7 +179,7 @@ class _ForwardHook:
             return None
         observer, name = self.observer, self.name
         input = observer.layers[name].features_last(args[0] if args else kwargs["input"])
-        summary = observer.criterion.summarize_input(input.detach())
+        summary = observer.criterion.summarize_input(local(input).detach())
         if torch.compiler.is_compiling():  # where tensors inside the graph take no hooks
             return _AddInBackward.apply(output, summary, observer.passing(name, summary.device))  # type: ignore[no-untyped-call, no-any-return]
 

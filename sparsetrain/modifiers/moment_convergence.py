@@ -86,6 +86,7 @@ class SecondMoments(Modifier):
             scale: By which gradients are multiplied, if they are.
         """
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        count = processes(self._layers)
         for weight, gradient in zip(weights, gradients, strict=True):
             group = groups[id(weight)]
             beta, self._epsilon = group["betas"][1], group["eps"]
@@ -94,7 +95,7 @@ class SecondMoments(Modifier):
             before = None if before is None else local(before)
             change = square if before is None else square - before
             total = (1 - beta) * change.abs().sum(dtype=torch.float64)
-            self._pending.append((total / copies(weight), weight.numel()))
+            self._pending.append((total / copies(weight, count), weight.numel()))
             window = max(1, round(1 / (1 - beta)))
             if self._changes is None or self._changes.numel() != window:
                 self._changes, self._count = torch.zeros(window, dtype=torch.float64, device=gradient.device), 0

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -12,12 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..criteria import resolve_criterion
 from ..distributed.peers import peers_of, reshard_
+from ..distributed.shards import placement_of
 from ..distributed.wrappers import plain_model, plain_optimizer
 from ..layers.layer_group import LayerGroups
 from ..layers.masked_layer import MaskedLayer
 from ..layers.options import LayerOptions, check_run_options
 from ..layers.selection.report import SelectionReport
 from ..layers.selection.select_layers import select_layers, sparse_layers
+from ..layers.sharded.gathering import GatherMode
 from ..layers.sparsify import sparsify_
 from ..masks.patterns import resolve_pattern
 from ..methods.method import Method
@@ -43,6 +46,7 @@ def setup_of(
     watch_dense: bool,
     track_age: bool,
     group: dist.ProcessGroup | None,
+    gather: GatherMode,
 ) -> Setup:
     """Return what a run is to be made of: plain models and optimizers, phases in steps.
 
@@ -55,10 +59,11 @@ def setup_of(
         teacher=teacher,
         watch_dense=watch_dense,
         track_age=track_age,
+        gather=gather,
     )
     optimizers = [*map(plain_optimizer, [optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
     timeline = method.schedule.resolve(total_steps)
-    run = total_steps, watch_dense, track_age, group
+    run = total_steps, watch_dense, track_age, group, gather
     return Setup(plain_model(model), method, timeline, optimizers, lr_schedulers, teacher, logits_from, *run)
 
 
@@ -91,6 +96,24 @@ def make_sparse_(setup: Setup, options: LayerOptions, resumes: bool) -> tuple[Se
     return report, {choice.name: layers[choice.name] for choice in report.sparse}
 
 
+def facts_of(setup: Setup, layers: Mapping[str, MaskedLayer]) -> dict[str, Any]:
+    """Return what has to be the same in all processes that make a run together.
+
+    Args:
+        setup: What the run is made of.
+        layers: By name.
+    """
+    return {
+        "method": setup.method.describe(),
+        "total_steps": setup.total_steps,
+        "watch_dense": setup.watch_dense,
+        "track_age": setup.track_age,
+        "gather": setup.gather,
+        "layers": {name: [*layer.weight.shape] for name, layer in layers.items()},
+        "placement of the weights": {name: placement_of(layer.weight) for name, layer in layers.items()},
+    }
+
+
 def assemble(setup: Setup, layers: Mapping[str, MaskedLayer], removals: ExitStack) -> tuple[Phases, Steps]:
     """Put together what trains sparse layers.
 
@@ -115,7 +138,7 @@ def assemble(setup: Setup, layers: Mapping[str, MaskedLayer], removals: ExitStac
         removals.callback(modifier.detach)
         modifier.attach()
     run.groups.number_draws_(run.layers, run.clock)
-    phases = Phases(run, masks, modifiers, setup.watch_dense, setup.model)
+    phases = Phases(run, masks, modifiers, setup)
     steps = Steps(phases, masters)
     removals.callback(steps.hooks.remove)
     return phases, steps

@@ -10,20 +10,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..checks.rules import FLAG, require
+from ..distributed.agreement import device_of, together
+from ..distributed.peers import everyone_with
 from ..distributed.shards import local
 from ..layers.claims import claim
 from ..layers.conversion import write_zeros_
 from ..layers.options import LayerOptions, check_owners
 from ..layers.selection.select_layers import weight_count
 from ..layers.selection.wrapped_names import warn_of_unmerged
+from ..layers.sharded.gathering import GatherMode
 from ..layers.sparsify import give_back_
-from ..layers.verification import VerificationReport, verify
 from ..masks.matrices import matrix_of
 from ..methods.method import Method
 from ..methods.resolve import resolve_method
 from ..methods.schedule import UNKNOWN_LENGTH
 from ..modifiers.base import Entry, Setup
-from .construction import assemble, make_sparse_, setup_of
+from .construction import assemble, facts_of, make_sparse_, setup_of
 from .ending import Progress, ending
 from .saved_run import SavedRun
 
@@ -56,14 +58,18 @@ class SparseTraining(SavedRun):
         track_age: Keep the age of every mask entry (one byte a weight).
         group: Processes that hold the same weights and average their gradients, such as the replicas of a pipeline's
             stage; None for all. Sharded weights know their own.
+        gather: What FSDP2 gathers of a weight whose mask is in force: ``"masked"``, the weight with zeros;
+            ``"packed"``, what is kept and one byte a tile; ``"auto"``, packed where products are sparse. The report
+            says which.
         state: What an earlier :meth:`state_dict` returned, to go on from there; as good as :meth:`load_state_dict`
             afterwards, without a first mask search.
         verbose: Print the one-line summary of the selection and, at :meth:`finish`, what the model is then.
 
     Raises:
         ValueError: If a value is not allowed, a target matches nothing, a trainable weight is in no optimizer, masks
-            are searched before the criterion can have statistics, or the state is of another model. The model is left
-            as it was.
+            are searched before the criterion can have statistics, the state is of another model, or another process
+            sets up another run. The model is left as it was.
+        RuntimeError: If the run cannot be set up in another process.
 
     Example:
         >>> import torch
@@ -109,47 +115,46 @@ class SparseTraining(SavedRun):
         watch_dense: bool = True,
         track_age: bool = False,
         group: ProcessGroup | None = None,
+        gather: GatherMode = "auto",
         state: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
-        check_owners(model, optimizer, lr_schedulers)
-        require("verbose", verbose, FLAG)
-        options = LayerOptions(targets, exclude, backend, deterministic, keep_transposed)
-        self.method = resolve_method(method)
-        setup = setup_of(
-            model,
-            optimizer,
-            self.method,
-            total_steps,
-            lr_schedulers,
-            teacher,
-            logits_from,
-            watch_dense,
-            track_age,
-            group,
-        )
-        self.model, self._verbose = setup.model, verbose
-        self._start(setup, options, state)
+        self._everyone = everyone_with(model, group)
+        with ExitStack() as undo:
+            with together(self._everyone, "the run", device_of(model)) as note:
+                check_owners(model, optimizer, lr_schedulers)
+                require("verbose", verbose, FLAG)
+                options = LayerOptions(targets, exclude, backend, deterministic, keep_transposed)
+                self.method = resolve_method(method)
+                setup = setup_of(
+                    model, optimizer, self.method, total_steps, lr_schedulers, teacher, logits_from, watch_dense,
+                    track_age, group, gather,
+                )  # fmt: skip
+                self._verbose = verbose
+                self._start(setup, options, state is not None, undo)
+                note(lambda: {**facts_of(setup, self.masks.layers), "goes on": state is not None})
+            self._begin(state)
+            undo.pop_all()
         if verbose:
             print(self.report.summary())
 
-    def _start(self, setup: Setup, options: LayerOptions, state: Mapping[str, Any] | None) -> None:
-        """Make the layers sparse and enter the first phase, or go on from a state; the model stays as it was if not."""
-        self._selection, layers = make_sparse_(setup, options, resumes=state is not None)
-        self._removals = ExitStack()  # of everything that hangs on the model and the optimizers
-        try:
-            self._weight_count = weight_count(self.model.modules())
-            self._phases, self._steps = assemble(setup, layers, self._removals)
-            self._steps.run, self.masks = self, self._phases.masks
-            if state is None:
-                self._phases.enter()
-            else:
-                self._resume(state, stacklevel=5)
-        except BaseException:
-            self._removals.close()
-            give_back_(self.model, layers.values(), zeros=False)
-            raise
-        claim(layers.values(), self)
+    def _start(self, setup: Setup, options: LayerOptions, resumes: bool, undo: ExitStack) -> None:
+        """Make the layers sparse and put together what trains them."""
+        self.model = setup.model
+        self._selection, layers = make_sparse_(setup, options, resumes)
+        undo.callback(give_back_, self.model, layers.values(), zeros=False)
+        self._removals = undo.enter_context(ExitStack())  # of everything that hangs on the model and the optimizers
+        self._weight_count = weight_count(self.model.modules())
+        self._phases, self._steps = assemble(setup, layers, self._removals)
+        self._steps.run, self.masks = self, self._phases.masks
+
+    def _begin(self, state: Mapping[str, Any] | None) -> None:
+        """Enter the first phase, or go on from a state; what is sent between processes begins here."""
+        if state is None:
+            self._phases.enter()
+        else:
+            self._resume(state, stacklevel=5)
+        claim(self.masks.layers.values(), self)
 
     def distilled(self, loss: Tensor) -> Tensor:
         """Mix what the teacher says about the last batch into a loss: ``(1 - share)·loss + share·T²·KL``.
@@ -183,10 +188,6 @@ class SparseTraining(SavedRun):
         for modifier in self._phases.modifiers:
             loss = modifier.mixed(loss)
         return loss
-
-    def verify(self, example: Any) -> VerificationReport:
-        """Compare the model as it runs with the same model with plain masked weights, as :func:`sparsetrain.verify`."""
-        return verify(self.model, example)
 
     def refresh(self) -> None:
         """Search masks now, whatever the schedule says."""

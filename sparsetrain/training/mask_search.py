@@ -11,7 +11,8 @@ from ..criteria.criterion import scores_of
 from ..kernels.tile_codes import unpack_codes
 from ..layers.masked_layer import MaskedLayer
 from ..layers.one_pass import fits_one_pass
-from ..masks.dense_budget import dense_tiles
+from ..layers.sharded.dense_budget import dense_tiles_of, score_sum
+from ..layers.sharded.totals import sum_over_parts
 from ..masks.patterns import TRANSPOSABLE, Pattern
 from ..masks.tile_codes import KEEP_ALL
 
@@ -53,25 +54,30 @@ class MaskSearch:
 
     def codes(self, layers: Mapping[str, MaskedLayer], kept: int, clock: int, again: bool = False) -> dict[str, Tensor]:
         """Return the int16 tile codes ``[O/4, I/4]`` of layers by name; the arguments are those of a refresh."""
-        bonus = self.hysteresis if again else 0.0
+        bonuses = self._bonuses(layers, clock) if self.hysteresis and again else {}
         if not self.tile_budget:  # one layer's scores at a time
             return {
-                name: self.pattern.search(self.scores(name, layer, clock, bonus), kept)
+                name: self.pattern.search(self.scores(name, layer, clock, bonuses.get(name)), kept)
                 for name, layer in layers.items()
             }
-        scores = {name: self.scores(name, layer, clock, bonus) for name, layer in layers.items()}
+        scores = {name: self.scores(name, layer, clock, bonuses.get(name)) for name, layer in layers.items()}
         masks = {name: self.pattern.search(matrix, kept) for name, matrix in scores.items()}
-        dense = dense_tiles(scores, masks, self.tile_budget)
+        dense = dense_tiles_of(layers, scores, masks, self.tile_budget)
         return {name: codes.masked_fill_(dense[name], KEEP_ALL) for name, codes in masks.items()}
 
-    def scores(self, name: str, layer: MaskedLayer, clock: int, bonus: float = 0.0) -> Tensor:
+    def scores(self, name: str, layer: MaskedLayer, clock: int, bonus: Tensor | None = None) -> Tensor:
         """Return the criterion's scores of a layer's matrix ``[O, I]``, with a bonus for what its mask keeps."""
         scores = scores_of(self.criterion, layer.matrix, layer=name, clock=clock)
-        if not bonus:
+        if bonus is None:
             return scores
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # a small bonus is lost in 16 bits
-        mean = torch.where(scores.isfinite(), scores, 0).abs().mean()
-        return scores + bonus * mean * unpack_codes(layer.mask_codes)
+        return scores + bonus.to(scores.dtype) * unpack_codes(layer.mask_codes)
+
+    def _bonuses(self, layers: Mapping[str, MaskedLayer], clock: int) -> dict[str, Tensor]:
+        """Return the bonus of every layer; scores are found for it one layer at a time, and again afterwards."""
+        sums = {name: score_sum(self.scores(name, layer, clock)) for name, layer in layers.items()}
+        (totals,) = sum_over_parts(layers, sums)
+        return {name: self.hysteresis * totals[name] / layer.weight.numel() for name, layer in layers.items()}
 
     def warn_of_missing(self, layers: Collection[str], clock: int) -> None:
         """Warn once of layers that the criterion has no statistics of when masks come into force."""

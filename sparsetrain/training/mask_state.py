@@ -13,8 +13,8 @@ from ..distributed.shards import groups_of
 from ..kernels.tile_codes import unpack_codes
 from ..layers.masked_layer import MaskedLayer
 from ..layers.one_pass import search_in_one_pass_
+from ..layers.sharded.dense_budget import dense_layers_of
 from ..layers.sharded.totals import counted_once, sum_over_parts, total
-from ..masks.dense_budget import dense_layers
 from ..masks.matrices import by_device
 from ..masks.tile_codes import KEEP_ALL
 from .mask_search import MaskSearch
@@ -120,7 +120,10 @@ class MaskState:
 
     def _holders(self, layer: MaskedLayer) -> Groups:
         """Return the groups of processes that hold the same part of a layer's weight."""
-        return self._peers.groups if layer.shard is None else tuple(groups_of(layer.shard.weight, cut=False))
+        if layer.shard is None:
+            return self._peers.groups
+        same, other = (groups_of(layer.shard.weight, cut) for cut in (False, True))
+        return (*same, *(group for group in self._peers.groups if group not in same + other))
 
     @torch.no_grad()
     def refresh_backward(self) -> None:
@@ -158,7 +161,7 @@ class MaskState:
     def costliest_layers(self, clock: int, budget: float) -> list[str]:
         """Return the layers that masks would cost most by the criterion's scores, within a budget of weights."""
         scores = {name: self.search.scores(name, layer, clock) for name, layer in self.layers.items()}
-        return dense_layers(scores, self.codes, budget)
+        return dense_layers_of(self.layers, scores, self.codes, budget)
 
     def least_costly_layers(self, held: Collection[str], share: float) -> set[str]:
         """Return a share of the maskable layers: those that are held, then those that lose the least magnitude."""

@@ -4,12 +4,11 @@ from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 
 import torch.distributed as dist
-from torch import nn
 
 from ..distributed.peers import reshard_
 from ..layers.sharded.gathering import settle_wires_
 from ..masks.gradient_rules import resolve_gradient_rule
-from ..modifiers.base import Entry, Modifier, Run
+from ..modifiers.base import Entry, Modifier, Run, Setup
 from .mask_state import MaskState
 from .timing import StepTimer
 
@@ -21,15 +20,13 @@ class Phases:
         run: What modifiers see of the run; its phase is changed here alone.
         masks: Of its layers.
         modifiers: What its method switches on, in the order of calls.
-        watch_dense: Search masks in dense phases as well, without applying them.
-        model: Whose layers they are.
+        setup: What the run is made of.
     """
 
-    def __init__(
-        self, run: Run, masks: MaskState, modifiers: Sequence[Modifier], watch_dense: bool, model: nn.Module
-    ) -> None:
-        self.run, self.masks, self.modifiers, self._model = run, masks, modifiers, model
-        self.watch_dense = watch_dense
+    def __init__(self, run: Run, masks: MaskState, modifiers: Sequence[Modifier], setup: Setup) -> None:
+        self.run, self.masks, self.modifiers = run, masks, modifiers
+        self._model, self._gather = setup.model, setup.gather
+        self.watch_dense = setup.watch_dense
         self.last_refresh = -1
         self.repack_ms = 0.0
         self.timer: StepTimer | None = None
@@ -68,7 +65,7 @@ class Phases:
             if layer.phase == "dense" or not layer.is_2_4:
                 layer.operands.release()
         self.tell(entry)
-        settle_wires_(self._model, masks.layers)
+        settle_wires_(self._model, masks.layers, self._gather)
 
     def tell(self, entry: Entry) -> None:
         """Tell modifiers of the phase again."""

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from ..distributed.equal_codes import Groups
 from .saved_state import received, resume_, state_of
 from .sharded_state import in_fixed_layout
 from .state_layouts import layouts_in
@@ -15,6 +16,7 @@ class SavedRun(RunStatus):
     """The state of a :class:`sparsetrain.SparseTraining`."""
 
     _steps: Steps
+    _everyone: Groups
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers, strings and tensors; save it beside the model and the optimizer.
@@ -72,7 +74,7 @@ class SavedRun(RunStatus):
         raise NotImplementedError
 
     def _resume(self, state: Mapping[str, Any], stacklevel: int) -> None:
-        found = received(state, self._phases, stacklevel + 1)
+        found = received(state, self._phases, self._everyone, stacklevel + 1)
         total_steps = self.total_steps
         resume_(self._phases, self._steps.hooks, found)
         if found["total_steps"] != total_steps:

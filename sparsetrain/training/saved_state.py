@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoint.pruned_entries import PRUNED_KEY, pruned_here, put_back_
+from ..distributed.agreement import together
+from ..distributed.equal_codes import Groups
 from ..layers.masked_layer import MaskedLayer
-from ..layers.sharded.agreement import refused_together
 from ..modifiers.base import Entry
 from .phases import Phases
 from .sharded_state import in_nested_form
@@ -41,26 +42,30 @@ def state_of(phases: Phases, hooks: StepHooks) -> dict[str, Any]:
     return spread(state, phases)
 
 
-def received(state: Any, phases: Phases, stacklevel: int) -> dict[str, Any]:
+def received(state: Any, phases: Phases, everyone: Groups, stacklevel: int) -> dict[str, Any]:
     """Return a state in this version with the parts that lie here, once all processes have found it sound.
 
     Args:
         state: What :func:`state_of` or :func:`.sharded_state.in_fixed_layout` returned, or what has become of it;
             instead of DTensors, it may have whole tensors.
         phases: Of the run that is to load it.
+        everyone: The processes that load it together.
         stacklevel: Of warnings, from here to the user's line.
 
     Raises:
-        ValueError: If it is damaged or of another model, in any process.
+        RuntimeError: If another process refuses it.
+        ValueError: If it is damaged or of another model, or differs between processes.
     """
     layers = phases.masks.layers
-    with refused_together(layers) as same:
+    device = next(iter(layers.values())).master.device
+    with together(everyone, "the state", device) as note:
         state = with_pruned_here(in_this_version(in_nested_form(state)), layers)
         layouts = required_layouts(state, phases)
         tensors: dict[Path, Any] = {path: tensor_at(state, path) for path in sorted(layouts, key=str)}
-        same.append([path for path in tensors if not layouts[path].holds(tensors[path])])  # what is sent
+        sent = [str(path) for path in tensors if not layouts[path].holds(tensors[path])]
+        note(lambda: {**facts_of_state(state), "tensors in another layout": sent})
     parts = {path: layouts[path].part(tensor) for path, tensor in tensors.items()}
-    with refused_together(layers):
+    with together(everyone, "the state", device):
         found: dict[str, Any] = replaced(state, parts)
         check_state(found, phases, stacklevel)
     return found
@@ -71,8 +76,20 @@ def with_pruned_here(state: Any, layers: Mapping[str, MaskedLayer]) -> Any:
     pruned, codes = (state.get(key) if isinstance(state, Mapping) else None for key in (PRUNED_KEY, "codes"))
     if not (isinstance(pruned, Mapping) and isinstance(codes, Mapping)):
         return state
-    here = {name: pruned_here(layers[name], codes.get(name), pruned[name]) for name in pruned if name in layers}
+    whole = [name for name in pruned if name in layers and getattr(pruned[name], "ndim", 0) == 1]
+    here = {name: pruned_here(layers[name], codes.get(name), pruned[name]) for name in whole}
     return {**state, PRUNED_KEY: {**pruned, **here}}
+
+
+def facts_of_state(state: Any) -> dict[str, Any]:
+    """Return what a state, None for none, says of where its run was, which is the same in every process.
+
+    Example:
+        >>> facts_of_state(None)
+        {'clock': None}
+    """
+    keys = ("clock", "kept", "exists", "active", "dense", "starts", "stepped", "last_refresh")
+    return {"clock": None} if not isinstance(state, Mapping) else {key: state.get(key) for key in keys}
 
 
 def resume_(phases: Phases, hooks: StepHooks, state: Mapping[str, Any]) -> None:

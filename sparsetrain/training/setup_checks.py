@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..criteria import resolve_criterion
+from ..distributed.peers import is_parallel
 from ..layers.claims import run_of
 from ..layers.selection.report import SelectionReport, first_few
 from ..methods.method import Method
@@ -39,6 +40,7 @@ def check_setup(setup: Setup, report: SelectionReport, backend: str) -> None:
                 "first, with zeros=False to go on from the dense weights, or exclude the layer."
             )
     _check_weights(model, report, setup.optimizers)
+    _check_parallel(setup, report)
     _warn_of_frozen(report, method, setup.timeline)
     if method.decay == "auto":
         _check_auto_decay(setup, searches=3 if _missing(report, method) else 2)  # the first waits for statistics
@@ -104,6 +106,25 @@ def _check_budget(report: SelectionReport, budget: float) -> None:
             f"dense_budget is {budget} but the smallest layer, {smallest.name!r}, has {share:.3f} of the weights: "
             "raise it to that at least, or use dense_unit='tiles'."
         )
+
+
+def _check_parallel(setup: Setup, report: SelectionReport) -> None:
+    """Raise ``ValueError`` if tensor parallelism has spread a weight that it cannot be trained with."""
+    for choice in report.sparse:
+        weight = setup.model.get_submodule(choice.name).weight
+        assert isinstance(weight, Tensor)
+        if not is_parallel(setup.model, weight):
+            continue
+        if setup.method.adapter_rank:
+            raise ValueError(
+                f"adapter_rank is {setup.method.adapter_rank} but tensor parallelism spreads the weight of layer "
+                f"{choice.name!r}, beside which adapters cannot stand: set adapter_rank=0, or exclude the layer."
+            )
+        if weight.dim() > 2:
+            raise ValueError(
+                f"layer {choice.name!r} is a convolution whose weight tensor parallelism spreads, of which there is no "
+                "masked one: leave its weight to FSDP2, or exclude the layer."
+            )
 
 
 def _check_weights(model: nn.Module, report: SelectionReport, optimizers: Sequence[Optimizer]) -> None:

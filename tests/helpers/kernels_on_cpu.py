@@ -13,6 +13,9 @@ from sparsetrain.kernels.mask_search import operator as mask_search
 from sparsetrain.kernels.masked_update import operator as masked_update
 from sparsetrain.kernels.pack import operator as pack
 from sparsetrain.kernels.statistics import operator as statistics
+from sparsetrain.kernels.wire import number_operator as numbers
+from sparsetrain.kernels.wire import operator as wire
+from sparsetrain.kernels.wire import pack_operator as pack_wires
 
 OPERATORS = {
     "search_tiles_": mask_search.search_tiles_,
@@ -21,6 +24,13 @@ OPERATORS = {
     "pack_tiles_": pack.pack_tiles_,
     "search_and_pack_": pack.search_and_pack_,
     "tile_statistics": statistics.tile_statistics,
+    "codes_of_numbers": numbers.codes_of_numbers,
+    "numbers_of_codes": numbers.numbers_of_codes,
+    "to_wire": wire.to_wire,
+    "to_wire_": wire.to_wire_,
+    "from_wire": wire.from_wire,
+    "from_wire_": wire.from_wire_,
+    "pack_wires_": pack_wires.pack_wires_,
 }
 
 

@@ -1,6 +1,6 @@
 """Orders of metadata as walks through memory, written down from their descriptions."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from sparsetrain.kernels.metadata_order import Order
 
@@ -45,7 +45,7 @@ def cutlass_sm90(blocks: int, rows: int, words: int) -> Walk:
                                 yield top + 16 * sixteen + 8 * eight + row, left + 2 * block + parity
 
 
-WALKS = {
+WALKS: dict[Order, Callable[[int, int], Walk]] = {
     Order.NATURAL: natural,
     Order.CUTLASS: cutlass,
     Order.CUSPARSELT_SM80: cusparselt_sm80,

@@ -4,11 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import sparsetrain as st
+from scripts.benchmarks.sharded import CountingAllGather
+from sparsetrain.backends import BACKENDS
 
 STEPS = 12
 
@@ -37,9 +40,9 @@ def blocks(count: int = 2, width: int = WIDTH, hidden: int = 2 * WIDTH) -> nn.Mo
     return nn.Sequential(*[Block(width, hidden) for _ in range(count)], nn.Linear(width, width))
 
 
-def batch(step: int, rows: int = 8, width: int = WIDTH) -> Tensor:
-    """Return the inputs of a step."""
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(step))
+def batch(number: int, shape: tuple[int, ...] = (8, WIDTH)) -> Tensor:
+    """Return inputs, always the same of a number."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1 + number))
 
 
 def mesh_of(shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
@@ -70,19 +73,45 @@ def train(
     method: Any,
     steps: int = STEPS,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    loop: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a model, sharded or not, on the same batches in every process, and return what there is to compare."""
     owner = optimizer(model.parameters(), lr=1e-2)
     training = st.SparseTraining(model, owner, method, steps, verbose=False, **options)
-    losses = []
-    for step in range(steps):
-        owner.zero_grad()
-        loss = model(batch(step)).square().mean()
-        loss.backward()
-        owner.step()
-        losses.append(loss.item())
+    losses = [loss for step in range(steps) for loss in take_step(model, owner, step, **(loop or {}))]
     return {"losses": losses, **outcome(model, training)}
+
+
+def take_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    *,
+    micro_batches: int = 1,
+    syncs_each: bool = True,
+    evaluates: bool = False,
+    clip: float = 0.0,
+    shape: tuple[int, ...] = (8, WIDTH),
+) -> list[float]:
+    """Take a step as a user's loop does, and return its losses."""
+    optimizer.zero_grad()
+    losses = []
+    for number in range(micro_batches):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(syncs_each or number == micro_batches - 1)
+        loss = model(batch(10 * step + number, shape)).square().mean() / micro_batches
+        loss.backward()
+        losses.append(loss.item())
+    if clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    if evaluates:
+        model.eval()
+        with torch.no_grad():
+            losses.append(model(batch(-1, shape)).square().mean().item())
+        model.train()
+    return losses
 
 
 def outcome(model: nn.Module, training: st.SparseTraining) -> dict[str, Any]:
@@ -106,9 +135,42 @@ def whole(value: Any) -> Tensor:
     return full.detach().clone()
 
 
-def fsdp(method: Any, shape: tuple[int, ...], dtype: str | None = None, **options: Any) -> dict[str, Any]:
+def fsdp(
+    method: Any,
+    shape: tuple[int, ...],
+    dtype: str | None = None,
+    sharding: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Train blocks under FSDP2."""
-    return train(shard(blocks(), shape, mp_policy=policy(dtype)), method, **options)
+    return train(shard(blocks(), shape, mp_policy=policy(dtype), **(sharding or {})), method, **options)
+
+
+def simulated(method: Any, gather: str, **options: Any) -> dict[str, Any]:
+    """Train blocks under FSDP2 whose products a simulated sparse backend computes."""
+    backend = BACKENDS["simulated"] = SimulatedBackend()
+    try:
+        found = fsdp(method, (2,), steps=10, gather=gather, backend="simulated", **options)
+    finally:
+        del BACKENDS["simulated"]
+    return {**found, "used": backend.calls["product"] > 0}
+
+
+def bytes_sent(dtype: str | None) -> dict[str, dict[str, int]]:
+    """Return the bytes that this rank sends in a step by each wire: for sparse weights, and for a dense head."""
+    found = {}
+    for wire in ("dense", "masked", "packed"):
+        hidden = nn.Sequential(nn.Linear(WIDTH, 32, bias=False), nn.ReLU(), nn.Linear(32, WIDTH, bias=False))
+        model = shard(nn.Sequential(hidden, nn.Linear(WIDTH, WIDTH)), (2,), mp_policy=policy(dtype))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if wire != "dense":
+            st.SparseTraining(model, optimizer, "fst", 4, exclude="1", gather=wire, verbose=False)  # type: ignore[arg-type]
+        counters = {"sparse": CountingAllGather(), "other": CountingAllGather()}
+        hidden.set_custom_all_gather(counters["sparse"])  # type: ignore[operator]
+        model.set_custom_all_gather(counters["other"])  # type: ignore[operator]
+        take_step(model, optimizer, 0)
+        found[wire] = {what: counter.bytes for what, counter in counters.items()}
+    return found
 
 
 def require_equal(found: Mapping[str, Any], wanted: Mapping[str, Any], relative: float = 0.0) -> None:

@@ -33,7 +33,7 @@ class TiledCuSparseLt(FakeCuSparseLt):
         """Place of every word, row by row, and how many places there are."""
         words = columns // 16
         if self.order == "cutlass":
-            walk = list(WALKS[Order.CUTLASS_SM90_4](rows, words))  # type: ignore[no-untyped-call]
+            walk = list(WALKS[Order.CUTLASS_SM90_4](rows, words))
         else:
             walk = [
                 (top + row, left + word)  # the fifth word of a line belongs to nobody

@@ -9,6 +9,15 @@ from sparsetrain.kernels.mask_search import search_tiles, search_tiles_, search_
 from sparsetrain.kernels.masked_update import add_masked_decays_, apply_masks_
 from sparsetrain.kernels.pack import pack_tiles_, search_and_pack, search_and_pack_
 from sparsetrain.kernels.statistics import tile_statistics
+from sparsetrain.kernels.wire import (
+    codes_of_numbers,
+    from_wire,
+    from_wire_,
+    numbers_of_codes,
+    pack_wires_,
+    to_wire,
+    to_wire_,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -26,25 +35,45 @@ def test_nothing_waits_for_the_device(no_waiting: None) -> None:
     parts = [search_and_pack(weight, torch.bfloat16) for weight in weights]
     codes, *packed = ([part[place] for part in parts] for place in range(5))
     decay = torch.full((), 0.1, device="cuda")
+    wires = [to_wire(weight, code, torch.bfloat16) for weight, code in zip(weights, codes, strict=True)]
+    kept, numbers = ([wire[place] for wire in wires] for place in range(2))
+    dense = torch.empty(SHAPES[0], dtype=torch.bfloat16, device="cuda")
     for mode in ("default", "error"):  # the first round compiles, and makes the tables of offsets
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         search_tiles_(weights, codes, magnitude=True)
-        search_and_pack_(weights, codes, *packed)
-        pack_tiles_(weights, codes, *packed)
+        search_and_pack_(weights, codes, *packed, [])
+        pack_tiles_(weights, codes, *packed, [])
         tile_statistics(weights, codes, codes)
         add_masked_decays_(weights, weights, codes, decay)
         apply_masks_(weights, codes)
+        to_wire_(weights[0], codes[0], *wires[0])
+        from_wire_(*wires[0], dense)
+        pack_wires_(kept, numbers, *packed, [])
+        assert codes_of_numbers(numbers_of_codes(codes[0])).shape == codes[0].shape
+
+
+def test_wires_on_a_gpu_are_those_of_a_cpu() -> None:
+    for shape in SHAPES:
+        weight = torch.randn(shape)
+        codes, *expected = search_and_pack(weight, torch.bfloat16)
+        wire = to_wire(weight, codes, torch.bfloat16)
+        found = to_wire(weight.cuda(), codes.cuda(), torch.bfloat16)
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(found, wire, strict=True))
+        assert torch.equal(from_wire(*found).cpu(), from_wire(*wire))
+        targets = [[torch.empty_like(part, device="cuda")] for part in expected]
+        pack_wires_([found[0]], [found[1]], *targets, [])
+        assert all(torch.equal(one.cpu(), other) for (one,), other in zip(targets, expected, strict=True))
 
 
 def test_a_captured_refresh_follows_the_weights() -> None:
     weights = [torch.randn(shape, device="cuda") for shape in SHAPES]
     parts = [search_and_pack(weight, torch.bfloat16) for weight in weights]
     columns = [[part[place] for part in parts] for place in range(5)]
-    search_and_pack_(weights, *columns)
+    search_and_pack_(weights, *columns, [])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        search_and_pack_(weights, *columns)
+        search_and_pack_(weights, *columns, [])
     for weight in weights:
         weight.normal_()
     graph.replay()

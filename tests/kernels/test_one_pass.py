@@ -2,65 +2,16 @@
 
 import pytest
 import torch
-from metadata_walks import WALKS
+from packed_matrices import Matrix, columns, same, side
 from poisoned import Margins
 from torch import Tensor
 
 from sparsetrain.kernels.mask_search import search_transposable
-from sparsetrain.kernels.metadata_order import Order, metadata_words
-from sparsetrain.kernels.pack import Side, operator, pack_tiles_, reference, search_and_pack_
+from sparsetrain.kernels.metadata_order import Order
+from sparsetrain.kernels.pack import operator, pack_tiles_, reference, search_and_pack_
 from sparsetrain.kernels.pack.triton_kernel import pack_into
 from sparsetrain.kernels.statistics.reference import measure
 from sparsetrain.kernels.tile_codes import unpack_codes
-
-POISON = -1
-
-
-def laid_out(natural: Tensor, order: Order, table: Tensor | None) -> Tensor:
-    """Natural words where an order has them, poison between them."""
-    rows, words = natural.shape
-    if table is not None:
-        target = torch.full((int(table.max()) + 1,), POISON, dtype=torch.int16)
-        for number, place in enumerate(table.tolist()):
-            target[place] = natural.flatten()[number]
-        return target
-    walk = list(WALKS[order](rows, words))
-    return torch.tensor(
-        [int(natural[row, word]) if row < rows and word < words else POISON for row, word in walk], dtype=torch.int16
-    )
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    """Bit equality, but for what a NaN carries."""
-    nan = other.isnan()
-    return torch.equal(one.isnan(), nan) and torch.equal(one.view(torch.int16)[~nan], other.view(torch.int16)[~nan])
-
-
-class Matrix:
-    """A side of a weight to pack: targets in poisoned memory, and what has to be there afterwards."""
-
-    def __init__(self, margins: Margins, rows: int, columns: int, order: Order, seed: int) -> None:
-        words = -(-columns // 16)
-        self.order, self.table = order, None
-        if order == Order.TABLE:  # twice as many places as words
-            self.table = torch.randperm(2 * rows * words, generator=torch.Generator().manual_seed(seed))
-            self.table = self.table[: rows * words].int()
-        size = int(self.table.max()) + 1 if self.table is not None else metadata_words(rows, columns, order)
-        shape = (rows, words) if order == Order.NATURAL else (size,)
-        self.values = margins.empty(rows, columns // 2, dtype=torch.bfloat16)
-        self.meta = margins.empty(*shape, dtype=torch.int16)
-        self.places = self.meta if self.table is None else margins.of(self.table)
-
-    def check(self, values: Tensor, natural: Tensor) -> None:
-        assert same(self.values.cpu(), values)
-        assert torch.equal(self.meta.cpu().flatten(), laid_out(natural, self.order, self.table))
-
-
-def side(matrices: list[Matrix]) -> Side:
-    return Side(
-        [matrix.values for matrix in matrices], [matrix.meta for matrix in matrices],
-        [matrix.order for matrix in matrices], [matrix.places for matrix in matrices],
-    )  # fmt: skip
 
 
 def some_weights(dtype: torch.dtype, shapes: list[tuple[int, int]]) -> list[Tensor]:
@@ -120,10 +71,8 @@ def test_the_operator_does_off_cuda_what_the_kernel_does(sides: tuple[bool, bool
             first, second = (side(column) if column else None for column in matrices)
             pack_into([margins.of(weight) for weight in weights], codes, first, second, True, statistics)
         else:
-            columns = [[getattr(each, name) for each in column] for column in matrices for name in ("values", "meta")]
-            tables = [each.places for each in matrices[0]]
-            orders = [int(each.order) for column in matrices for each in column]
-            statistics = search_and_pack_([margins.of(w) for w in weights], codes, *columns, tables, orders)
+            lists, tables, orders = columns(*matrices)
+            statistics = search_and_pack_([margins.of(w) for w in weights], codes, *lists, tables, orders)
         parts = [part for column in matrices for each in column for part in (each.values, each.meta)]
         results.append(([part.cpu() for part in (*codes, *parts)], statistics.cpu()))
     (kernel, sums), (plain, wanted) = results

@@ -122,7 +122,7 @@ def test_chunks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(100, 52)
     codes = search_transposable(weight.abs())
     whole = cpu.pack(weight, codes, torch.bfloat16)
-    monkeypatch.setitem(cpu._TILES_PER_CHUNK, "cpu", 1)
+    monkeypatch.setitem(cpu.TILES_PER_CHUNK, "cpu", 1)
     assert all(map(torch.equal, cpu.pack(weight, codes, torch.bfloat16), whole))
 
 

@@ -198,7 +198,7 @@ def test_a_wrong_value_is_one_sentence(tmp_path: Path, options: dict[str, Any], 
 
 def test_missing_datasets_is_answered_by_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r'TextDataModule needs datasets: pip install "sparsetrain\[recipes\]"'):
+    with pytest.raises(ImportError, match=r'reading text needs datasets: pip install "sparsetrain\[recipes\]"'):
         TextDataModule().setup("fit")
 
 

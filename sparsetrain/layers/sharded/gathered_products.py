@@ -6,13 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...distributed.shards import held
+from ...distributed.shards import held, local
 from ...kernels.tile_codes import pack_codes
 from ...masks.gradient_rules import GradientRule
+from ...matmul.autocast import as_autocast
+from ...matmul.linear_function import LinearSpec
 from ...matmul.transforms import as_constants
+from ...matmul.wire_matmul import WireLinearFunction
 from ..functional import sparse_linear
 from ..masked_layer import MaskedLayer
-from .wires import DoublePrunedWire
+from .wires import DoublePrunedWire, PackedWire
 
 
 def kept_in(weight: Tensor) -> Tensor:
@@ -59,15 +62,20 @@ def under_rule(weight: Tensor, rule: GradientRule) -> Tensor:
     return weight if rule.name == "ste" else cast(Tensor, UnderRule.apply(weight, rule))  # type: ignore[no-untyped-call]
 
 
-def gathered_weight(layer: MaskedLayer, rule: GradientRule | None = None) -> Tensor:
+def gathered_weight(layer: MaskedLayer, weight: Tensor, rule: GradientRule | None = None) -> Tensor:
     """Return the gathered weight of a layer whose mask is in force, with gradients by a rule; None for all of them.
+
+    Args:
+        layer: Whose weight it is.
+        weight: It, or the part of it that tensor parallelism leaves here.
+        rule: Of the gradient.
 
     Raises:
         RuntimeError: If it was gathered without its mask.
     """
     assert layer.shard is not None
     layer.shard.require_fresh()
-    return layer.weight if rule is None else under_rule(layer.weight, rule)
+    return weight if rule is None else under_rule(weight, rule)
 
 
 def gathered_backward_codes(layer: MaskedLayer) -> Tensor | None:
@@ -75,20 +83,54 @@ def gathered_backward_codes(layer: MaskedLayer) -> Tensor | None:
     wire = None if layer.shard is None else layer.shard.wire
     if layer.backward_codes is None or not isinstance(wire, DoublePrunedWire) or wire.codes is None:
         return None
-    return wire.codes[: layer.matrix_shape[0] // 4]
+    return wire.codes[: layer.as_matrix(local(layer.weight)).shape[0] // 4]
+
+
+def multiply_gathered(
+    layer: MaskedLayer, input: Tensor, weight: Tensor, bias: Tensor | None, number: int = 0
+) -> Tensor:
+    """Multiply tokens ``[..., K]`` by a gathered layer's matrix, or its part here, and add a bias: ``[..., O]``.
+
+    Args:
+        layer: Whose weight it is.
+        input: Plain.
+        weight: What was gathered, or the part of it that tensor parallelism leaves here.
+        bias: Of the same part, plain, or None.
+        number: Of the part, among those that make random draws of their own.
+    """
+    if layer.shard is not None and isinstance(layer.shard.wire, PackedWire):
+        return multiply_packed(layer, layer.shard.wire, input, weight, bias, number)
+    backward_codes = gathered_backward_codes(layer)
+    if layer.draws is None and backward_codes is None:
+        return F.linear(input, layer.as_matrix(gathered_weight(layer, weight, layer.gradient)), bias)
+    matrix = layer.as_matrix(gathered_weight(layer, weight))
+    return sparse_linear(
+        input, matrix, codes_in(matrix.detach()), bias, gradient=layer.gradient, backend="masked", draws=layer.draws,
+        seed=layer.execution.seed + number, backward_codes=backward_codes,
+    )  # fmt: skip
+
+
+def multiply_packed(
+    layer: MaskedLayer, wire: PackedWire, input: Tensor, weight: Tensor, bias: Tensor | None, number: int
+) -> Tensor:
+    """Do what :func:`multiply_gathered` does with a weight that came packed, of which only the shape is there."""
+    values, backend = wire.values, layer.backend
+    assert values is not None
+    if torch.is_autocast_enabled(input.device.type):
+        input = as_autocast(input)
+    elif input.dtype != values.dtype:
+        raise ValueError(
+            f"input is {input.dtype} but the weight of layer {layer.shard and layer.shard.name!r} was gathered in "
+            f"{values.dtype}: they must be alike outside of autocast, so cast one of them or use autocast."
+        )
+    spec = LinearSpec(layer.gradient, backend, backend, layer.execution.seed + number)
+    given = input, gathered_weight(layer, weight), values, wire.numbers, layer.mask_codes, bias, layer.draws, spec
+    return cast(Tensor, WireLinearFunction.apply(*given))  # type: ignore[no-untyped-call]
 
 
 def gathered_linear(layer: MaskedLayer, input: Tensor) -> Tensor:
     """Multiply tokens ``[..., K]`` by a gathered layer's matrix, add bias and adapter: ``[..., O]``."""
-    backward_codes = gathered_backward_codes(layer)
-    if layer.draws is None and backward_codes is None:
-        output = F.linear(input, layer.as_matrix(gathered_weight(layer, layer.gradient)), layer.bias)
-    else:
-        matrix = layer.as_matrix(gathered_weight(layer))
-        output = sparse_linear(
-            input, matrix, codes_in(matrix.detach()), layer.bias, gradient=layer.gradient, backend="masked",
-            draws=layer.draws, seed=layer.execution.seed, backward_codes=backward_codes,
-        )  # fmt: skip
+    output = multiply_gathered(layer, input, layer.weight, layer.bias)
     if layer.adapter is None:
         return output
     down, up = map(held, as_constants(layer.adapter))

@@ -146,7 +146,7 @@ class Receive(Hook):
 
     def __call__(
         self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the weight that was gathered, and nothing beside it."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the weight that was gathered, and a list of tensors whose memory FSDP2 takes away with it."""
         assert self.shard is not None
-        return self.shard.receive(outputs), ()
+        return self.shard.receive(outputs), self.shard.wire.memory

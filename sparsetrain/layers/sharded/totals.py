@@ -58,7 +58,7 @@ def sum_over_mesh(layers: Mapping[str, MaskedLayer], numbers: Tensor) -> Tensor:
     Who measures parts that several processes hold divides by :func:`~sparsetrain.distributed.shards.copies` before.
 
     Args:
-        layers: By name, on one mesh.
+        layers: By name, on one mesh or parts of it.
         numbers: Of this process.
 
     Returns:
@@ -98,9 +98,8 @@ def mesh_of(layers: Mapping[str, MaskedLayer]) -> Any:
         >>> mesh_of({}) is None
         True
     """
-    shards = (layer.shard for layer in layers.values() if layer.shard is not None)
-    shard = next(shards, None)
-    return None if shard is None else shard.weight.device_mesh  # type: ignore[attr-defined]
+    meshes: list[Any] = [layer.shard.weight.device_mesh for layer in layers.values() if layer.shard is not None]  # type: ignore[attr-defined]
+    return max(meshes, key=lambda mesh: int(mesh.size()), default=None)  # the others are parts of it
 
 
 def total(column: Column) -> float:

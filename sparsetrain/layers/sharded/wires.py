@@ -9,6 +9,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ...kernels.wire import numbers_of_codes, to_wire_
+from ...matmul.wire_operands import WireOperands
+
 
 class SpreadLayer(Protocol):
     """A masked layer whose weight is spread."""
@@ -19,11 +22,18 @@ class SpreadLayer(Protocol):
     def sent_part(self, dtype: torch.dtype) -> Tensor:
         """Return what products see of the part that lies here, shaped like it; what is pruned is -0."""
 
+    def seen_matrix(self) -> Tensor:
+        """Return the matrix of the part that lies here whose kept entries products see."""
+
 
 class Wire:
     """A form in which a layer's parts travel."""
 
     name: ClassVar[str]
+
+    def __init__(self) -> None:
+        self.memory: list[Tensor] = []
+        """Of tensors beside the weight, which FSDP2 takes away with it, and gives back before it gathers again."""
 
     def send(self, layer: SpreadLayer, size: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return what is sent.
@@ -68,6 +78,7 @@ class DoublePrunedWire(MaskedWire):
     name = "masked and codes"
 
     def __init__(self) -> None:
+        super().__init__()
         self.codes: Tensor | None = None
         """The whole weight's backward codes, int16, while it is gathered."""
 
@@ -82,6 +93,49 @@ class DoublePrunedWire(MaskedWire):
         """Return the masked weight."""
         self.codes = parts[1].view(torch.int16) if len(parts) > 1 else layer.backward_codes
         return parts[0]
+
+
+class PackedWire(Wire):
+    """What is kept, and one byte a tile: 17/32 of the bytes of a 16-bit weight, and no dense weight anywhere.
+
+    Args:
+        shape: Of the matrix that is gathered, ``(O, I)``.
+    """
+
+    name = "packed"
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.values: Tensor | None = None
+        """``[O, I/2]``, while it is gathered."""
+        self.numbers: Tensor | None = None
+        """uint8 ``[O/4, I/4]``, while it is gathered."""
+        self.operands = WireOperands(self.memory)
+        self._stand_in: Tensor | None = None
+
+    def send(self, layer: SpreadLayer, size: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return kept values, and the numbers of the tiles' patterns."""
+        matrix, (rows, columns) = layer.seen_matrix(), size
+        values = matrix.new_empty(rows, columns // 2, dtype=dtype)
+        numbers = matrix.new_empty(rows // 4, columns // 4, dtype=torch.uint8)
+        to_wire_(matrix, layer.mask_codes, values, numbers)
+        return values, numbers
+
+    def receive(self, layer: SpreadLayer, parts: Sequence[Tensor]) -> Tensor:
+        """Return a tensor of the weight's shape, whose memory is taken away as soon as FSDP2 has it."""
+        rows = self.shape[0]
+        numbers = parts[1] if len(parts) > 1 else numbers_of_codes(layer.mask_codes)
+        self.values, self.numbers = parts[0][:rows], numbers[: rows // 4]
+        self.operands.outdate()
+        if self._stand_in is None:
+            self._stand_in = self.values.new_empty(self.shape)
+        return self._stand_in
+
+    def settle(self, parameter: Tensor) -> None:
+        """Take its memory away."""
+        if self._stand_in is not None:
+            self._stand_in.untyped_storage().resize_(0)
 
 
 def padded(part: Tensor, size: Sequence[int]) -> Tensor:

@@ -33,7 +33,7 @@ def case(
     source: str, target: str, search: bool = False, forward: bool = True, transposed: bool = True,
     statistics: bool = False, order: Order = Order.NATURAL,
 ) -> Case:  # fmt: skip
-    rows, columns, warps = BOTH[INPUTS[source]] if transposed else ALONE
+    rows, columns, warps = (BOTH if transposed else ALONE)[INPUTS[source]]
     sides = {(True, True): "both", (True, False): "one", (False, True): "transpose", (False, False): "none"}
     name = f"{'search and ' if search else ''}pack {source} to {target}, {sides[forward, transposed]}"
     name += ", measured" if statistics else ""

@@ -4,7 +4,7 @@ They try torch itself, so that a name that has gone fails its own canary, howeve
 those of an area; it is imported here.
 """
 
-from . import cuda_and_operators, modules, operations, optimizers, tensors
+from . import cuda_and_operators, distributed, modules, operations, optimizers, tensors
 from .registry import CANARIES
 
-__all__ = ["CANARIES", "cuda_and_operators", "modules", "operations", "optimizers", "tensors"]
+__all__ = ["CANARIES", "cuda_and_operators", "distributed", "modules", "operations", "optimizers", "tensors"]

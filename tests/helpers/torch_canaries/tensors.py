@@ -74,3 +74,17 @@ for each in FOREACH:
         "torch/optim/adam.py, _multi_tensor_adam, which uses them too",
         "the update with frozen second moments, or tables of pointers while a CUDA graph is captured",
     )(lambda name=each: check_foreach(name))
+
+
+@canary(
+    "_unsafe_view",
+    "torch.ops.aten._unsafe_view gives the numbers another shape, and autograd does not take it for a view",
+    "aten/src/ATen/native/TensorShape.cpp, _unsafe_view, which Linear.cpp uses",
+    "nothing but peace: FSDP2 would warn of outputs of packed products that are views",
+)
+def _() -> None:
+    matrix = torch.arange(8.0, requires_grad=True) * 1
+    found = torch.ops.aten._unsafe_view(matrix, (2, 4))
+    assert torch.equal(found, matrix.view(2, 4))
+    assert not found._is_view()
+    assert matrix.view(2, 4)._is_view()

@@ -71,13 +71,3 @@ def test_sparse_layers_may_be_wrapped(tmp_path: Path) -> None:
 
 def test_one_process_compares_nothing() -> None:
     require_equal_codes({"fc": torch.zeros(1, 1, dtype=torch.int16)}, {"fc": ()})
-
-
-def test_sharded_weights_stay_dense_with_the_reason() -> None:
-    class DTensor(torch.nn.Parameter):
-        pass
-
-    model = mlp()
-    model[0].weight = DTensor(torch.randn(32, 16))
-    with pytest.raises(ValueError, match="sharded weight"):
-        st.select_layers(model, "0")

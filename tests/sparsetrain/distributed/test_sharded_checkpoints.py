@@ -1,4 +1,4 @@
-"""Runs saved by ``torch.distributed.checkpoint`` go on bit for bit on other numbers of processes."""
+"""Runs on shards that ``torch.distributed.checkpoint`` saved go on, on other numbers of processes, bit for bit."""
 
 import functools
 from pathlib import Path

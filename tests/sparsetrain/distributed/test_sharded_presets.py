@@ -19,8 +19,9 @@ def in_one_process(method: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize("gather", ["masked", "packed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_preset_on_shards_trains_as_in_one_process(layout: str, method: str) -> None:
+def test_a_preset_on_shards_trains_as_in_one_process(layout: str, gather: str, method: str) -> None:
     world, shape = LAYOUTS[layout]
-    for found in ranks(world)("sharded_runs.fsdp", method, shape):
+    for found in ranks(world)("sharded_runs.fsdp", method, shape, gather=gather):
         sharded_runs.require_equal(found, in_one_process(method))

@@ -52,13 +52,13 @@ def test_a_state_loads_whole_and_from_dtensors_of_another_layout(form: str) -> N
     ("damage", "words"),
     [
         ("codes", "codes of layer '0.up' are no row_wise masks"),
-        ("clock", "state has no 'clock'"),
+        ("clock", "clock is 5 on rank 0 but None on rank 1"),
         ("no tensor", "state['codes']['0.up'] is None"),
     ],
 )
 def test_a_part_that_is_damaged_on_one_rank_is_refused_on_every_rank(damage: str, words: str) -> None:
     first, second = ranks(2)("checkpointed_runs.refusals", "sr_ste", (2,), damage)
-    assert first == f"ValueError: rank 1 refused the state: {second.removeprefix('ValueError: ')}"
+    assert first in (second, f"RuntimeError: rank 1 could not set up the state: {second.removeprefix('ValueError: ')}")
     assert words in second
 
 

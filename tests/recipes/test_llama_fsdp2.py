@@ -1,0 +1,206 @@
+"""The recipe for many GPUs, on two CPU processes."""
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from sparsetrain.recipes.gpt.model import GPT
+from sparsetrain.recipes.llama_fsdp2 import __main__ as recipe
+from sparsetrain.recipes.llama_fsdp2.options import read_options
+
+pytest.importorskip("datasets")
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    "--config=llama_fsdp2.yaml", "--device=cpu", "--precision=float32", "--width=32", "--depth=2", "--heads=2",
+    "--context=16", "--batch_size=2", "--steps=6", "--checkpoint_every=3", "--log_every=1", "--warmup_steps=2",
+]  # fmt: skip
+RUNS = {
+    "straight": (2, ["--method=null"]),
+    "replicas": (2, ["--method=null", "--replicas=2", "--activation_checkpointing=true", "--reshard=false"]),
+    "two at rest": (2, ["--method=null", "--learning_rate=0", "--steps=1"]),
+    "one at rest": (1, ["--method=null", "--learning_rate=0", "--steps=1"]),
+    "fewer ranks": (1, ["--method=null"]),  # from a checkpoint of two
+    "sparse": (2, ["--method=slope", "--gather=packed", "--steps=3"]),
+    "sparse resumed": (2, ["--method=slope", "--gather=packed"]),
+}
+"""Ranks and arguments."""
+
+
+class Recorded:
+    """Has the methods of ``SparseTraining`` that the recipe calls, and counts the optimizer's steps."""
+
+    def __init__(self, model: Any, optimizer: Any, method: str, total_steps: int, targets: str, **options: Any) -> None:
+        self.clock = torch.zeros(())
+        self.given = f"{method} {total_steps} {targets} {options}"
+        assert all(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+        optimizer.register_step_post_hook(lambda *_: self.clock.add_(1))
+
+    def metrics(self) -> dict[str, float]:
+        return {"clock": float(self.clock)}
+
+    def sharded_state_dict(self) -> dict[str, torch.Tensor]:
+        return {"clock": self.clock.clone()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.clock.copy_(state["clock"])
+
+    def finish(self) -> None:
+        print(f"finished {self.given}")
+
+
+def _worker(rank: int, folder: str, ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    recipe.SparseTraining = Recorded
+    for port, (name, (world, arguments)) in zip(ports, RUNS.items(), strict=True):
+        if rank >= world:
+            continue
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        output = Path(folder, name)
+        before = {"fewer ranks": "straight", "sparse resumed": "sparse"}.get(name)
+        if before and rank == 0:
+            shutil.copytree(Path(folder, before, "step-00000003"), output / "step-00000003")
+        with Path(folder, f"{name}.{rank}.txt").open("w") as file, contextlib.redirect_stdout(file):
+            assert recipe.main([*TINY, *arguments, f"--output={output}"]) == 0
+    os._exit(0)  # gloo's threads may abort an orderly exit
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama_fsdp2")
+    sockets = [socket.socket() for _ in RUNS]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    mp.spawn(_worker, (str(path), ports), nprocs=2)
+    return path
+
+
+def losses(text: str) -> list[float]:
+    return [float(found) for found in re.findall(r"step \d+ \| loss ([\d.]+) ", text)]
+
+
+def content(checkpoint: Path, tmp_path: Path) -> dict[str, Any]:
+    dcp_to_torch_save(checkpoint, tmp_path / "whole.pt")
+    return torch.load(tmp_path / "whole.pt", weights_only=False)
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
+def test_rank_0_prints_losses_that_fall(folder: Path) -> None:
+    text = (folder / "straight.0.txt").read_text()
+    found = losses(text)
+    assert len(found) == 6
+    assert found[0] == pytest.approx(5.55, abs=0.05)  # ln 256
+    assert found[-1] < found[0] - 0.03
+    assert (folder / "straight.1.txt").read_text() == ""
+    assert re.search(r"step 1 \| loss \S+ \| norm \S+ \| lr 0\.001 \| tokens/s \S+\n", text)
+
+
+def test_replicas_and_recomputation_give_the_same_losses(folder: Path) -> None:
+    straight, replicas = (losses((folder / f"{name}.0.txt").read_text()) for name in ("straight", "replicas"))
+    assert replicas == pytest.approx(straight, abs=2e-3)
+
+
+def test_the_start_is_the_same_on_any_number_of_ranks(folder: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = GPT(width=32, depth=2, heads=2, context=16, tied=False)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            std = 0.02 / 2 if name.endswith(("out.weight", "down.weight")) else 0.02
+            parameter.data.normal_(std=std, generator=generator)
+    for ranks in ("one", "two"):
+        found = content(folder / f"{ranks} at rest" / "model", tmp_path)["model"]
+        assert list(found) == list(model.state_dict())
+        for name, value in model.state_dict().items():
+            assert torch.equal(found[name], value), name
+
+
+def test_a_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    shutil.copytree(folder / "straight" / "step-00000003", out / "step-00000003")
+    (out / "step-00000005").mkdir()  # killed while it wrote
+    (out / "step-00000005" / "__0_0.distcp").write_bytes(b"half of it")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "sparsetrain.recipes.llama_fsdp2", *TINY, "--method=null", f"--output={out}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("goes on behind step 3\nstep 4 | ")
+    for part in ("step-00000006", "model"):
+        expected, found = (content(run / part, tmp_path) for run in (folder / "straight", out))
+        # positions in data are written in several ways; test_streamed_text.py resumes from those of resumed streams
+        assert found.keys() == expected.keys()
+        assert all(same(found[key], expected[key]) for key in expected if not key.startswith("data."))
+
+
+def test_fewer_ranks_take_the_weights_and_begin_the_data(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "fewer ranks.0.txt").read_text()
+    assert "is of 2 ranks: the data begin at their start.\ngoes on behind step 3\n" in text
+    assert len(losses(text)) == 3
+    assert losses(text)[0] < losses((folder / "straight.0.txt").read_text())[0] - 0.01
+    assert content(folder / "fewer ranks" / "step-00000006", tmp_path)["world"] == 1
+
+
+def test_sparse_training_is_made_after_sharding_saved_and_resumed(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "sparse resumed.0.txt").read_text()
+    assert [float(found) for found in re.findall(r"clock ([\d.]+)", text)] == [4, 5, 6]
+    assert "finished slope 6 mlp {'gather': 'packed', 'verbose': True}" in text
+    assert "'verbose': False" in (folder / "sparse resumed.1.txt").read_text()
+    assert content(folder / "sparse resumed" / "step-00000006", tmp_path)["training"]["clock"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world", "words"),
+    [
+        ([], None, "LOCAL_RANK is not set: start the recipe by torchrun"),
+        (["--steps=0"], None, "steps is 0: it must be at least 1."),
+        (["--device=tpu"], None, "device is 'tpu'"),
+        (["--widht=3"], None, "--widht"),
+        (["--replicas=2"], 1, "replicas is 2: it must divide the 1 ranks."),
+        pytest.param(
+            ["--device=cuda"], 1, "finds 0 GPUs",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_input_is_one_sentence(arguments, world, words, monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if world:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        start = recipe.dist.init_process_group
+        monkeypatch.setattr(
+            recipe.dist, "init_process_group",
+            lambda backend: start(backend, init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1),
+        )  # fmt: skip
+    assert recipe.main([*TINY, *arguments]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.startswith("llama_fsdp2: error: ")
+    assert message.count("\n") == 1
+
+
+def test_the_file_s_method_may_be_changed_value_by_value() -> None:
+    options = read_options(["--config=llama_fsdp2", "--method.decay=0.5"])
+    assert options.method["preset"] == "recommended"
+    assert (options.method["decay"], options.method["refresh_every"]) == (0.5, 10)
+    assert read_options(["--config=llama_fsdp2", "--method=null"]).method is None

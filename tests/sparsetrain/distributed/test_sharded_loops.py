@@ -1,0 +1,73 @@
+"""What a user's loop does around a step, on shards as in one process; and what travels."""
+
+import functools
+from typing import Any
+
+import pytest
+import sharded_runs
+from ranks import ranks
+
+import sparsetrain as st
+
+METHODS = {
+    "sparse": st.methods.fst(warmup=2, refresh_every=3, dense_tail=2),
+    "frozen": st.methods.asp_one_shot(),
+}
+
+LOOPS: dict[str, dict[str, Any]] = {
+    "two micro-batches": {"loop": {"micro_batches": 2}},
+    "two micro-batches, one reduction": {"loop": {"micro_batches": 2, "syncs_each": False}},
+    "an evaluation after every step": {"loop": {"evaluates": True}},
+    "batches of three dimensions": {"loop": {"shape": (2, 3, sharded_runs.WIDTH)}},
+    "weights that stay gathered": {"sharding": {"reshard_after_forward": False}},
+    "fused AdamW": {"optimizer": functools.partial(sharded_runs.torch.optim.AdamW, fused=True)},
+}
+
+GATHERS = ["masked", "packed"]
+
+
+@functools.cache
+def in_one_process(loop: str, method: str) -> dict[str, Any]:
+    options = {name: value for name, value in LOOPS[loop].items() if name != "sharding"}
+    return sharded_runs.train(sharded_runs.blocks(), METHODS[method], steps=10, **options)
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_on_shards_trains_as_in_one_process(loop: str, method: str, gather: str) -> None:
+    for found in ranks(2)("sharded_runs.fsdp", METHODS[method], (2,), steps=10, gather=gather, **LOOPS[loop]):
+        sharded_runs.require_equal(found, in_one_process(loop, method))
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_clipped_gradients_differ_by_the_order_of_a_sum_alone(gather: str) -> None:
+    method, loop = METHODS["sparse"], {"clip": 0.1}  # torch adds up the norm in another order
+    wanted = sharded_runs.train(sharded_runs.blocks(), method, loop=loop)
+    for found in ranks(2)("sharded_runs.fsdp", method, (2,), gather=gather, loop=loop):
+        sharded_runs.require_equal(found, wanted, relative=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_both_wires_train_alike_in_bfloat16(method: str) -> None:
+    masked, packed = (
+        ranks(2)("sharded_runs.fsdp", METHODS[method], (2,), dtype="bfloat16", gather=gather)[0] for gather in GATHERS
+    )
+    sharded_runs.require_equal(packed, masked)
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_sparse_products_of_what_was_gathered(gather: str) -> None:
+    wanted = in_one_process("fused AdamW", "sparse")
+    found = ranks(2)("sharded_runs.simulated", METHODS["sparse"], gather=gather, **LOOPS["fused AdamW"])
+    assert {result["used"] for result in found} == {gather == "packed"}
+    for result in found:
+        sharded_runs.require_equal(result, wanted, relative=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 17 / 32), (None, 33 / 64)])
+def test_a_packed_weight_sends_what_is_kept_and_a_byte_a_tile(dtype: str | None, share: float) -> None:
+    for sent in ranks(2)("sharded_runs.bytes_sent", dtype):
+        assert sent["masked"]["sparse"] == sent["dense"]["sparse"]
+        assert sent["packed"]["sparse"] == share * sent["dense"]["sparse"]
+        assert sent["packed"]["other"] == sent["masked"]["other"] == sent["dense"]["other"] > 0

@@ -1,0 +1,37 @@
+"""What a method can switch on trains on shards as in one process."""
+
+import functools
+from typing import Any
+
+import pytest
+import sharded_runs
+from ranks import ranks
+
+import sparsetrain as st
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "hysteresis": {"method": {"preset": "fst", "refresh_every": 2, "hysteresis": 0.3}},
+    "tile budget": {"method": {"preset": "fst", "refresh_every": 2, "dense_budget": 0.3, "dense_unit": "tiles"}},
+    "layer budget": {"method": {"preset": "asp_one_shot", "dense_budget": 0.3, "dense_unit": "layers"}},
+    "wanda": {"method": {"preset": "asp_one_shot", "criterion": "wanda"}},
+    "fisher": {"method": {"preset": "fst", "warmup": 4, "criterion": "fisher", "refresh_every": 2}},
+    "movement": {"method": {"preset": "asp_one_shot", "criterion": "movement"}},
+    "mvue": {"method": {"preset": "fst", "mvue": True, "refresh_every": 2}},
+    "transposable s_ste": {"method": {"preset": "s_ste", "mvue": True, "pattern": "transposable"}},
+    "automatic decay": {"method": {"preset": "fst", "decay": "auto", "warmup": 8, "refresh_every": 2}},
+    "adapters": {"method": {"preset": "slope", "adapter_rank": 4, "adapter_start": 6}},
+    "scaled gradients": {"method": {"preset": "fst", "gradient": st.scaled(1.0, 0.25)}},
+    "ages": {"method": {"preset": "fst", "refresh_every": 2}, "track_age": True},
+}
+
+
+@functools.cache
+def in_one_process(option: str) -> dict[str, Any]:
+    return sharded_runs.train(sharded_runs.blocks(), steps=16, **OPTIONS[option])
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("shape", [(2,), (2, 2)], ids=["fsdp", "hsdp"])
+def test_an_option_on_shards_trains_as_in_one_process(shape: tuple[int, ...], option: str) -> None:
+    for found in ranks(2 * len(shape))("sharded_runs.fsdp", shape=shape, steps=16, **OPTIONS[option]):
+        sharded_runs.require_equal(found, in_one_process(option))
