@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from ranks import failure
-from sharded_runs import batch, blocks, outcome, shard
+from sharded_runs import batch, blocks, mesh_of, outcome, shard
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_into
@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import sparsetrain as st
 from sparsetrain.checkpoint import detach_pruned, restore_pruned_
+from sparsetrain.distributed.layouts import Layout
 from sparsetrain.distributed.shards import gathered as gather
 
 STEPS = 12
@@ -175,4 +176,19 @@ def exported(method: Any, shape: Shape) -> dict[str, Any]:
     found |= {"after": output.detach(), "zeros": {name: gather(value) for name, value in model.state_dict().items()}}
     training.apply_masks_()
     found["again"] = model(batch(0)).detach()
+    return found
+
+
+def round_trip(folder: str, length: int) -> list[bool]:
+    """Return whether uneven parts come back: cut from the whole, gathered, and through a checkpoint."""
+    mesh, found = mesh_of((torch.distributed.get_world_size(),), ("shard",)), []
+    for dtype in (torch.bool, torch.int16, torch.uint8, torch.float32):
+        whole = (torch.arange(3 * length).view(length, 3) % 5).to(dtype)
+        layout = Layout((length, 3), dtype, mesh, (Shard(0),))
+        spread = layout.spread(layout.part(whole))
+        found.append(torch.equal(gather(spread), whole))
+        state = {"entry": layout.zeros()}
+        save_all({"entry": spread}, checkpoint_id=f"{folder}/{dtype}")
+        load_into(state, checkpoint_id=f"{folder}/{dtype}")
+        found.append(torch.equal(gather(state["entry"]), whole))
     return found

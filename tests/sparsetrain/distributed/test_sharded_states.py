@@ -1,5 +1,7 @@
 """States of runs on shards: DTensors out, any layout in, refused by all ranks or by none; and the ways out of a run."""
 
+from pathlib import Path
+
 import checkpointed_runs
 import pytest
 import torch
@@ -38,6 +40,12 @@ def test_the_gathered_state_of_shards_is_that_of_one_process(shape: Shape) -> No
         kinds = {path.split(".")[1] for path in placements}
         assert kinds == {"codes", "ages", "criterion"}
         assert all("Shard(dim=0)" in where for where in placements.values())
+
+
+@pytest.mark.parametrize("length", [6, 2])
+def test_uneven_and_empty_parts_come_back(tmp_path: Path, length: int) -> None:
+    for found in ranks(4)("checkpointed_runs.round_trip", str(tmp_path), length):
+        assert found == [True] * 8
 
 
 @pytest.mark.parametrize("form", ["whole", "cut otherwise"])
