@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..distributed.shards import local
 from ..distributed.wrappers import plain_model
 from ..layers.masked_layer import MaskedLayer
-from .pruned_entries import weight_key
+from .pruned_entries import evaluated, require_as_in_model, weight_key
 
 
 def sparse_state_dict(
@@ -31,7 +32,8 @@ def sparse_state_dict(
         Name to tensor. Tensors without a mask are those of the state dict itself.
 
     Raises:
-        ValueError: If ``state_dict`` holds the weight of no masked layer, although there are some.
+        ValueError: If ``state_dict`` holds the weight of no masked layer, although there are some; or whole weights of
+            a model whose weights are sharded: pass DTensors, which come back as such, and gather those.
 
     Example:
         >>> from sparsetrain import sparsify_
@@ -54,7 +56,9 @@ def sparse_state_dict(
             "model, with its names."
         )
     for key in found:
-        changed[key] = layers[key].effective_weight(changed[key], merge_adapters)
+        require_as_in_model(key, changed[key], layers[key])
+    for key in found:
+        changed[key] = evaluated(layers[key], changed[key], merge_adapters)
     return changed
 
 
@@ -93,8 +97,8 @@ def _put_evaluated(
     if not isinstance(module, MaskedLayer) or not module.is_masked or isinstance(value, nn.Parameter):
         return
     # another hook may have been here first
-    if isinstance(value, Tensor) and value.data_ptr() == module.weight.data_ptr():
-        state_dict[key] = module.effective_weight(value, merge_adapters)
+    if isinstance(value, Tensor) and local(value).data_ptr() == module.master.data_ptr():
+        state_dict[key] = evaluated(module, value, merge_adapters)
 
 
 def _masked_weights(model: nn.Module) -> dict[str, MaskedLayer]:

@@ -155,7 +155,7 @@ class MaskedLayer(nn.Module):
         """Return the weight that the products see when the mask is in force, for a master at hand.
 
         Args:
-            master: Shaped like the weight, on any device.
+            master: Shaped like the weight, on any device; of a sharded one, the part that lies here.
             with_adapter: Add the adapter, if there is one.
         """
         matrix, codes = self.as_matrix(master), self.mask_codes.to(master.device)

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..checkpoint.pruned_entries import PRUNED_KEY, put_back_
+from ..checkpoint.pruned_entries import PRUNED_KEY, pruned_here, put_back_
 from ..distributed.agreement import together
 from ..distributed.equal_codes import Groups
+from ..layers.masked_layer import MaskedLayer
 from ..modifiers.base import Entry
 from .phases import Phases
 from .sharded_state import in_nested_form
@@ -55,9 +56,10 @@ def received(state: Any, phases: Phases, everyone: Groups, stacklevel: int) -> d
         RuntimeError: If another process refuses it.
         ValueError: If it is damaged or of another model, or differs between processes.
     """
-    device = next(iter(phases.masks.layers.values())).master.device
+    layers = phases.masks.layers
+    device = next(iter(layers.values())).master.device
     with together(everyone, "the state", device) as note:
-        state = in_this_version(in_nested_form(state))
+        state = with_pruned_here(in_this_version(in_nested_form(state)), layers)
         layouts = required_layouts(state, phases)
         tensors: dict[Path, Any] = {path: tensor_at(state, path) for path in sorted(layouts, key=str)}
         sent = [str(path) for path in tensors if not layouts[path].holds(tensors[path])]
@@ -67,6 +69,16 @@ def received(state: Any, phases: Phases, everyone: Groups, stacklevel: int) -> d
         found: dict[str, Any] = replaced(state, parts)
         check_state(found, phases, stacklevel)
     return found
+
+
+def with_pruned_here(state: Any, layers: Mapping[str, MaskedLayer]) -> Any:
+    """Return a state with the pruned values that belong to the parts of the weights that lie here, if it has any."""
+    pruned, codes = (state.get(key) if isinstance(state, Mapping) else None for key in (PRUNED_KEY, "codes"))
+    if not (isinstance(pruned, Mapping) and isinstance(codes, Mapping)):
+        return state
+    whole = [name for name in pruned if name in layers and getattr(pruned[name], "ndim", 0) == 1]
+    here = {name: pruned_here(layers[name], codes.get(name), pruned[name]) for name in whole}
+    return {**state, PRUNED_KEY: {**pruned, **here}}
 
 
 def facts_of_state(state: Any) -> dict[str, Any]:
