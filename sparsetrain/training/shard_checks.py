@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..criteria import resolve_criterion
-from ..distributed.shards import is_cut, is_spread
+from ..distributed.peers import is_gathered
+from ..distributed.shards import first_cut, is_spread
 from ..layers.sharded.refusals import require_one_run
 from ..modifiers.base import Setup
 
@@ -27,9 +28,9 @@ class Unproven(NamedTuple):
     why: str
 
 
-def _cuts_columns(layers: Layers) -> bool:
-    weights: list[Any] = [layer.weight for layer in layers.values() if is_spread(layer.weight)]
-    return any(is_cut(placement) and placement.dim for weight in weights for placement in weight.placements)
+def _gathers_columns(setup: Setup, layers: Layers) -> bool:
+    weights: list[Any] = [layer.weight for layer in layers.values()]
+    return is_gathered(setup.model) and any(first_cut(weight) == 1 for weight in weights)
 
 
 def _criterion(setup: Setup) -> Any:
@@ -39,12 +40,12 @@ def _criterion(setup: Setup) -> Any:
 UNPROVEN: tuple[Unproven, ...] = (
     Unproven(
         lambda setup: f"distillation is {setup.method.distillation} and teacher is None",
-        lambda setup, layers: bool(setup.method.distillation) and setup.teacher is None,
-        "a sharded model cannot be copied: pass a teacher",
+        lambda setup, layers: bool(setup.method.distillation) and setup.teacher is None and is_gathered(setup.model),
+        "what FSDP2 manages cannot be copied: pass a teacher",
     ),
     Unproven(
         lambda setup: f"criterion is {_criterion(setup).name!r}",
-        lambda setup, layers: "input" in _criterion(setup).needs and _cuts_columns(layers),
+        lambda setup, layers: "input" in _criterion(setup).needs and _gathers_columns(setup, layers),
         "weights are cut by columns, of whose inputs each process sees all: cut rows, or use 'magnitude'",
     ),
     Unproven(

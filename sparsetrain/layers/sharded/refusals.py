@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...distributed.peers import is_gathered
 from ...distributed.shards import is_spread, placement_of
 from ...kernels.torch_internals import fsdp_parameters
 from .alignment import require_no_root
@@ -22,7 +23,7 @@ def require_one_run(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         >>> require_one_run(model, {"0": model[0]})
     """
     weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
-    _require_one_mesh(weights)
+    _require_one_mesh(model, weights)
     if not any(map(is_spread, weights.values())):
         return
     for name, layer in layers.items():
@@ -30,15 +31,23 @@ def require_one_run(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     _require_plain_gathering(model, weights)
 
 
-def _require_one_mesh(weights: Mapping[str, Any]) -> None:
-    first = next(iter(weights), None)
-    for name, weight in weights.items():
-        one, other = (getattr(entry, "device_mesh", None) for entry in (weights[first], weight))  # type: ignore[index]
-        if one != other:
+def _require_one_mesh(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless all weights lie on one mesh, or on parts of it, as a head beside parallel layers."""
+    meshes: dict[str, Any] = {name: getattr(weight, "device_mesh", None) for name, weight in weights.items()}
+    widest = max(meshes, key=lambda name: 0 if meshes[name] is None else meshes[name].size(), default="")
+    for name, mesh in meshes.items():
+        if not _is_part(mesh, meshes[widest], is_gathered(model)):
             raise ValueError(
-                f"layer {first!r} has a weight that is {placement_of(weights[first])} but {name!r} has one that is "  # type: ignore[index]
-                f"{placement_of(weight)}: shard all sparse layers over one mesh, or exclude those of the other."
+                f"layer {widest!r} has a weight that is {placement_of(weights[widest])} but {name!r} has one that is "
+                f"{placement_of(weights[name])}: shard all sparse layers over one mesh, or exclude those of the other."
             )
+
+
+def _is_part(mesh: Any, whole: Any, gathers: bool) -> bool:
+    if mesh is None or mesh == whole:  # what FSDP2 leaves out has gradients of its own in every process
+        return mesh == whole or not gathers
+    names, others = mesh.mesh_dim_names, whole.mesh_dim_names
+    return mesh.size() < whole.size() and bool(names) and bool(others) and set(names) < set(others)
 
 
 def _require_plain_gathering(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
