@@ -38,6 +38,17 @@ def command_line() -> argparse.ArgumentParser:
     host.add_argument("--repeats", type=_count, default=200, help="pairs of samples (default: %(default)s)")
     host.add_argument("--threads", type=_count, help="of torch (default: torch's own)")
     sharded = commands.add_parser("sharded", help="a step under FSDP2, sparse by each wire in turn with dense")
+    _sharded(sharded)
+    for limited in (gemm, linear, step):
+        limited.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
+        limited.add_argument("--seconds", type=float, help="begin nothing after so long")
+    for stored in (search, every, gemm, linear, step, host, sharded):
+        stored.add_argument("--csv", type=Path, help="append the rows to this file")
+    _figure(commands.add_parser("figure", help="draw the ratio to dense over tokens from the CSV of gemm or linear"))
+    return parser
+
+
+def _sharded(sharded: argparse.ArgumentParser) -> None:
     for name, value, text in (
         ("--ranks", 2, "processes, one a GPU"),
         ("--blocks", 4, "of two linear layers"),
@@ -47,13 +58,6 @@ def command_line() -> argparse.ArgumentParser:
     ):
         sharded.add_argument(name, type=_count, default=value, help=f"{text} (default: %(default)s)")
     sharded.add_argument("--device", choices=["cuda", "cpu"], default="cpu", help="(default: %(default)s)")
-    for limited in (gemm, linear, step):
-        limited.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
-        limited.add_argument("--seconds", type=float, help="begin nothing after so long")
-    for stored in (search, every, gemm, linear, step, host, sharded):
-        stored.add_argument("--csv", type=Path, help="append the rows to this file")
-    _figure(commands.add_parser("figure", help="draw the ratio to dense over tokens from the CSV of gemm or linear"))
-    return parser
 
 
 def _products(gemm: argparse.ArgumentParser, linear: argparse.ArgumentParser) -> None:

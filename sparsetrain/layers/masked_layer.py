@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.layouts import matrix_layout
-from ..distributed.shards import is_spread, local, part_like, spread_like
+from ..distributed.shards import local, spread_like
 from ..kernels.tile_codes import unpack_codes
 from ..kernels.torch_internals import is_transformed
 from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
-from ..masks.matrices import matrix_of, weight_of
 from ..masks.soft_threshold import SoftThreshold, soft_thresholded
 from ..masks.tile_codes import KEEP_ALL
 from ..matmul.choices import backend_on, describe
@@ -22,8 +21,7 @@ from ..matmul.operands import Operands
 from ..matmul.registry import register
 from ..matmul.transforms import with_gradient_of
 from ..types import PhaseKind
-from .sharded.alignment import require_shardable
-from .sharded.shard import Shard
+from .matrix_layer import MatrixLayer
 
 STATE = (
     "mask_codes", "draws", "backward_codes", "adapter", "soft_scale", "phase", "scheduled", "is_2_4",
@@ -35,7 +33,7 @@ READ_IN_GROUPS = ("mask_codes", "backward_codes", "soft_scale", "operands", "dra
 """Of those, what a run's groups of layers keep from step to step until another is set."""
 
 
-class MaskedLayer(nn.Module):
+class MaskedLayer(MatrixLayer):
     """A layer whose weight, seen as a matrix ``[O, K]``, has a 2:4 mask; the mask is held as tile codes beside it.
 
     Mixed into a dense layer class, whose instances become masked ones in place and back.
@@ -44,10 +42,7 @@ class MaskedLayer(nn.Module):
     _dynamo_marked_static = True  # sizes of codes are no dynamic dimensions, as those of a dense layer's weight are not
 
     dense_class: ClassVar[type[nn.Module]]
-    transposed: ClassVar[bool] = False  # the weight is stored [I, O]
 
-    weight: Tensor
-    shard: Shard | None = None  # of a weight that is spread over processes
     bias: Any  # a parameter or None; the dense classes declare it differently
     mask_codes: Tensor
     draws: Tensor | None
@@ -63,50 +58,10 @@ class MaskedLayer(nn.Module):
     eager_call: object  # what the last quick product has found out
 
     @property
-    def master(self) -> Tensor:
-        """The weight, or the part of it that lies in this process."""
-        if self.shard is not None:
-            return self.shard.part
-        found = self._parameters.get("weight")  # in half the time
-        return self.weight if found is None else found
-
-    @property
-    def matrix(self) -> Tensor:
-        """The master as a matrix ``[O, K]``, in which K is kernel positions times input features."""
-        weight = self.master
-        return matrix_of(weight, self.transposed) if self.transposed or weight.dim() != 2 else weight
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """O and K of the whole weight."""
-        weight = self.weight if self.shard is None else self.shard.weight
-        rows = weight.shape[1 if self.transposed else 0]
-        return rows, weight.numel() // rows
-
-    def _parts(self, matrix: Tensor) -> Tensor:
-        """Return the part that lies here of a whole matrix ``[O, K]``."""
-        assert self.shard is not None
-        weight = self.shard.weight
-        return self.as_matrix(part_like(weight_of(matrix, weight.shape, self.transposed).contiguous(), weight))
-
-    @property
     def mask(self) -> Tensor:
         """The mask as bool, shaped and spread like the weight, whether or not it is in force."""
         mask = self.as_weight(unpack_codes(self.mask_codes))
         return mask if self.shard is None else spread_like(mask, self.shard.weight, self.weight.shape)
-
-    @property
-    def input_features(self) -> int:
-        """I, the input features or channels."""
-        return self.weight.shape[0 if self.transposed else 1]
-
-    def as_matrix(self, tensor: Tensor) -> Tensor:
-        """Return a tensor shaped like the weight as a matrix ``[O, K]``, differentiably; a view where it can be one."""
-        return matrix_of(tensor, self.transposed)
-
-    def as_weight(self, matrix: Tensor) -> Tensor:
-        """Return a matrix ``[O, K]`` as a view shaped like the master."""
-        return weight_of(matrix, self.master.shape, self.transposed)
 
     @property
     def has_sparse_products(self) -> bool:
@@ -165,7 +120,7 @@ class MaskedLayer(nn.Module):
         matrix = matrix.masked_fill(~unpack_codes(codes), 0)
         if with_adapter and self.adapter is not None:
             down, up = map(local, self.adapter)
-            added = self._parts(up @ down) if self.shard is not None else up @ down
+            added = self.part_of(up @ down) if self.shard is not None else up @ down
             matrix = matrix + added.to(matrix)
         return self.as_weight(matrix)
 
@@ -209,7 +164,7 @@ class MaskedLayer(nn.Module):
         self.soft_scale = None if self.soft_scale is None else fn(self.soft_scale)
         self.backward_codes = None if self.backward_codes is None else fn(self.backward_codes)
         self.eager_call = None
-        self._note_spread(self._parameters.get("weight"))
+        self.note_weight(self._parameters.get("weight"))
         register(self)
         return self
 
@@ -236,27 +191,19 @@ class MaskedLayer(nn.Module):
             raise RuntimeError(_foreign_weight(name))
         super().register_parameter(name, param)
         if name == "weight":
-            self._note_spread(param)
+            self.note_weight(param)
         if "operands" in self.__dict__:  # another parameter may have the memory and the version of the last
             self.operands.invalidate()
             self.eager_call = None
             Operands.changed()
 
-    def _note_spread(self, weight: Tensor | None) -> None:
-        """Take note of whether the weight is spread over processes, now that it may be another; cut codes with it."""
-        if weight is None or not is_spread(weight):
-            self.shard = None
-            return
-        if self.shard is not None and self.shard.weight is weight:
-            self.shard.attach()
-            return
-        require_shardable("", self, weight)
-        name = "" if self.shard is None else self.shard.name
-        self.shard = Shard(self, weight)
-        self.shard.name = name
-        rows, columns = self.matrix.shape
-        if (codes := self.__dict__.get("mask_codes")) is not None and codes.shape != (rows // 4, columns // 4):
-            self.mask_codes = matrix_layout(weight, codes.dtype, self.transposed, 4).part(codes)
+    def note_weight(self, weight: Tensor | None) -> None:
+        """Take note of a weight that may be another, or spread over processes now; codes are cut with it."""
+        super().note_weight(weight)
+        for name in ("mask_codes", "backward_codes") if self.shard is not None else ():
+            codes, (rows, columns) = self.__dict__.get(name), self.matrix.shape
+            if weight is not None and codes is not None and codes.shape != (rows // 4, columns // 4):
+                setattr(self, name, matrix_layout(weight, codes.dtype, self.transposed, 4).part(codes))
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(
@@ -271,7 +218,7 @@ class MaskedLayer(nn.Module):
         )
 
     def _add_mask(self, phase: PhaseKind, execution: Execution) -> None:
-        self._note_spread(self._parameters.get("weight"))
+        self.note_weight(self._parameters.get("weight"))
         rows, columns = self.matrix.shape
         device = self.weight.device
         self.mask_codes = torch.full((rows // 4, columns // 4), KEEP_ALL, dtype=torch.int16, device=device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..distributed.equal_codes import Groups, require_equal_codes
 from ..distributed.peers import Peers
-from ..distributed.shards import groups_of
+from ..distributed.shards import groups_of, part_like
 from ..kernels.tile_codes import unpack_codes
 from ..layers.masked_layer import MaskedLayer
 from ..layers.one_pass import search_in_one_pass_
@@ -148,7 +148,10 @@ class MaskState:
     def _count_ages(self, old: Mapping[str, Tensor], wanted: Mapping[str, MaskedLayer]) -> None:
         for name, layer in wanted.items():
             if name in old and name in self.ages:
-                age = self.ages[name] = self.ages[name].to(layer.mask_codes.device)  # the model may have moved
+                age = self.ages[name].to(layer.mask_codes.device)  # the model may have moved, or been sharded
+                if layer.shard is not None and age.shape != layer.master.shape:
+                    age = part_like(age, layer.shard.weight).contiguous()
+                self.ages[name] = age
                 flipped = layer.as_weight(unpack_codes(old[name] ^ layer.mask_codes))
                 age.add_(age < MAX_AGE).masked_fill_(flipped, 0)
 

@@ -86,7 +86,7 @@ def assigned(spread: Callable[[nn.Module], nn.Module], **options: Any) -> dict[s
 
 def sharded_late(spread: Callable[[nn.Module], nn.Module], **options: Any) -> dict[str, Any]:
     """A model that is sharded after its run was made."""
-    training, optimizer = begin(blocks(), method="fst", **options)
+    training, optimizer = begin(blocks(), method="slope", track_age=True, **options)
     spread(training.model)
     optimizer.param_groups[0]["params"] = list(training.model.parameters())
     return go_on(training, optimizer)

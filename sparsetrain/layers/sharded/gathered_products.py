@@ -81,8 +81,13 @@ def gathered_weight(layer: MaskedLayer, weight: Tensor, rule: GradientRule | Non
 def gathered_backward_codes(layer: MaskedLayer) -> Tensor | None:
     """Return the gathered codes by which the input gradient's weight is pruned further, if there are any."""
     wire = None if layer.shard is None else layer.shard.wire
-    if layer.backward_codes is None or not isinstance(wire, DoublePrunedWire) or wire.codes is None:
+    if layer.backward_codes is None:
         return None
+    if not isinstance(wire, DoublePrunedWire) or wire.codes is None:
+        raise RuntimeError(
+            f"layer {layer.shard and layer.shard.name!r} prunes its input gradient further, but was gathered without "
+            "the codes of that: make the run after fully_shard."
+        )
     return wire.codes[: layer.as_matrix(local(layer.weight)).shape[0] // 4]
 
 

@@ -1,5 +1,6 @@
 """``Shard``: the part of a layer's weight that lies in this process, and what FSDP2 gathers of it."""
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ...distributed.shards import local
 from ...kernels.torch_internals import storage_address
-from .wires import MaskedWire, SpreadLayer, Wire, part_size
+from .wires import DoublePrunedWire, MaskedWire, SpreadLayer, Wire, part_size
 
 
 class Shard:
@@ -27,7 +28,9 @@ class Shard:
         self.weight = weight
         self.name = ""
         """Of the layer."""
-        self.wire: Wire = MaskedWire()
+        state = layer.__dict__
+        further = state.get("backward_codes") is not None and state["phase"] != "dense"
+        self.wire: Wire = DoublePrunedWire() if further else MaskedWire()
         self._size: tuple[int, ...] = ()  # of what is sent, and in which dtype, where FSDP2 does not tell
         self._dtype: torch.dtype | None = None
         self.gathered: Tensor | None = None
@@ -46,7 +49,7 @@ class Shard:
         """Hang on the local tensor, which conversions replace, for the wire as it is now."""
         part: Any = self.part
         send = part.__dict__.get("fsdp_pre_all_gather")
-        wanted = SendMasked if type(self.wire) is MaskedWire else Send
+        wanted = Send if self._size else SendToldSize
         if type(send) is not wanted or send.shard is not self:
             part.fsdp_pre_all_gather, part.fsdp_post_all_gather = wanted(self), Receive(self)
             self.is_fresh = False
@@ -119,8 +122,8 @@ class Hook:
         return type(self), ()
 
 
-class SendMasked(Hook):
-    """``fsdp_pre_all_gather`` with five arguments, after which FSDP2 wants parts of the weight's own shape."""
+class SendToldSize(Hook):
+    """``fsdp_pre_all_gather`` with five arguments; of uneven parts, FSDP2 then takes none of another shape."""
 
     def __call__(
         self, mesh: Any, outer_size: torch.Size, outer_stride: tuple[int, ...], module: Any, mp_policy: Any
@@ -128,6 +131,11 @@ class SendMasked(Hook):
         """Return what is sent, and nothing beside it."""
         assert self.shard is not None
         size = part_size(self.shard.part, outer_size, mesh.size())
+        if type(self.shard.wire) is not MaskedWire and outer_size.numel() != math.prod(size) * mesh.size():
+            raise RuntimeError(
+                f"layer {self.shard.name!r} prunes its input gradient further, and its parts are uneven: make the run "
+                "after fully_shard."
+            )
         return self.shard.send(size, mp_policy.param_dtype), None
 
 
