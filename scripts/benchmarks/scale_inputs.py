@@ -113,7 +113,7 @@ class Inputs:
         ("forward", "input-gradient"), str, "which of the three are sparse", choices=PRODUCTS, nargs="+"
     )
     masked_products: str = _flag(
-        "sparse", str, "of the masked wire: packed after the gather, or dense as they come", choices=["sparse", "dense"]
+        "dense", str, "of the masked wire: dense as they come, or packed after the gather", choices=["sparse", "dense"]
     )
     gathers: int = _flag(2, count, "all-gathers of a step: 2 with resharding after the forward, 1 without")
     gather_bytes: float = _flag(2.0, number, "bytes of a dense weight in a gather (2: bf16)")

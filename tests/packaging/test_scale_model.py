@@ -36,7 +36,8 @@ def made_up(load, **changes):
     inputs = load("scale_inputs")
     given = {
         "gpus_per_node": 4, "tokens": 1000, "node_bandwidth": 10.0, "dense_tflops": 6.0, "sparse_speed_up": 2.0,
-        "pack_bytes": 8.0, "unpack_bytes": 4.0, "memory_bandwidth": 1000.0, "packed_wire": 0.5, **changes,
+        "pack_bytes": 8.0, "unpack_bytes": 4.0, "memory_bandwidth": 1000.0, "packed_wire": 0.5,
+        "masked_products": "sparse", **changes,
     }  # fmt: skip
     return inputs.Model("made up", 1e9, 0.5), inputs.Inputs(**given)
 

@@ -31,37 +31,14 @@ RUNS = {
     "two at rest": (2, ["--method=null", "--learning_rate=0", "--steps=1"]),
     "one at rest": (1, ["--method=null", "--learning_rate=0", "--steps=1"]),
     "fewer ranks": (1, ["--method=null"]),  # from a checkpoint of two
-    "sparse": (2, ["--method=slope", "--gather=packed", "--steps=3"]),
-    "sparse resumed": (2, ["--method=slope", "--gather=packed"]),
+    "sparse": (2, ["--method=sr_ste", "--gather=packed"]),
+    "sparse resumed": (2, ["--method=sr_ste", "--gather=packed"]),
 }
 """Ranks and arguments."""
 
 
-class Recorded:
-    """Has the methods of ``SparseTraining`` that the recipe calls, and counts the optimizer's steps."""
-
-    def __init__(self, model: Any, optimizer: Any, method: str, total_steps: int, targets: str, **options: Any) -> None:
-        self.clock = torch.zeros(())
-        self.given = f"{method} {total_steps} {targets} {options}"
-        assert all(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
-        optimizer.register_step_post_hook(lambda *_: self.clock.add_(1))
-
-    def metrics(self) -> dict[str, float]:
-        return {"clock": float(self.clock)}
-
-    def sharded_state_dict(self) -> dict[str, torch.Tensor]:
-        return {"clock": self.clock.clone()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.clock.copy_(state["clock"])
-
-    def finish(self) -> None:
-        print(f"finished {self.given}")
-
-
 def _worker(rank: int, folder: str, ports: list[int]) -> None:
     torch.set_num_threads(1)
-    recipe.SparseTraining = Recorded
     for port, (name, (world, arguments)) in zip(ports, RUNS.items(), strict=True):
         if rank >= world:
             continue
@@ -161,12 +138,15 @@ def test_fewer_ranks_take_the_weights_and_begin_the_data(folder: Path, tmp_path:
     assert content(folder / "fewer ranks" / "step-00000006", tmp_path)["world"] == 1
 
 
-def test_sparse_training_is_made_after_sharding_saved_and_resumed(folder: Path, tmp_path: Path) -> None:
-    text = (folder / "sparse resumed.0.txt").read_text()
-    assert [float(found) for found in re.findall(r"clock ([\d.]+)", text)] == [4, 5, 6]
-    assert "finished slope 6 mlp {'gather': 'packed', 'verbose': True}" in text
-    assert "'verbose': False" in (folder / "sparse resumed.1.txt").read_text()
-    assert content(folder / "sparse resumed" / "step-00000006", tmp_path)["training"]["clock"] == 6
+def test_a_sparse_run_goes_on_bit_for_bit_and_ends_sparse(folder: Path, tmp_path: Path) -> None:
+    whole, resumed = ((folder / f"{name}.0.txt").read_text() for name in ("sparse", "sparse resumed"))
+    assert [float(found) for found in re.findall(r"clock ([\d.]+)", resumed)] == [4, 5, 6]
+    assert losses(resumed) == losses(whole)[3:]
+    assert "ends 2:4: 50.0 % zeros in 6 layers" in resumed
+    assert "ends" not in (folder / "sparse resumed.1.txt").read_text()
+    models = [content(folder / name / "model", tmp_path)["model"] for name in ("sparse", "sparse resumed")]
+    assert same(*models)
+    assert all((value == 0).float().mean() == 0.5 for name, value in models[0].items() if ".mlp." in name)
 
 
 @pytest.mark.parametrize(
