@@ -82,6 +82,9 @@ COMPILED_CALL = "_compiled_call_impl"
 COMPILED_FROM = "_torchdynamo_orig_callable"
 """Where a function that ``torch.compile`` made keeps the one that was written; no function tells it from others."""
 
+RECOMPUTED_MODULE = "_checkpoint_wrapped_module"
+"""Where torch's ``checkpoint_wrapper`` keeps the module that it wraps; ``state_dict`` leaves the name out of keys."""
+
 SHARDED_MODULE = "_is_fsdp_managed_module"
 """What both FSDPs set on modules whose parameters they shard; FSDP1 leaves no other trace on an inner module."""
 

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from ..kernels.tile_codes import unpack_codes
+from ..kernels.torch_internals import COMPILED_MODULE
 from ..masks.matrices import matrix_of, weight_of
 from ..masks.patterns import TRANSPOSABLE
 from ..masks.soft_threshold import soft_thresholded
@@ -70,8 +71,8 @@ class Checkpoint:
         self.state = self._state(plain[0])
         self._model = f"{model}." if model else ""
         for name in self.state["active"]:
-            if self._model + weight_key(name) not in self.entries:
-                self.refuse(f"has no {self._model + weight_key(name)!r}: name the key of the model's state")
+            if self._model + self.key(name) not in self.entries:
+                self.refuse(f"has no {self._model + self.key(name)!r}: name the key of the model's state")
 
     @property
     def weights(self) -> dict[str, TensorStorageMetadata]:
@@ -83,6 +84,11 @@ class Checkpoint:
             if key.startswith(self._model) and isinstance(entry, TensorStorageMetadata)
             and not (self._prefix and key.startswith(self._prefix))
         }  # fmt: skip
+
+    def key(self, layer: str) -> str:
+        """Return the name of a layer's weight; functions of torch that save models leave out what compiling adds."""
+        key = weight_key(layer)
+        return key if self._model + key in self.entries else key.replace(f"{COMPILED_MODULE}.", "")
 
     def weight(self, name: str) -> Tensor:
         """Read one of the model's tensors."""
@@ -161,7 +167,7 @@ def consolidate(folder: str | Path, path: str | Path, model: str = "model") -> l
 
 def _evaluated(saved: Checkpoint) -> Iterator[Tensor]:
     """Yield the model's tensors as they are evaluated."""
-    state, masked = saved.state, {weight_key(name): name for name in saved.state["active"]}
+    state, masked = saved.state, {saved.key(name): name for name in saved.state["active"]}
     for key in saved.weights:
         weight = saved.weight(key)
         if key not in masked:
@@ -185,7 +191,7 @@ def _checked(path: Path, saved: Checkpoint) -> list[Consolidated]:
         if set(file.keys()) != set(saved.weights):
             saved.refuse("was not written as a whole: try again")
         for layer in state["active"]:
-            key, codes = weight_key(layer), saved.codes(layer)
+            key, codes = saved.key(layer), saved.codes(layer)
             weight = file.get_tensor(key)
             matrix, pruned = matrix_of(weight, layer in state["transposed"]), ~unpack_codes(codes)
             most = _most_kept(matrix, codes, state["pattern"] == TRANSPOSABLE.name)

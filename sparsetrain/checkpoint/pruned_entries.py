@@ -18,6 +18,7 @@ from ..checks.states import refuse, tensor
 from ..distributed.layouts import layout_of, matrix_layout
 from ..distributed.shards import gathered, is_spread, local, spread_like
 from ..kernels.tile_codes import unpack_codes
+from ..kernels.torch_internals import RECOMPUTED_MODULE
 from ..layers.masked_layer import MaskedLayer
 from ..masks.matrices import weight_of
 
@@ -240,13 +241,13 @@ def require_as_in_model(key: str, value: Tensor, layer: MaskedLayer) -> None:
 
 
 def weight_key(name: str) -> str:
-    """Return the name of a layer's weight in a state dict; the model itself has no name.
+    """Return the name of a layer's weight in a state dict, which leaves out the model itself and checkpoint wrappers.
 
     Example:
         >>> weight_key("fc"), weight_key("")
         ('fc.weight', 'weight')
     """
-    return f"{name}.weight" if name else "weight"
+    return f"{name.replace(f'{RECOMPUTED_MODULE}.', '')}.weight" if name else "weight"
 
 
 def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.modules import module as module_hooks
 
 from .registry import canary
@@ -213,3 +214,15 @@ def _() -> None:
     handle.remove()
     noted.pop(handle.id)  # fails where the handle does it
     assert noted == before
+
+
+@canary(
+    "_checkpoint_wrapped_module",
+    "checkpoint_wrapper keeps the module that it wraps under this name, which state_dict leaves out of its keys",
+    "torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py, _CHECKPOINT_PREFIX",
+    "sparse checkpoints of models with activation checkpointing, which would hold dense weights",
+)
+def _() -> None:
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(4, 4)))
+    assert "0._checkpoint_wrapped_module.weight" in dict(model.named_parameters())
+    assert "0.weight" in model.state_dict()

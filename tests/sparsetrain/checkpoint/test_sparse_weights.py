@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule, Trainer
 from models import convnet, mlp, train
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,6 +64,17 @@ def test_dense_phases_have_the_plain_state_dict() -> None:
     model = mlp()
     sparse(model, {"preset": "asp_one_shot", "prune_at": 20})
     assert equal(st.sparse_state_dict(model), model.state_dict())
+
+
+def test_weights_inside_checkpoint_wrappers_are_sparse_in_a_state_dict() -> None:
+    model = nn.Sequential(mlp(), nn.Linear(8, 8))
+    apply_activation_checkpointing(model, check_fn=lambda module: module is model[0])
+    training = st.SparseTraining(model, torch.optim.SGD(model.parameters(), 0.1), "asp_one_shot", 2, verbose=False)
+    training._phases.run.clock = 1
+    training._phases.enter()
+    state = st.sparse_state_dict(model)
+    assert list(state) == list(model.state_dict())
+    assert [(state[name] == 0).float().mean() for name in ("0.0.weight", "0.2.weight")] == [0.5, 0.5]
 
 
 def test_adapters_may_be_left_out() -> None:
