@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch.distributed as dist
 
 from ..distributed.peers import reshard_
-from ..layers.sharded.gathering import settle_wires_
+from ..layers.sharded.gathering import settle_wires_, wires_in_words
 from ..masks.gradient_rules import resolve_gradient_rule
 from ..methods.schedule import UNKNOWN_LENGTH
 from ..modifiers.base import Entry, Modifier, Run, Setup
@@ -93,6 +93,11 @@ class Phases:
     def is_watched(self) -> bool:
         """Whether masks are searched in dense phases, and the criterion has what it ranks by."""
         return self.watch_dense and self.masks.is_observed
+
+    @property
+    def wires(self) -> dict[str, str]:
+        """In words, how FSDP2 gathers every layer's weight while its mask is in force, and why; {} if it does not."""
+        return wires_in_words(self._model, self.masks.layers, self._gather)
 
     def refresh(self, names: Collection[str] | None = None) -> None:
         """Search masks now, of all layers that have some or of these."""

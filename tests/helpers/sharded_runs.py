@@ -188,6 +188,18 @@ def bytes_sent(dtype: str | None) -> dict[str, dict[str, int]]:
     return found
 
 
+def wires(gather: Any, method: Any = "fst", backend: str = "auto") -> set[str]:
+    """Return what a report says of the layers of a run under FSDP2."""
+    BACKENDS["simulated"] = SimulatedBackend()
+    try:
+        model = shard(blocks(), (2,))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        training = st.SparseTraining(model, optimizer, method, 6, gather=gather, backend=backend, verbose=False)
+        return {choice.products.partition("; ")[2] for choice in training.report.sparse}
+    finally:
+        del BACKENDS["simulated"]
+
+
 def require_equal(found: Mapping[str, Any], wanted: Mapping[str, Any], relative: float = 0.0) -> None:
     """Raise unless losses, weights and masks are equal, or losses and weights within a bound; metrics as sums are."""
     for key, mask in wanted["masks"].items():

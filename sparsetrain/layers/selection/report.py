@@ -101,10 +101,13 @@ class SelectionReport:
         denied = [f"{choice.name!r} ({choice.reason})" for choice in self.dense if choice.is_named]
         return f"{line} || stays dense: {first_few(denied)}" if denied else line
 
-    def with_products(self, layers: Mapping[str, MaskedLayer]) -> "SelectionReport":
-        """Return the report with the backends of these layers' products, as decided by now."""
+    def with_products(self, layers: Mapping[str, MaskedLayer], wires: Mapping[str, str] = {}) -> "SelectionReport":
+        """Return the report with the backends of these layers' products, as decided by now, and how weights travel."""
+        texts = {name: [layer.describe_products()] for name, layer in layers.items()}
+        for name, wire in wires.items():
+            texts[name].append(wire)
         choices = (
-            replace(choice, products=layers[choice.name].describe_products()) if choice.name in layers else choice
+            replace(choice, products="; ".join(texts[choice.name])) if choice.name in layers else choice
             for choice in self.choices
         )
         return replace(self, choices=tuple(choices))

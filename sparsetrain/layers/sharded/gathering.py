@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...backends import BACKENDS
 from ...backends.interface import SPARSE_DTYPES
-from ...distributed.peers import reshard_
+from ...distributed.peers import is_gathered, reshard_
 from ...distributed.shards import first_cut
 from ...kernels.torch_internals import fsdp_parameters, gather_afresh, gathered_size, module_of
 from ...matmul.choices import backend_on
@@ -110,6 +110,24 @@ def why_not_packed(layer: MaskedLayer, gather: GatherMode) -> str | None:
     if gather == "auto" and not runs_sparse(layer):
         return "its products are dense here, to which masked zeros cost less"
     return None
+
+
+def wires_in_words(model: nn.Module, layers: Mapping[str, MaskedLayer], gather: GatherMode) -> dict[str, str]:
+    """Return by which wire every layer's weight travels while its mask is in force, and why; {} where none travels.
+
+    Args:
+        model: Whose layers they are.
+        layers: By name.
+        gather: What to gather where there is a choice.
+
+    Example:
+        >>> wires_in_words(nn.Linear(4, 4), {}, "auto")
+        {}
+    """
+    if not is_gathered(model):
+        return {}
+    reasons = {name: why_not_packed(layer, gather) for name, layer in layers.items() if layer.shard is not None}
+    return {name: f"gathered masked: {reason}" if reason else "gathered packed" for name, reason in reasons.items()}
 
 
 def runs_sparse(layer: MaskedLayer) -> bool:

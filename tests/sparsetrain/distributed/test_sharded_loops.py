@@ -71,3 +71,25 @@ def test_a_packed_weight_sends_what_is_kept_and_a_byte_a_tile(dtype: str | None,
         assert sent["masked"]["sparse"] == sent["dense"]["sparse"]
         assert sent["packed"]["sparse"] == share * sent["dense"]["sparse"]
         assert sent["packed"]["other"] == sent["masked"]["other"] == sent["dense"]["other"] > 0
+
+
+@pytest.mark.parametrize(
+    ("gather", "method", "backend", "words"),
+    [
+        ("packed", "fst", "auto", "gathered packed"),
+        ("masked", "fst", "auto", "gathered masked: gather is 'masked'"),
+        ("auto", "fst", "auto", "gathered masked: its products are dense here, to which masked zeros cost less"),
+        ("auto", "fst", "simulated", "gathered packed"),
+        ("packed", "sr_ste", "auto", "gathered masked: its mask is not transposable"),
+        ("packed", "slope", "auto", "gathered masked: its mask is not transposable"),
+    ],
+)
+def test_the_report_says_how_weights_travel_and_why(gather: str, method: str, backend: str, words: str) -> None:
+    for found in ranks(2)("sharded_runs.wires", gather, method, backend):
+        assert len(found) == 1
+        assert found.pop().startswith(words)
+
+
+def test_an_unknown_wire_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gather is 'zipped': it must be one of .'auto', 'masked', 'packed'."):
+        sharded_runs.train(sharded_runs.blocks(), "fst", gather="zipped")
