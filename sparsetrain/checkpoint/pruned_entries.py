@@ -90,8 +90,8 @@ def restore_pruned_(
 def put_back_(layers: Mapping[str, MaskedLayer], codes: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
     """Do what :func:`restore_pruned_` does with values that :func:`check_pruned` let pass."""
     for name, values in pruned.items():
-        layer, weight = layers[name], layers[name].weight
-        weight[_places(codes[name], values, layer).to(weight.device)] = values.to(weight.device, weight.dtype)
+        layer, master = layers[name], layers[name].master
+        master[_places(codes[name], values, layer).to(master.device)] = values.to(master.device, master.dtype)
 
 
 def check_pruned(layers: Mapping[str, MaskedLayer], codes: Any, pruned: Any) -> None:
@@ -145,7 +145,7 @@ def _require(name: str, value: Any, rule: Rule) -> None:
 def _places(codes: Tensor, values: Tensor, layer: MaskedLayer) -> Tensor:
     """Return where values belong, bool, shaped like the weight: where the mask prunes, or everywhere."""
     out = ~unpack_codes(codes)
-    return layer.as_weight(torch.ones_like(out) if values.numel() == layer.weight.numel() else out)
+    return layer.as_weight(torch.ones_like(out) if values.numel() == layer.master.numel() else out)
 
 
 def weight_key(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..distributed.shards import local
 from ..distributed.wrappers import plain_model
 from ..layers.masked_layer import MaskedLayer
 from .pruned_entries import weight_key
@@ -93,7 +94,7 @@ def _put_evaluated(
     if not isinstance(module, MaskedLayer) or not module.is_masked or isinstance(value, nn.Parameter):
         return
     # another hook may have been here first
-    if isinstance(value, Tensor) and value.data_ptr() == module.weight.data_ptr():
+    if isinstance(value, Tensor) and local(value).data_ptr() == module.master.data_ptr():
         state_dict[key] = module.effective_weight(value, merge_adapters)
 
 

@@ -155,9 +155,13 @@ class MaskedLayer(nn.Module):
         """Return the weight that the products see when the mask is in force, for a master at hand.
 
         Args:
-            master: Shaped like the weight, on any device.
+            master: Shaped and spread like the weight, or the part of it that lies here, on any device.
             with_adapter: Add the adapter, if there is one.
         """
+        if is_spread(master):
+            seen = torch.empty_like(master)
+            local(seen).copy_(self.effective_weight(local(master), with_adapter))
+            return seen
         matrix, codes = self.as_matrix(master), self.mask_codes.to(master.device)
         if self.soft_scale is not None:
             soft = soft_thresholded(matrix, codes, self.execution.transposable)

@@ -8,6 +8,7 @@ from ..distributed.agreement import together
 from ..distributed.equal_codes import Groups
 from ..modifiers.base import Entry
 from .phases import Phases
+from .pruned_parts import pruned_parts
 from .sharded_state import in_nested_form
 from .state_checks import check_state, saved_timeline
 from .state_layouts import Path, replaced, required_layouts, spread, tensor_at
@@ -63,6 +64,7 @@ def received(state: Any, phases: Phases, everyone: Groups, stacklevel: int) -> d
         sent = [str(path) for path in tensors if not layouts[path].holds(tensors[path])]
         note(lambda: {**facts_of_state(state), "tensors in another layout": sent})
     parts = {path: layouts[path].part(tensor) for path, tensor in tensors.items()}
+    parts.update(pruned_parts(state, phases.masks.layers))
     with together(everyone, "the state", device):
         found: dict[str, Any] = replaced(state, parts)
         check_state(found, phases, stacklevel)
