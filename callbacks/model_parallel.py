@@ -15,12 +15,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from sparsetrain.checkpoint import CHECKPOINT_KEY, PRUNED_KEY, weight_key
+from sparsetrain.checkpoint.pruned_entries import PLAIN_KEY, evaluated
 from sparsetrain.checks.rules import TEXT, sequence
 from sparsetrain.checks.states import refuse, require_state
 from sparsetrain.distributed.shards import gathered, is_spread
 from sparsetrain.layers.masked_layer import MaskedLayer
 from sparsetrain.training import SparseTraining
-from sparsetrain.training.sharded_state import PLAIN, PLAIN_KEY, in_nested_form
+from sparsetrain.training.sharded_state import PLAIN, in_nested_form
 from sparsetrain.training.state_layouts import replaced, tensors_in
 
 SHARDS_KEY = "shards"
@@ -120,7 +121,7 @@ def _in_shards(training: SparseTraining, weights: MutableMapping[str, Any]) -> P
     for name, layer in pruned.items():
         key = weight_key(name)
         shards[f"{PRUNED_KEY}.{name}"] = weights[key]
-        weights[key] = layer.effective_weight(weights[key])
+        weights[key] = evaluated(layer, weights[key], with_adapter=False).to(weights[key].device)
     return {SHARDS_KEY: SHARDS, PLAIN_KEY: plain, PRUNED_KEY: [*pruned]}, shards
 
 
@@ -131,7 +132,7 @@ def _whole(training: SparseTraining, weights: MutableMapping[str, Any]) -> dict[
     whole = {path: gathered(tensor).cpu() for path, tensor in tensors_in(state) if is_spread(tensor)}
     pruned = {}
     for name, layer in _masked(training).items():
-        kept, seen = gathered(layer.mask), gathered(layer.effective_weight(_weight(layer)))
+        kept, seen = gathered(layer.mask), gathered(evaluated(layer, _weight(layer), with_adapter=False))
         if (key := weight_key(name)) in weights:
             master = weights[key]
             pruned[name] = (master.flatten() if layer.soft_scale is not None else master[~kept.to(master.device)]).cpu()

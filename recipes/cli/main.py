@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   sparsetrain fit --config gpt_from_scratch.yaml
   sparsetrain fit --config gpt_from_scratch.yaml --trainer.max_steps=2000 --data.source=my_text.txt
   sparsetrain prune --checkpoint dense.ckpt --steps 300
+  sparsetrain consolidate checkpoints/step-5000 --output model.safetensors
 """
 
 
@@ -42,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .fit import fit
 
             return fit(rest)
+        if options.command == "consolidate":
+            from .consolidate import consolidate
+
+            return consolidate(rest)
         from .prune import prune
 
         return prune(rest)
@@ -68,13 +73,14 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"sparsetrain {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{doctor,recipes,fit,prune}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{doctor,recipes,fit,prune,consolidate}")
     commands.add_parser("doctor", add_help=False, help="say which backend will run here, and why the others will not")
     commands.add_parser("recipes", help="list the recipes that come with the package")
     commands.add_parser(
         "fit", add_help=False, help="train a recipe (LightningCLI: --config, --trainer.*, --print_config)"
     )
     commands.add_parser("prune", add_help=False, help="prune a checkpoint or a recipe once, retrain, report")
+    commands.add_parser("consolidate", add_help=False, help="turn a sharded checkpoint into one dense file")
     return parser
 
 

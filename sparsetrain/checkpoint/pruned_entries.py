@@ -15,6 +15,8 @@ from torch.nn.parameter import is_lazy
 
 from ..checks.rules import DICT, TEXT, Rule, mapping, sequence, shown, whole
 from ..checks.states import refuse, tensor
+from ..distributed.layouts import layout_of, matrix_layout
+from ..distributed.shards import gathered, is_spread, local, spread_like
 from ..kernels.tile_codes import unpack_codes
 from ..layers.masked_layer import MaskedLayer
 from ..masks.matrices import weight_of
@@ -24,6 +26,12 @@ CHECKPOINT_KEY = "sparsetrain"
 
 PRUNED_KEY = "pruned_weights"
 """Where that state holds what :func:`detach_pruned` returned."""
+
+PLAIN_KEY = "plain"
+"""Where :meth:`sparsetrain.SparseTraining.sharded_state_dict` has everything that is no tensor of a fixed layout.
+
+It is a tuple, which ``torch.distributed.checkpoint`` writes as one entry.
+"""
 
 
 @torch.no_grad()
@@ -44,6 +52,10 @@ def pruned_values(
     for name, layer in layers.items():
         if layer.is_masked and (key := weight_key(name)) in state_dict:
             master = state_dict[key]
+            require_as_in_model(key, master, layer)
+            if is_spread(master):
+                pruned[name] = master.detach().clone()
+                continue
             changed = layer.soft_scale is not None or (merge_adapters and layer.adapter is not None)
             pruned[name] = (master.flatten() if changed else master[~layer.mask.to(master.device)]).clone()
     return pruned
@@ -61,11 +73,11 @@ def detach_pruned(
 
     Returns:
         Layer name to the pruned entries of its weight, in row-major order; to all entries where those that are kept
-        differ too, by a soft threshold or an adapter.
+        differ too, by a soft threshold or an adapter; to the whole master, a DTensor, where weights are sharded.
     """
     pruned = pruned_values(state_dict, layers, merge_adapters)
     for name in pruned:
-        state_dict[weight_key(name)] = layers[name].effective_weight(state_dict[weight_key(name)], merge_adapters)
+        state_dict[weight_key(name)] = evaluated(layers[name], state_dict[weight_key(name)], merge_adapters)
     return pruned
 
 
@@ -82,16 +94,54 @@ def restore_pruned_(
     Raises:
         ValueError: If the values do not fit the layers; nothing is changed then.
     """
+    known = {name: values for name, values in pruned.items() if name in layers and name in codes}
+    pruned = {**pruned, **{name: pruned_here(layers[name], codes[name], values) for name, values in known.items()}}
+    codes = {**codes, **{name: codes_here(layers[name], codes[name]) for name in known}}
     check_pruned(layers, codes, pruned)
     put_back_(layers, codes, pruned)
+
+
+def pruned_here(layer: MaskedLayer, codes: Any, values: Any) -> Any:
+    """Return the values that belong to the part of a layer's weight that lies here; what is damaged as it is.
+
+    Only a DTensor in another layout is sent.
+
+    Args:
+        layer: Whose values they are.
+        codes: Those under which they were pruned: whole, a DTensor, or of the part.
+        values: As :func:`detach_pruned` returned them, here or in a run of any other number of processes.
+    """
+    weight = layer.weight if layer.shard is None else layer.shard.weight
+    layout = layout_of(weight)
+    if not isinstance(values, Tensor):
+        return values
+    if is_spread(values) or (values.dim() > 1 and values.shape == weight.shape):
+        return layout.part(values).flatten() if values.shape == weight.shape else values
+    if layer.shard is None or values.dim() != 1 or not isinstance(codes, Tensor):
+        return values
+    out = ~unpack_codes(gathered(codes).cpu())
+    places = weight_of(torch.ones_like(out) if values.numel() == out.numel() else out, weight.shape, layer.transposed)
+    if places.shape != weight.shape or int(places.sum()) != values.numel():
+        raise ValueError("checkpoint's pruned values do not fit its masks: the checkpoint is damaged.")
+    whole = torch.zeros(weight.shape, dtype=values.dtype)
+    whole[places] = values.cpu()
+    return layout.part(whole)[layout.part(places)]
+
+
+def codes_here(layer: MaskedLayer, codes: Any) -> Any:
+    """Return the part of a layer's codes that lies here; what is damaged as it is."""
+    if layer.shard is None or not isinstance(codes, Tensor) or codes.shape == layer.mask_codes.shape:
+        return gathered(codes) if is_spread(codes) else codes
+    return matrix_layout(layer.shard.weight, codes.dtype, layer.transposed, 4).part(codes)
 
 
 @torch.no_grad()
 def put_back_(layers: Mapping[str, MaskedLayer], codes: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
     """Do what :func:`restore_pruned_` does with values that :func:`check_pruned` let pass."""
     for name, values in pruned.items():
-        layer, master = layers[name], layers[name].master
-        master[_places(codes[name], values, layer).to(master.device)] = values.to(master.device, master.dtype)
+        layer, weight = layers[name], layers[name].master
+        places = _places(codes[name], values, layer).to(weight.device)
+        weight[places] = values.flatten().to(weight.device, weight.dtype)
 
 
 def check_pruned(layers: Mapping[str, MaskedLayer], codes: Any, pruned: Any) -> None:
@@ -115,7 +165,10 @@ def check_pruned(layers: Mapping[str, MaskedLayer], codes: Any, pruned: Any) -> 
         layer = layers[name]
         _require(f"codes of layer {name!r}", codes[name], tensor(torch.int16, layer.mask_codes.shape))
         _require(f"pruned values of layer {name!r}", values, tensor(None, None))
-        if int(_places(codes[name], values, layer).sum()) != values.numel() or values.dim() != 1:
+        if int(_places(codes[name], values, layer).sum()) != values.numel() or values.shape not in (
+            layer.master.shape,
+            (values.numel(),),
+        ):
             raise ValueError(f"checkpoint's pruned values of {name!r} do not fit its mask: the checkpoint is damaged.")
 
 
@@ -146,6 +199,44 @@ def _places(codes: Tensor, values: Tensor, layer: MaskedLayer) -> Tensor:
     """Return where values belong, bool, shaped like the weight: where the mask prunes, or everywhere."""
     out = ~unpack_codes(codes)
     return layer.as_weight(torch.ones_like(out) if values.numel() == layer.master.numel() else out)
+
+
+def evaluated(layer: MaskedLayer, master: Tensor, with_adapter: bool) -> Tensor:
+    """Return the weight that a layer's products see; a DTensor if the master, spread like the weight, is one.
+
+    Args:
+        layer: Whose mask is in force.
+        master: Shaped like the weight.
+        with_adapter: Add the adapter, if there is one.
+
+    Example:
+        >>> from sparsetrain import SparseLinear
+        >>> evaluated(SparseLinear(4, 4), torch.ones(4, 4), with_adapter=True).sum()
+        tensor(16.)
+    """
+    seen = layer.effective_weight(local(master), with_adapter)
+    return spread_like(seen, master, master.shape) if is_spread(master) else seen
+
+
+def require_as_in_model(key: str, value: Tensor, layer: MaskedLayer) -> None:
+    """Raise ``ValueError`` unless a weight of a state dict is spread over processes as it is in the model.
+
+    Args:
+        key: Its name in the state dict.
+        value: The weight there.
+        layer: Whose weight it is.
+
+    Example:
+        >>> from sparsetrain import SparseLinear
+        >>> require_as_in_model("fc.weight", torch.ones(4, 8), SparseLinear(8, 4))
+    """
+    weight = layer.weight if layer.shard is None else layer.shard.weight
+    if layout_of(value)[2:] != layout_of(weight)[2:]:
+        found, own = ("a DTensor" if is_spread(one) else "whole" for one in (value, weight))
+        raise ValueError(
+            f"state_dict's {key!r} is {found} but the model's weight is {own if own != found else 'spread otherwise'}: "
+            "pass the model's own state dict, and gather or cut what comes back."
+        )
 
 
 def weight_key(name: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..distributed.shards import local
 from ..distributed.wrappers import plain_model
 from ..layers.masked_layer import MaskedLayer
-from .pruned_entries import weight_key
+from .pruned_entries import evaluated, require_as_in_model, weight_key
 
 
 def sparse_state_dict(
@@ -32,7 +32,8 @@ def sparse_state_dict(
         Name to tensor. Tensors without a mask are those of the state dict itself.
 
     Raises:
-        ValueError: If ``state_dict`` holds the weight of no masked layer, although there are some.
+        ValueError: If ``state_dict`` holds the weight of no masked layer, although there are some; or whole weights of
+            a model whose weights are sharded: pass DTensors, which come back as such, and gather those.
 
     Example:
         >>> from sparsetrain import sparsify_
@@ -55,7 +56,9 @@ def sparse_state_dict(
             "model, with its names."
         )
     for key in found:
-        changed[key] = layers[key].effective_weight(changed[key], merge_adapters)
+        require_as_in_model(key, changed[key], layers[key])
+    for key in found:
+        changed[key] = evaluated(layers[key], changed[key], merge_adapters)
     return changed
 
 
@@ -95,7 +98,7 @@ def _put_evaluated(
         return
     # another hook may have been here first
     if isinstance(value, Tensor) and local(value).data_ptr() == module.master.data_ptr():
-        state_dict[key] = module.effective_weight(value, merge_adapters)
+        state_dict[key] = evaluated(module, value, merge_adapters)
 
 
 def _masked_weights(model: nn.Module) -> dict[str, MaskedLayer]:

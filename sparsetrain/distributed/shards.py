@@ -78,6 +78,21 @@ def held(tensor: Tensor) -> Tensor:
     return cast(Tensor, tensor.to_local()) if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def gradient_here(parameter: Tensor) -> Tensor | None:
+    """Return the part that lies here of a parameter's gradient, which is spread as the parameter is from now on.
+
+    Where every process has tokens of its own, DTensor leaves the gradient as a sum that is still to be made.
+
+    Example:
+        >>> gradient_here(nn.Parameter(torch.zeros(4))) is None
+        True
+    """
+    gradient: Any = parameter.grad
+    if gradient is not None and is_spread(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+        parameter.grad = gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return None if gradient is None else local(gradient)
+
+
 def part_like(whole: Tensor, like: Tensor) -> Tensor:
     """Return the part that lies here of a tensor that is spread as another is; a view, and nothing is sent.
 
@@ -157,15 +172,6 @@ def copies(tensor: Tensor, processes: int) -> int:
     return processes // parts
 
 
-def is_counted(tensor: Tensor) -> bool:
-    """Say whether this process is the first of those that hold its part of a DTensor."""
-    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    placements: Any = tensor.placements  # type: ignore[attr-defined]
-    return all(
-        mesh.get_local_rank(dimension) == 0 for dimension, placement in enumerate(placements) if not is_cut(placement)
-    )
-
-
 def is_first(tensor: Tensor) -> bool:
     """Say whether this process holds the first part of a DTensor, in every dimension in which it is cut."""
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
@@ -176,7 +182,7 @@ def is_first(tensor: Tensor) -> bool:
 
 
 def placement_of(tensor: Tensor) -> str:
-    """Return in words how a tensor is spread, and over which processes.
+    """Return in words how a tensor is spread, and over how many processes; other processes may have another mesh.
 
     Example:
         >>> placement_of(torch.zeros(4))
@@ -184,4 +190,4 @@ def placement_of(tensor: Tensor) -> str:
     """
     if not is_spread(tensor):
         return "plain"
-    return f"{tensor.placements} on ranks {tensor.device_mesh.mesh.tolist()}"  # type: ignore[attr-defined]
+    return f"{tensor.placements} over {tuple(tensor.device_mesh.shape)} processes"  # type: ignore[attr-defined]

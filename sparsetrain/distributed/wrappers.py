@@ -1,5 +1,8 @@
 """What trainers wrap around models and optimizers, taken off: Accelerate's, Fabric's, Lightning's and torch's own."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -8,6 +11,73 @@ from ..kernels.torch_internals import COMPILED_MODULE
 
 INNER_NAMES = (COMPILED_MODULE, "_original_module")
 """Where ``torch.compile`` (and Accelerate, which compiles blocks alone) and Fabric keep the module they wrap."""
+
+
+FSDP1_REASON = "FSDP1 (FullyShardedDataParallel) cuts weights anywhere, through 4×4 tiles"
+
+
+def require_whole_weights(model: nn.Module) -> None:
+    """Raise ``ValueError`` if a wrapper has taken the weights of a model apart, so that masks cannot follow.
+
+    Example:
+        >>> require_whole_weights(nn.Linear(4, 4))
+    """
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(f"model is wrapped in FSDP1: {FSDP1_REASON}, so use fully_shard (FSDP2) or DDP.")
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "model is sharded by DeepSpeed's ZeRO-3, which cuts flat parameters anywhere, through 4×4 tiles: use "
+            "fully_shard (FSDP2)."
+        )
+
+
+def require_torch_training(model: nn.Module, optimizers: Iterable[Any]) -> None:
+    """Raise ``ValueError`` if DeepSpeed trains a model, or ZeRO steps where no hook sees it.
+
+    Example:
+        >>> require_torch_training(nn.Linear(4, 4), [])
+    """
+    found = [type(module) for module in model.modules()]
+    for optimizer in optimizers:
+        while optimizer is not None:
+            found.append(type(optimizer))
+            if is_zero(optimizer) and not isinstance(getattr(optimizer, "optim", None), Optimizer):
+                raise ValueError(
+                    "optimizer is a ZeroRedundancyOptimizer with overlap_with_ddp=True, whose step is taken in the "
+                    "backward, before masks can act: set it to False."
+                )
+            optimizer = getattr(optimizer, "optimizer", None)
+    for kind in found:
+        if any(base.__module__.partition(".")[0] == "deepspeed" for base in kind.__mro__):
+            raise ValueError(
+                f"{kind.__name__} is of DeepSpeed, whose optimizer steps flat partitions that are none of the model's "
+                "weights: use DistributedDataParallel with ZeroRedundancyOptimizer, or fully_shard (FSDP2)."
+            )
+
+
+def state_holder(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that holds the states of this process: ZeRO's has one inside for its share of parameters.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+        >>> state_holder(optimizer) is optimizer
+        True
+    """
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, Optimizer) and is_zero(optimizer) else optimizer
+
+
+def is_zero(optimizer: Optimizer) -> bool:
+    """Say whether an optimizer is torch's ``ZeroRedundancyOptimizer``, which steps a share of its parameters.
+
+    Example:
+        >>> import torch
+        >>> is_zero(torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+        False
+    """
+    # not by its class, whose import takes a part of a second
+    return any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__)
 
 
 def plain_model(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from ..distributed.shards import local
 from ..matmul.execution import Execution
 from ..types import PhaseKind
 from .convolution import SparseConv1d, SparseConv2d
@@ -69,5 +70,5 @@ def write_zeros_(layers: Mapping[str, nn.Module], codes: Mapping[str, Tensor]) -
     """
     for name, layer in layers.items():
         sparse = to_sparse_(layer, "frozen")
-        sparse.set_codes_(codes[name])
+        sparse.set_codes_(local(codes[name]))
         to_dense_(sparse)

@@ -155,13 +155,9 @@ class MaskedLayer(nn.Module):
         """Return the weight that the products see when the mask is in force, for a master at hand.
 
         Args:
-            master: Shaped and spread like the weight, or the part of it that lies here, on any device.
+            master: Shaped like the weight, on any device; of a sharded one, the part that lies here.
             with_adapter: Add the adapter, if there is one.
         """
-        if is_spread(master):
-            seen = torch.empty_like(master)
-            local(seen).copy_(self.effective_weight(local(master), with_adapter))
-            return seen
         matrix, codes = self.as_matrix(master), self.mask_codes.to(master.device)
         if self.soft_scale is not None:
             soft = soft_thresholded(matrix, codes, self.execution.transposable)
@@ -293,6 +289,8 @@ class MaskedLayer(nn.Module):
         register(self)
 
     def _remove_mask(self) -> None:
+        if self.shard is not None:
+            self.shard.detach()
         for name in STATE:
             self.__dict__.pop(name, None)
 

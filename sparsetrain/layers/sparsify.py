@@ -13,6 +13,7 @@ from ..backends.interface import SPARSE_DTYPES
 from ..checks.rules import FLAG, one_of, require
 from ..criteria import Criterion, resolve_criterion
 from ..criteria.criterion import scores_of
+from ..distributed.wrappers import require_whole_weights
 from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.patterns import resolve_pattern
 from ..matmul.execution import Execution
@@ -23,6 +24,7 @@ from .fused_encoders import settle_fused_encoders_
 from .masked_layer import MaskedLayer
 from .options import MODULE, LayerOptions
 from .selection.select_layers import SelectionReport, select_layers, sparse_layers
+from .sharded.gathering import release_wires_
 from .transposed_linear import TransposedLinear
 
 
@@ -89,6 +91,7 @@ def sparsify_(
     require("model", model, MODULE)
     require("phase", phase, one_of(get_args(PhaseKind)))
     require("weight_product", weight_product, one_of(get_args(WeightProduct)))
+    require_whole_weights(model)
     rule, criterion, search = resolve_gradient_rule(gradient), resolve_criterion(criterion), resolve_pattern(pattern)
     execution = Execution(options.backend, deterministic, keep_transposed, search.along_columns, weight_product)
     # not get_submodule, from which a property of a layer's name would hide it
@@ -179,6 +182,8 @@ def export_dense_(model: nn.Module, *, zeros: bool = True) -> list[str]:
 
 def give_back_(model: nn.Module, layers: Iterable[MaskedLayer], zeros: bool) -> None:
     """Turn masked layers of a model back into their dense classes, and let it take the paths that masks forbid."""
+    layers = [*layers]
+    release_wires_(model, layers)
     for layer in layers:
         to_dense_(layer, zeros)
     settle_fused_encoders_(model)

@@ -83,6 +83,7 @@ def verify(model: nn.Module, example: Any) -> VerificationReport:
 
     Raises:
         TypeError: If there is nothing in the outputs to compare.
+        ValueError: If weights are sharded.
 
     Example:
         >>> from sparsetrain import sparsify_
@@ -91,6 +92,7 @@ def verify(model: nn.Module, example: Any) -> VerificationReport:
         >>> verify(layer, torch.randn(2, 3, 8)).ok
         True
     """
+    require_unsharded(model)
     worst = VerificationReport(True, 0.0, "as it is", masked=sum(layer.is_masked for _, layer in sparse_layers(model)))
     with unchanged(model):
         for mode, evaluate, gradients in (
@@ -106,6 +108,16 @@ def verify(model: nn.Module, example: Any) -> VerificationReport:
                 return found
             worst = max(found, worst, key=lambda report: report.largest_difference)
     return worst
+
+
+def require_unsharded(model: nn.Module) -> None:
+    """Raise ``ValueError`` if a masked layer is sharded: plain weights cannot be put in place of what is gathered."""
+    for name, layer in sparse_layers(model):
+        if layer.shard is not None:
+            raise ValueError(
+                f"layer {name!r} is sharded, and verify() needs whole weights: call it in one process, on a model with "
+                "the same weights and masks."
+            )
 
 
 def compare(model: nn.Module, run: Run, mode: str) -> VerificationReport:

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..backends import Backend, Operand
 from ..backends.wires import WireJob, fill_from_wires_
 from ..dispatch import Product
+from ..kernels.torch_internals import storage_address
 
 Key = tuple[str, torch.dtype]
 """Backend, dtype of the product."""
@@ -15,23 +16,26 @@ class WireOperands:
     """The operands that backends read, made of a wire when a product first asks for them after each gathering.
 
     Args:
-        memory: Gets the operands' tensors; who owns the list may take their memory away between two gatherings.
+        memory: Gets the operands' storages as bytes; who has the list may take them away between two gatherings.
     """
 
     def __init__(self, memory: list[Tensor]) -> None:
         self._memory = memory
         self._made: dict[Key, dict[Product, Operand]] = {}
         self._filled: set[tuple[Key, Product]] = set()
-        self._asked: set[tuple[Key, Product]] = set()  # since the last gathering but one
+        self._asked: set[tuple[Key, Product]] = set()
+        self._both: set[Key] = set()  # where both were asked for between the last two gatherings
 
     def outdate(self) -> None:
         """Take note of a gathering: whatever is asked for has to be filled."""
-        self._asked, self._filled = self._filled, set()
+        asked = self._asked
+        self._both = {key for key, product in asked if product == "forward" and (key, "input_gradient") in asked}
+        self._asked, self._filled = set(), set()
 
     def get(self, values: Tensor, numbers: Tensor, backend: Backend, product: Product, dtype: torch.dtype) -> Operand:
         """Return W, or Wᵀ for the input gradient, as the backend reads it.
 
-        Both are filled in one launch where both were asked for after the last gathering.
+        Both are filled in one launch where both were asked for after one gathering, as of weights that stay gathered.
 
         Args:
             values: Of the wire.
@@ -44,15 +48,13 @@ class WireOperands:
         if backend.symmetric and product == "input_gradient":
             operand = self.get(values, numbers, backend, "forward", dtype)
             return Operand(operand.shape[::-1], (operand.tensors[0].t(),))
-        if (key, product) in self._filled:
-            return self._made[key][product]
-        wanted: dict[Product, Operand | None] = {"forward": None, "input_gradient": None}
-        for each in wanted:
-            if each == product or ((key, each) in self._asked and (key, each) not in self._filled):
-                wanted[each] = self._operand(values, backend, each, dtype)
-                self._filled.add((key, each))
-        parts = wanted["forward"], wanted["input_gradient"]
-        fill_from_wires_([WireJob(values.to(dtype), numbers, backend, *parts)])
+        self._asked.add((key, product))
+        if (key, product) not in self._filled:
+            products: tuple[Product, ...] = ("forward", "input_gradient") if key in self._both else (product,)
+            own = {each: self._operand(values, backend, each, dtype) for each in products}
+            sides = own.get("forward"), own.get("input_gradient")
+            fill_from_wires_([WireJob(values.to(dtype), numbers, backend, *sides)])
+            self._filled.update((key, each) for each in products)
         return self._made[key][product]
 
     def _operand(self, values: Tensor, backend: Backend, product: Product, dtype: torch.dtype) -> Operand:
@@ -62,5 +64,6 @@ class WireOperands:
             shape = (columns, rows) if product == "input_gradient" else (rows, columns)
             with torch.inference_mode(False):
                 made[product] = backend.allocate(shape, dtype, values.device)
-            self._memory.extend(made[product].tensors)
+            storages = {storage_address(tensor): tensor.untyped_storage() for tensor in made[product].tensors}
+            self._memory += [values.new_empty(0, dtype=torch.uint8).set_(each) for each in storages.values()]
         return made[product]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.shards import local
+from ..distributed.shards import gradient_here, local
 from ..kernels.torch_internals import (
     foreach_add,
     foreach_add_,
@@ -86,7 +86,7 @@ def _rate(group: Mapping[str, Any], device: torch.device) -> Any:
 
 def _decayed(parameters: Sequence[Tensor], weights: list[Tensor], rate: Any, group: Mapping[str, Any]) -> list[Tensor]:
     """Return gradients to descend, with the weight decay in them; a decoupled one is done to the weights."""
-    gradients = _real([local(parameter.grad) for parameter in parameters if parameter.grad is not None])
+    gradients = _real([gradient for gradient in map(gradient_here, parameters) if gradient is not None])
     decay = group["weight_decay"]
     if group["maximize"]:
         gradients = list(foreach_neg(gradients))

@@ -13,7 +13,8 @@ from ..checks.rules import each
 from ..checks.states import by_layer, require_part, tensor
 from ..distributed.layouts import Layout, layout_of
 from ..distributed.peers import Peers
-from ..distributed.shards import local, replicated_like
+from ..distributed.shards import gradient_here, local, replicated_like
+from ..distributed.wrappers import is_zero
 from ..layers.masked_layer import MaskedLayer
 from .base import Entry, Modifier, Resumed, Run, Setup, Step
 
@@ -95,13 +96,13 @@ class Adapters(Modifier):
 
     def average_gradients(self, optimizer: Optimizer, peers: Peers) -> None:
         """Average gradients over data-parallel ranks, which wrap the model's own parameters alone."""
-        if peers.size == 1:
+        if peers.size == 1 and not any(layer.shard is not None for layer in self._layers.values()):
             return
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for pair in self.parts.values():
             for part in pair:
-                if id(part) in owned and part.grad is not None:
-                    peers.sum_(local(part.grad).div_(peers.size))
+                if id(part) in owned and (gradient := gradient_here(part)) is not None and peers.size > 1:
+                    peers.sum_(gradient.div_(peers.size))
 
     def clear_gradients(self) -> None:
         """Do what ``zero_grad()`` of the model does for its own parameters: trainers may call no other."""
@@ -214,6 +215,11 @@ def require_late_start(optimizers: Sequence[Optimizer]) -> None:
         >>> require_late_start([torch.optim.SGD([nn.Parameter(torch.zeros(1))], momentum=0.9, fused=True)])
     """
     for optimizer in optimizers:
+        if is_zero(optimizer):
+            raise ValueError(
+                "optimizer is ZeroRedundancyOptimizer but adapters join its parameters later than it deals them out: "
+                "use the optimizer inside itself, or adapter_rank=0."
+            )
         for group in optimizer.param_groups:
             if group.get("fused") and group.get("momentum") and group.get("dampening"):
                 raise ValueError(

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +21,7 @@ from ..criteria.criterion import Criterion
 from ..distributed.peers import Peers
 from ..distributed.shards import is_spread, local
 from ..layers.masked_layer import MaskedLayer
+from ..layers.sharded.tensor_parallel import prepared
 from ..masks.matrices import by_device
 from .base import Modifier, Run, Setup, Step
 
@@ -179,7 +181,7 @@ class _ForwardHook:
             return None
         observer, name = self.observer, self.name
         input = observer.layers[name].features_last(args[0] if args else kwargs["input"])
-        summary = observer.criterion.summarize_input(local(input).detach())
+        summary = _summary(observer.criterion, observer.layers[name], input.detach())
         if torch.compiler.is_compiling():  # where tensors inside the graph take no hooks
             return _AddInBackward.apply(output, summary, observer.passing(name, summary.device))  # type: ignore[no-untyped-call, no-any-return]
 
@@ -206,6 +208,17 @@ class _AddInBackward(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, None, None]:
         ctx.total.add_(ctx.saved_tensors[0])
         return gradients[0], None, None
+
+
+def _summary(criterion: Criterion, layer: MaskedLayer, input: Tensor) -> Tensor:
+    """Return the summary of a layer's input, or of the features that lie here, over the tokens of all processes."""
+    if not is_spread(input):
+        return criterion.summarize_input(input)
+    spread = prepared(layer, input)
+    summary = criterion.summarize_input(local(spread))
+    if spread.placements[0].is_shard() and spread.placements[0].dim < input.dim() - 1:
+        dist.all_reduce(summary, group=spread.device_mesh.get_group())
+    return summary
 
 
 def _summed(totals: list[Tensor], peers: Peers) -> list[Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from ..distributed.wrappers import state_holder
 from ..layers.layer_group import LayerGroup
 from ..types import DecayTarget
 
@@ -49,7 +50,9 @@ class MaskedDecay:
 
     def is_on_gradients(self, optimizer: Optimizer) -> bool:
         """Say whether the decay is added to gradients, not to weights."""
-        return self._target == "gradient" or (self._target == "by_optimizer" and not isinstance(optimizer, SGD))
+        return self._target == "gradient" or (
+            self._target == "by_optimizer" and not isinstance(state_holder(optimizer), SGD)
+        )
 
     def adapt(self, ratio: float | None) -> None:
         """Change an automatic λ after a refresh, given the flip rate over that of dense training."""

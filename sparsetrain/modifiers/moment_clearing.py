@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..distributed.shards import local
+from ..distributed.wrappers import state_holder
 from ..kernels.masked_update import apply_mask_
 from ..layers.masked_layer import MaskedLayer, written_as_matrices
 from .base import Entry, Modifier, Run, Setup
@@ -51,7 +52,7 @@ class MomentClearing(Modifier):
         """Write zeros into the pruned entries of every optimizer state that has the weight's shape."""
         parameter = layer.weight
         for optimizer in self._optimizers:
-            for value in optimizer.state.get(parameter, {}).values():
+            for value in state_holder(optimizer).state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
                     with written_as_matrices([layer], [local(value)]) as (matrix,):
                         apply_mask_(matrix, layer.mask_codes)

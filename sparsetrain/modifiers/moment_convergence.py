@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from ..checks.rules import NOT_NEGATIVE, mapping, optional, sequence, whole
 from ..checks.states import refuse_missing, require_part
 from ..distributed.shards import copies, local
+from ..distributed.wrappers import is_zero
 from ..layers.masked_layer import MaskedLayer
 from ..layers.sharded.totals import processes, sum_over_mesh
 from .base import Modifier, Resumed, Run, Setup, Step
@@ -154,6 +155,11 @@ def require_second_moments(optimizers: Sequence[Optimizer]) -> None:
         >>> require_second_moments([torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])])
     """
     for optimizer in optimizers:
+        if is_zero(optimizer):
+            raise ValueError(
+                "optimizer is ZeroRedundancyOptimizer but the dense head ends when second moments have settled, of "
+                "which each process holds a share: use Adam or AdamW themselves, or a phase without 'earliest'."
+            )
         if any("betas" not in group or "eps" not in group for group in optimizer.param_groups):
             raise ValueError(
                 f"optimizer is {type(optimizer).__name__} but the dense head ends when second moments have settled: "

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..criteria import resolve_criterion
 from ..distributed.peers import peers_of, reshard_
 from ..distributed.shards import placement_of
-from ..distributed.wrappers import plain_model, plain_optimizer
+from ..distributed.wrappers import plain_model, plain_optimizer, require_torch_training, require_whole_weights
 from ..layers.layer_group import LayerGroups
 from ..layers.masked_layer import MaskedLayer
 from ..layers.options import LayerOptions, check_run_options
@@ -61,7 +61,10 @@ def setup_of(
         track_age=track_age,
         gather=gather,
     )
-    optimizers = [*map(plain_optimizer, [optimizer] if isinstance(optimizer, Optimizer) else optimizer)]
+    given = [optimizer] if isinstance(optimizer, Optimizer) or not isinstance(optimizer, Sequence) else optimizer
+    require_whole_weights(model)
+    require_torch_training(model, given)
+    optimizers = [*map(plain_optimizer, given)]
     timeline = method.schedule.resolve(total_steps)
     run = total_steps, watch_dense, track_age, group, gather
     return Setup(plain_model(model), method, timeline, optimizers, lr_schedulers, teacher, logits_from, *run)

@@ -23,8 +23,7 @@ from ..layers.sparsify import give_back_
 from ..masks.matrices import matrix_of
 from ..methods.method import Method
 from ..methods.resolve import resolve_method
-from ..methods.schedule import UNKNOWN_LENGTH
-from ..modifiers.base import Entry, Setup
+from ..modifiers.base import Setup
 from .construction import assemble, facts_of, make_sparse_, setup_of
 from .ending import Progress, ending
 from .saved_run import SavedRun
@@ -240,15 +239,7 @@ class SparseTraining(SavedRun):
             >>> training.timeline.starts
             (0, 10)
         """
-        if total_steps is not None and total_steps < self.clock:
-            raise ValueError(f"total_steps is {total_steps} but {self.clock} steps are taken: pass at least as many.")
-        length = UNKNOWN_LENGTH if total_steps is None else total_steps
-        run = self._phases.run
-        run.timeline = run.timeline.retimed(self.method.schedule.resolve(length, cut=True), run.clock)
-        run.total_steps = run.total_steps if total_steps is None else total_steps
-        if not self._phases.enter():
-            self._phases.tell(Entry(resumed=True))
-        self._phases.repack_()
+        self._phases.retime(total_steps)
 
     def apply_masks_(self) -> None:
         """Bring weights back under their masks after something else wrote them, as merging adapters does.

@@ -123,7 +123,9 @@ class MaskState:
         if layer.shard is None:
             return self._peers.groups
         same, other = (groups_of(layer.shard.weight, cut) for cut in (False, True))
-        return (*same, *(group for group in self._peers.groups if group not in same + other))
+        # all processes are the peers of weights that were whole when the run was made
+        given = [group for group in self._peers.groups if group is not None and group not in same + other]
+        return *same, *given
 
     @torch.no_grad()
     def refresh_backward(self) -> None:

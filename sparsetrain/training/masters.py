@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..distributed.peers import reshard_
-from ..distributed.shards import is_spread, local
+from ..distributed.shards import gradient_here, is_spread
 from ..layers.masked_layer import MaskedLayer
+from ..layers.sharded.refusals import require_one_run
 from .step_hooks import owned_parameters
 
 _GRADIENT, _REQUIRES_GRAD = attrgetter("grad"), attrgetter("requires_grad")
@@ -100,6 +101,8 @@ class Masters:
                     "so it would stay as it is: write into the old one (with torch.no_grad(): weight.copy_(...)), or "
                     "put the new one into the optimizer's param_groups."
                 )
+        if any(is_spread(new) for _, new in replaced.values()):  # sharded after the run was made
+            require_one_run(self._model, self._layers)
         self.owned.update(now)
         self.weights.update({name: new for name, (_, new) in replaced.items()})
         self._list()
@@ -109,7 +112,7 @@ class Masters:
         names, weights = self.of(optimizer)
         gradients = [*map(_GRADIENT, weights)]
         if self._is_spread:
-            gradients = [None if gradient is None else local(gradient) for gradient in gradients]
+            gradients = [*map(gradient_here, weights)]
         if not any(map(is_, gradients, repeat(None))) and not any(map(_REQUIRES_GRAD, gradients)):
             return dict(zip(names, gradients, strict=True))
         return {

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from ..distributed.peers import reshard_
 from ..layers.sharded.gathering import settle_wires_
 from ..masks.gradient_rules import resolve_gradient_rule
+from ..methods.schedule import UNKNOWN_LENGTH
 from ..modifiers.base import Entry, Modifier, Run, Setup
 from .mask_state import MaskState
 from .timing import StepTimer
@@ -66,6 +67,22 @@ class Phases:
                 layer.operands.release()
         self.tell(entry)
         settle_wires_(self._model, masks.layers, self._gather)
+
+    def retime(self, total_steps: int | None) -> None:
+        """Set the length of the run: phases that have begun stay, later ones move.
+
+        Raises:
+            ValueError: If the run has taken more steps already.
+        """
+        run = self.run
+        if total_steps is not None and total_steps < run.clock:
+            raise ValueError(f"total_steps is {total_steps} but {run.clock} steps are taken: pass at least as many.")
+        length = UNKNOWN_LENGTH if total_steps is None else total_steps
+        run.timeline = run.timeline.retimed(run.method.schedule.resolve(length, cut=True), run.clock)
+        run.total_steps = run.total_steps if total_steps is None else total_steps
+        if not self.enter():
+            self.tell(Entry(resumed=True))
+        self.repack_()
 
     def tell(self, entry: Entry) -> None:
         """Tell modifiers of the phase again."""

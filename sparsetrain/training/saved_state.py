@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..checkpoint.pruned_entries import PRUNED_KEY, put_back_
+from ..checkpoint.pruned_entries import PRUNED_KEY, pruned_here, put_back_
 from ..distributed.agreement import together
 from ..distributed.equal_codes import Groups
+from ..layers.masked_layer import MaskedLayer
 from ..modifiers.base import Entry
 from .phases import Phases
-from .pruned_parts import pruned_parts
 from .sharded_state import in_nested_form
 from .state_checks import check_state, saved_timeline
 from .state_layouts import Path, replaced, required_layouts, spread, tensor_at
@@ -56,19 +56,29 @@ def received(state: Any, phases: Phases, everyone: Groups, stacklevel: int) -> d
         RuntimeError: If another process refuses it.
         ValueError: If it is damaged or of another model, or differs between processes.
     """
-    device = next(iter(phases.masks.layers.values())).master.device
+    layers = phases.masks.layers
+    device = next(iter(layers.values())).master.device
     with together(everyone, "the state", device) as note:
-        state = in_this_version(in_nested_form(state))
+        state = with_pruned_here(in_this_version(in_nested_form(state)), layers)
         layouts = required_layouts(state, phases)
         tensors: dict[Path, Any] = {path: tensor_at(state, path) for path in sorted(layouts, key=str)}
         sent = [str(path) for path in tensors if not layouts[path].holds(tensors[path])]
         note(lambda: {**facts_of_state(state), "tensors in another layout": sent})
     parts = {path: layouts[path].part(tensor) for path, tensor in tensors.items()}
-    parts.update(pruned_parts(state, phases.masks.layers))
     with together(everyone, "the state", device):
         found: dict[str, Any] = replaced(state, parts)
         check_state(found, phases, stacklevel)
     return found
+
+
+def with_pruned_here(state: Any, layers: Mapping[str, MaskedLayer]) -> Any:
+    """Return a state with the pruned values that belong to the parts of the weights that lie here, if it has any."""
+    pruned, codes = (state.get(key) if isinstance(state, Mapping) else None for key in (PRUNED_KEY, "codes"))
+    if not (isinstance(pruned, Mapping) and isinstance(codes, Mapping)):
+        return state
+    whole = [name for name in pruned if name in layers and getattr(pruned[name], "ndim", 0) == 1]
+    here = {name: pruned_here(layers[name], codes.get(name), pruned[name]) for name in whole}
+    return {**state, PRUNED_KEY: {**pruned, **here}}
 
 
 def facts_of_state(state: Any) -> dict[str, Any]:
@@ -90,7 +100,7 @@ def resume_(phases: Phases, hooks: StepHooks, state: Mapping[str, Any]) -> None:
         hooks: On its optimizers.
         state: What :func:`received` returned.
     """
-    run, masks = phases.run, phases.masks
+    run, masks, total_steps = phases.run, phases.masks, phases.run.total_steps
     masks.load_state_dict(state)
     put_back_(masks.layers, state["codes"], state.get(PRUNED_KEY, {}))
     run.groups.forget()
@@ -104,3 +114,5 @@ def resume_(phases: Phases, hooks: StepHooks, state: Mapping[str, Any]) -> None:
     phases.settle(Entry(resumed=True))
     run.groups.number_draws_(masks.layers, run.clock)
     phases.repack_()
+    if state["total_steps"] != total_steps:
+        phases.retime(None if total_steps is None else max(total_steps, run.clock))

@@ -15,6 +15,7 @@ from ..methods.schedule import Timeline
 from ..modifiers.base import Setup
 from ..modifiers.masked_decay import AUTO_START
 from ..modifiers.registry import check_all
+from .shard_checks import check_shards
 from .step_hooks import owned_parameters
 
 
@@ -31,16 +32,15 @@ def check_setup(setup: Setup, report: SelectionReport, backend: str) -> None:
         raise ValueError(f"backend is {backend!r} but dense_unit is 'tiles': mixed tiles need 'masked' or 'auto'.")
     if not setup.optimizers:
         raise ValueError("optimizer is an empty list: pass the optimizer that owns the model's weights.")
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise ValueError("model is wrapped in FSDP: masks need whole weights on every rank, so use DDP or one device.")
     for choice in report.dense:
         if choice.reason.startswith("already sparse") and (run := run_of(model.get_submodule(choice.name))):
             raise ValueError(
                 f"layer {choice.name!r} is trained by another SparseTraining, at step {run.clock}: call its finish() "
                 "first, with zeros=False to go on from the dense weights, or exclude the layer."
             )
+    check_shards(setup, {choice.name: model.get_submodule(choice.name) for choice in report.sparse})
     _check_weights(model, report, setup.optimizers)
-    _check_parallel(setup, report)
+    _check_parallel(model, report)
     _warn_of_frozen(report, method, setup.timeline)
     if method.decay == "auto":
         _check_auto_decay(setup, searches=3 if _missing(report, method) else 2)  # the first waits for statistics
@@ -108,19 +108,12 @@ def _check_budget(report: SelectionReport, budget: float) -> None:
         )
 
 
-def _check_parallel(setup: Setup, report: SelectionReport) -> None:
+def _check_parallel(model: nn.Module, report: SelectionReport) -> None:
     """Raise ``ValueError`` if tensor parallelism has spread a weight that it cannot be trained with."""
     for choice in report.sparse:
-        weight = setup.model.get_submodule(choice.name).weight
+        weight = model.get_submodule(choice.name).weight
         assert isinstance(weight, Tensor)
-        if not is_parallel(setup.model, weight):
-            continue
-        if setup.method.adapter_rank:
-            raise ValueError(
-                f"adapter_rank is {setup.method.adapter_rank} but tensor parallelism spreads the weight of layer "
-                f"{choice.name!r}, beside which adapters cannot stand: set adapter_rank=0, or exclude the layer."
-            )
-        if weight.dim() > 2:
+        if weight.dim() > 2 and is_parallel(model, weight):
             raise ValueError(
                 f"layer {choice.name!r} is a convolution whose weight tensor parallelism spreads, of which there is no "
                 "masked one: leave its weight to FSDP2, or exclude the layer."

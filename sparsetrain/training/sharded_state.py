@@ -5,13 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checkpoint.pruned_entries import PLAIN_KEY
 from ..checks.rules import DICT, TEXT, either, mapping, sequence, whole
 from ..checks.states import refuse, require_state
 from ..distributed.shards import gathered, is_spread
 from .state_layouts import Layouts, Path, replaced, tensor_at, tensors_in
-
-PLAIN_KEY = "plain"
-"""Where everything is that is no tensor of a fixed layout: in a tuple, which is one entry of a checkpoint."""
 
 PLAIN = sequence(mapping({"state": DICT, "tensors": sequence(sequence(either(TEXT, whole())))}), length=1)
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.pruned_entries import PRUNED_KEY
 from ..checks.rules import shown
 from ..checks.states import refuse
 from ..criteria.statistics import StatisticCriterion
@@ -66,6 +67,10 @@ def required_layouts(state: Any, phases: Phases) -> dict[Path, Layout]:
         ValueError: If one of them is of another size.
     """
     layouts = {**_of_statistics(state, phases.masks.layers, here=False), **layouts_in(phases)}
+    for name, layer in phases.masks.layers.items():
+        pruned = tensor_at(state, (PRUNED_KEY, name))
+        if pruned is not None and pruned.dim() > 1:  # masters
+            layouts[PRUNED_KEY, name] = layout_of(_weight(layer))
     found = {}
     for path, layout in layouts.items():
         value = tensor_at(state, path)

@@ -1,6 +1,5 @@
 """``RunStatus``: what can be asked of a run at any time, after its end as well."""
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +13,6 @@ from .ending import Ending
 from .mask_metrics import mask_metrics
 from .mask_state import MaskState
 from .phases import Phases
-from .saved_state import state_of
-from .steps import Steps
 from .timing import StepTimer
 
 
@@ -28,7 +25,6 @@ class RunStatus:
     ending: Ending | None = None
     """What the model is; None until :meth:`sparsetrain.SparseTraining.finish`."""
     _phases: Phases
-    _steps: Steps
     _selection: SelectionReport
     _weight_count: int  # of all linear and convolutional layers
     _final: tuple[dict[str, float], dict[str, Any]] | None = None  # metrics and state
@@ -95,10 +91,6 @@ class RunStatus:
     def verify(self, example: Any) -> VerificationReport:
         """Compare the model as it runs with the same model with plain masked weights, as :func:`sparsetrain.verify`."""
         return verify(self.model, example)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain numbers, strings and tensors; save it beside the model and the optimizer."""
-        return state_of(self._phases, self._steps.hooks) if self._final is None else copy.deepcopy(self._final[1])
 
     def adapters(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the low-rank adapters: layer name to down ``[r, I]`` and up ``[O, r]``; empty if there are none."""

@@ -7,8 +7,8 @@ import multiprocessing as mp
 import os
 import tempfile
 import traceback
-from multiprocessing.connection import Connection
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -53,15 +53,22 @@ class Ranks:
         """
         for pipe in self._pipes:
             pipe.send((function, args, options))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(TIMEOUT):
-                self.stop()
-                raise RankError(f"rank {rank} of {len(self._pipes)} hangs in {function}")
-            answers.append(pipe.recv())
-        if failed := [f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers) if error]:
+        answers: dict[int, Any] = {}
+        waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while waiting:
+            for ready in wait([*waiting], TIMEOUT) or self._end(next(iter(waiting.values())), "hangs", function):
+                rank = waiting.pop(ready)
+                try:
+                    answers[rank] = self._pipes[rank].recv()
+                except EOFError:
+                    self._end(rank, "died", function)
+        if failed := [f"rank {rank}: {error}" for rank, (error, _) in sorted(answers.items()) if error]:
             raise RankError("\n".join(failed))
-        return [result for _, result in answers]
+        return [answers[rank][1] for rank in range(len(answers))]
+
+    def _end(self, rank: int, what: str, function: str) -> NoReturn:
+        self.stop()
+        raise RankError(f"rank {rank} of {len(self._pipes)} {what} in {function}")
 
     def stop(self) -> None:
         """End the processes; the next test starts others."""
@@ -77,10 +84,10 @@ def ranks(world: int) -> Ranks:
 
 
 def failure(function: Any, *args: Any, **options: Any) -> str:
-    """Return the message of the ValueError or RuntimeError that a call raises; "" if it raises none."""
+    """Return the message of the TypeError, ValueError or RuntimeError that a call raises; "" if it raises none."""
     try:
         function(*args, **options)
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 

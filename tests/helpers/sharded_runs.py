@@ -8,6 +8,7 @@ from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sparsetrain as st
 from scripts.benchmarks.sharded import CountingAllGather
@@ -60,6 +61,20 @@ def shard(model: nn.Module, shape: tuple[int, ...], **options: Any) -> nn.Module
         if len(list(child.children())):
             fully_shard(child, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def parallelize(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """Apply tensor parallelism to every block over the last dimension of a mesh, then FSDP2 over those before it."""
+    names = ("replicate", "shard")[-len(shape) + 1 :] if len(shape) > 1 else ()
+    mesh = mesh_of(shape, (*names, "tp"))
+    for child in model.children():
+        if isinstance(child, Block):
+            plan = {"up": ColwiseParallel(), "gate": ColwiseParallel(), "down": RowwiseParallel()}
+            parallelize_module(child, mesh["tp"], plan)
+    for module in (*model.children(), model) if names else ():
+        if len(list(module.children())):
+            fully_shard(module, mesh=mesh[names])
     return model
 
 

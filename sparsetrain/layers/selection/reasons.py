@@ -6,10 +6,11 @@ from collections.abc import Set
 from torch import nn
 
 from ...distributed.shards import is_spread
+from ...distributed.wrappers import FSDP1_REASON
 from ...kernels.torch_internals import SHARDED_MODULE
 from ..claims import run_of
 from ..masked_layer import MaskedLayer
-from ..sharded.alignment import require_no_root, require_shardable
+from ..sharded.alignment import is_root, require_no_root, require_shardable
 from .heads import output_heads
 from .layer_classes import LAYERS, base_class, why_subclass
 from .surroundings import Surroundings
@@ -49,6 +50,11 @@ class Reasons:
         role = "output head" if name in self._heads else "low-rank adapter" if surroundings.is_low_rank(name) else ""
         if role and kinds == {"group"} and name not in surroundings.peft_reasons:
             return f"{role}, {reason}" if reason else f"{role} (name it in targets to make it sparse)"
+        if not reason:
+            layer = surroundings.layers[name]
+            require_no_root(name, layer)
+            if is_spread(layer.weight):
+                require_shardable(name, layer, layer.weight)
         return reason
 
     def _of_itself(self, name: str) -> str:
@@ -63,17 +69,12 @@ class Reasons:
             return "already sparse: call finish() of the run that made it, or export_dense_(model, zeros=False), first"
         if id(layer) in self._readers:
             return f"{self._readers[id(layer)]} reads its weight itself"
-        require_no_root(name, layer)
-        if reason := why_subclass(layer):
+        if not is_root(layer) and (reason := why_subclass(layer)):
             return reason
         if getattr(layer, SHARDED_MODULE, False) and type(layer.weight).__name__ != "DTensor":
-            return (
-                "FSDP1 (FullyShardedDataParallel) cuts weights anywhere, through 4×4 tiles: use DistributedDataParallel"
-            )
+            return f"{FSDP1_REASON}: use fully_shard or DistributedDataParallel"
         if layer._parameters.get("weight") is None:
             return "weight is no parameter (weight_norm, spectral_norm or prune): remove that first"
-        if is_spread(layer.weight):
-            require_shardable(name, layer, layer.weight)
         if (groups := getattr(layer, "groups", 1)) != 1:
             return f"groups is {groups}, and a mask needs 1"
         for dimension in LAYERS[base_class(layer)]:

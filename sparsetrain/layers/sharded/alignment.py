@@ -48,8 +48,18 @@ def require_shardable(name: str, layer: object, weight: Tensor) -> None:
         raise ValueError(f"layer {name or type(layer).__name__!r} cannot be sharded like this: {reason}")
 
 
+def is_root(layer: object) -> bool:
+    """Say whether FSDP2 was applied to a layer itself, whose class it then replaces.
+
+    Example:
+        >>> is_root(object())
+        False
+    """
+    return any(kind.__name__ == "FSDPModule" for kind in type(layer).__mro__)
+
+
 def require_no_root(name: str, layer: object) -> None:
-    """Raise ``ValueError`` if FSDP2 was applied to a layer itself, whose class it then replaces.
+    """Raise ``ValueError`` if FSDP2 was applied to a layer itself.
 
     Args:
         name: Of the layer; empty if it is not known.
@@ -58,7 +68,7 @@ def require_no_root(name: str, layer: object) -> None:
     Example:
         >>> require_no_root("fc", object())
     """
-    if any(kind.__name__ == "FSDPModule" for kind in type(layer).__mro__):
+    if is_root(layer):
         raise ValueError(
             f"layer {name or type(layer).__name__!r} is a root of its own (fully_shard was applied to it): apply "
             "fully_shard to the block around it, or exclude the layer."

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ...distributed.selection import ordered_keys, threshold_of_largest
-from ...distributed.shards import is_counted, part_like
+from ...distributed.shards import part_like
 from ...masks.dense_budget import costliest, dense_layers, dense_tiles, tile_losses
 from ..masked_layer import MaskedLayer
-from .totals import sum_over_mesh, sum_over_parts
+from .totals import counts_part, sum_over_mesh, sum_over_parts
 
 Scores = Mapping[str, Tensor]
 """Layer name to scores ``[O, I]`` of the part that lies here."""
@@ -61,8 +61,8 @@ def _places(layers: Mapping[str, MaskedLayer], keys: Mapping[str, Tensor]) -> di
     for name, own in keys.items():
         layer, (rows, columns) = layers[name], layers[name].matrix_shape
         whole = torch.arange(first, first + rows * columns // 16, device=own.device).view(rows // 4, columns // 4)
-        assert layer.shard is not None
-        part = part_like(whole.t() if layer.transposed else whole, layer.shard.weight)
+        whole = whole.t() if layer.transposed else whole
+        part = whole if layer.shard is None else part_like(whole, layer.shard.weight)
         found[name] = part.t() if layer.transposed else part
         first += rows * columns // 16
     return found
@@ -70,8 +70,7 @@ def _places(layers: Mapping[str, MaskedLayer], keys: Mapping[str, Tensor]) -> di
 
 def _counted(layers: Mapping[str, MaskedLayer], keys: Mapping[str, Tensor]) -> Tensor:
     """Return the keys that this process counts, flat: not those that another counts as well."""
-    shards = {name: layers[name].shard for name in keys}
-    own = [key.flatten() for name, key in keys.items() if (shard := shards[name]) and is_counted(shard.weight)]
+    own = [key.flatten() for name, key in keys.items() if counts_part(layers, name)]
     device = next(iter(keys.values())).device
     return torch.cat(own) if own else torch.empty(0, dtype=torch.int64, device=device)
 

@@ -1,6 +1,6 @@
 """Which wire the weights of a run travel by, phase by phase."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -27,22 +27,47 @@ def settle_wires_(model: nn.Module, layers: Mapping[str, MaskedLayer], gather: G
         layers: By name, with their phase and masks settled.
         gather: What to gather where there is a choice.
     """
-    wanted = {}
     for name, layer in layers.items():
         if layer.shard is not None:
             layer.shard.name = name
-            if type(layer.shard.wire) is not (kind := wire_of(layer, gather)):
-                wanted[id(layer)] = layer, kind
-    if not wanted:
+    _use(model, {id(layer): (layer, wire_of(layer, gather)) for layer in layers.values() if layer.shard is not None})
+
+
+def _use(model: nn.Module, wanted: Mapping[int, tuple[MaskedLayer, type[Wire]]]) -> None:
+    """Have layers, by their ids, use a kind of wire."""
+    changed = {
+        number: (layer, kind)
+        for number, (layer, kind) in wanted.items()
+        if layer.shard is not None and type(layer.shard.wire) is not kind
+    }
+    if not changed:
         return
     reshard_(model)
     for parameter in fsdp_parameters(model):
         module, name = module_of(parameter)
-        if name == "weight" and (found := wanted.get(id(module))) is not None:
-            _use(*found, parameter)
+        if name == "weight" and (found := changed.get(id(module))) is not None:
+            _exchange(*found, parameter)
 
 
-def _use(layer: MaskedLayer, kind: type[Wire], parameter: Any) -> None:
+def release_wires_(model: nn.Module, layers: Iterable[MaskedLayer]) -> None:
+    """Have FSDP2 gather the weights of layers that are about to be dense as they are.
+
+    Args:
+        model: Whose layers they are.
+        layers: Some of them.
+    """
+    shards = {id(layer.shard.weight): layer.shard for layer in layers if layer.shard is not None}
+    if not shards:
+        return
+    reshard_(model)
+    for shard in shards.values():
+        shard.detach()
+    for parameter in fsdp_parameters(model):
+        if id(parameter.sharded_param) in shards:
+            gather_afresh(parameter)
+
+
+def _exchange(layer: MaskedLayer, kind: type[Wire], parameter: Any) -> None:
     assert layer.shard is not None
     wire = PackedWire(gathered_size(parameter)) if kind is PackedWire else kind()
     layer.operands.wired = wire.operands if isinstance(wire, PackedWire) else None

@@ -51,6 +51,11 @@ class Shard:
             part.fsdp_pre_all_gather, part.fsdp_post_all_gather = wanted(self), Receive(self)
             self.is_fresh = False
 
+    def detach(self) -> None:
+        """Leave the local tensor, which is sent as it is then."""
+        for name in ("fsdp_pre_all_gather", "fsdp_post_all_gather"):
+            self.part.__dict__.pop(name, None)
+
     def use(self, wire: Wire, size: Sequence[int], dtype: torch.dtype | None) -> None:
         """Have the part sent by another wire from now on; FSDP2 has to make its buffers again.
 

@@ -79,6 +79,22 @@ def sum_over_mesh(layers: Mapping[str, MaskedLayer], numbers: Tensor) -> Tensor:
     return numbers
 
 
+def counts_part(layers: Mapping[str, MaskedLayer], name: str) -> bool:
+    """Say whether this process is the first of the mesh that holds its part of a layer's weight, or a whole weight.
+
+    Example:
+        >>> from sparsetrain import SparseLinear
+        >>> counts_part({"fc": SparseLinear(8, 4)}, "fc")
+        True
+    """
+    mesh, shard = mesh_of(layers), layers[name].shard
+    if mesh is None:
+        return True
+    cut = [] if shard is None else groups_of(shard.weight, cut=True)
+    dimensions = [dimension for dimension in range(mesh.ndim) if mesh.size(dimension) > 1]
+    return all(mesh.get_local_rank(each) == 0 for each in dimensions if mesh.get_group(each) not in cut)
+
+
 def processes(layers: Mapping[str, MaskedLayer]) -> int:
     """Return how many processes the layers' weights are spread over; 1 where they are whole.
 

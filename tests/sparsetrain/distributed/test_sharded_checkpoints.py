@@ -70,7 +70,6 @@ def test_every_preset_goes_on_from_every_phase_on_every_mesh(tmp_path: Path, met
 def test_what_was_killed_goes_on_from_the_last_checkpoint_with_fewer_processes(tmp_path: Path) -> None:
     folders = {step: str(tmp_path / str(step)) for step in (2, 5)}
     pool = ranks(4)
-    with pytest.raises(RankError):
+    with pytest.raises(RankError, match="died"):
         pool("checkpointed_runs.run", "fst", (4,), folders, kill_at=7)
-    pool.stop()
     require_same_end("fst", 5, on((2,), "fst", source=folders[5]))

@@ -1,0 +1,39 @@
+"""Kinds of models, and what is done to a model around its sharding, train as in one process."""
+
+import functools
+from typing import Any
+
+import pytest
+import sharded_models
+import sharded_runs
+from ranks import ranks
+
+MODELS = [model.__name__ for model in sharded_models.MODELS]
+
+GATHERS = ["masked", "packed"]
+
+
+@functools.cache
+def in_one_process(model: str, **options: Any) -> dict[str, Any]:
+    found: dict[str, Any] = getattr(sharded_models, model)(lambda model: model, **options)
+    return found
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_on_shards_trains_as_in_one_process(model: str, gather: str) -> None:
+    for found in ranks(2)("sharded_models.on_shards", model, gather):
+        sharded_runs.require_equal(found, in_one_process("plain" if model == "compiled" else model))
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_weights_may_be_cut_by_input_features(gather: str) -> None:
+    for found in ranks(2)("sharded_models.on_columns", gather):
+        sharded_runs.require_equal(found, in_one_process("plain"))
+
+
+@pytest.mark.parametrize("method", ["fst", "slope"])
+@pytest.mark.parametrize("gather", GATHERS)
+def test_a_mesh_of_one_process(gather: str, method: str) -> None:
+    for found in ranks(2)("sharded_models.on_one_rank", gather, method):
+        sharded_runs.require_equal(found, in_one_process("plain", method=method))

@@ -1,0 +1,33 @@
+"""Shards of unequal size, and ranks that hold nothing of a layer, train as one process does."""
+
+import functools
+from typing import Any
+
+import pytest
+import sharded_runs
+from ranks import ranks
+
+METHODS: dict[str, Any] = {
+    "fst": "fst",
+    "asp_one_shot": {"preset": "asp_one_shot", "criterion": "wanda"},
+    "s_ste": "s_ste",
+    "recommended": {"preset": "recommended", "criterion": "fisher"},
+}
+
+
+@functools.cache
+def in_one_process(method: str, hidden: int) -> dict[str, Any]:
+    return sharded_runs.train(sharded_runs.blocks(2, 16, hidden), METHODS[method])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("hidden", [16, 36], ids=["one holds nothing", "one holds half"])
+def test_shards_of_unequal_size_change_nothing(hidden: int, method: str) -> None:
+    for found in ranks(5)("pipelines.uneven", hidden, METHODS[method]):
+        sharded_runs.require_equal(found, in_one_process(method, hidden), relative=1e-6)  # fifths of sums
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mesh_of_one_rank_is_one_process(method: str) -> None:
+    (found,) = ranks(1)("pipelines.uneven", 16, METHODS[method])
+    sharded_runs.require_equal(found, in_one_process(method, 16))
