@@ -32,7 +32,7 @@ SHARDS = f"optimizer_0.{CHECKPOINT_KEY}"
 OPTIMIZERS = "optimizer_states"
 """Where a Lightning checkpoint holds those."""
 
-Parts = tuple[dict[str, Any], dict[str, Tensor]]
+Parts = tuple[dict[str, Any], dict[str, Any]]
 """What is saved under ``checkpoint["sparsetrain"]``, and what in shards."""
 
 
@@ -53,7 +53,7 @@ def state_in_parts(trainer: Trainer, training: SparseTraining, weights: MutableM
     return _in_shards(training, weights) if in_shards else (_whole(training, weights), {})
 
 
-def put_shards_(checkpoint: MutableMapping[str, Any], shards: Mapping[str, Tensor]) -> None:
+def put_shards_(checkpoint: MutableMapping[str, Any], shards: Mapping[str, Any]) -> None:
     """Put tensors where the strategy saves them in shards."""
     if shards and checkpoint.get(OPTIMIZERS):
         first, *others = checkpoint[OPTIMIZERS]
@@ -116,7 +116,7 @@ def state_from_shards(trainer: Trainer, training: SparseTraining, state: Mapping
 @torch.no_grad()
 def _in_shards(training: SparseTraining, weights: MutableMapping[str, Any]) -> Parts:
     shards = training.sharded_state_dict()
-    plain = shards.pop(PLAIN_KEY)
+    plain = shards[PLAIN_KEY]  # stays there too, so that the folder can be consolidated
     pruned = _masked(training)
     for name, layer in pruned.items():
         key = weight_key(name)

@@ -5,7 +5,6 @@ from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 from typing_extensions import override
 
 from sparsetrain.checkpoint import CHECKPOINT_KEY, PRUNED_KEY, require_pruned
@@ -35,7 +34,7 @@ class SavedFit(SparseRun, Callback):
         self._position: Position | None = None  # there
         self._length: RunLength | None = None
         self._final: dict[str, Any] | None = None  # parts of every checkpoint that is saved after the fit
-        self._final_shards: dict[str, Tensor] = {}  # and what of them is saved in shards
+        self._final_shards: dict[str, Any] = {}  # and what of them is saved in shards
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the layers sparse and start, or go on from the checkpoint that was loaded."""

@@ -31,6 +31,9 @@ class SparseTrainingCallback(SavedFit):
     resuming bit for bit needs; with ``save_weights_only=True`` they hold the dense masters instead. Metrics are logged
     under ``sparsity/``: :class:`sparsetrain.callbacks.metric_log.MetricLog` lists them.
 
+    Under ``ModelParallelStrategy`` the run begins after ``on_fit_start``, once a checkpoint is loaded, and checkpoints
+    may be in shards: ``docs/scaling.md``.
+
     Args:
         method: A preset's name, a ``Method``, or a mapping: ``preset`` with its arguments, or the fields of ``Method``
             with a ``schedule``; without either, it changes ``recommended``. A command line changes single values of it.
@@ -57,6 +60,7 @@ class SparseTrainingCallback(SavedFit):
 
     Raises:
         ValueError: If the method is unknown or has a bad value.
+        MisconfigurationException: In ``setup``, if the strategy is ``FSDPStrategy`` or ``DeepSpeedStrategy``.
 
     Example:
         >>> from lightning.pytorch import Trainer

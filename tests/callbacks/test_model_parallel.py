@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,12 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from model_parallel_runs import Shape
 from ranks import ranks
+from safetensors.torch import load_file
 from sharded_runs import require_equal
 
 from sparsetrain.callbacks import SparseTrainingCallback
 from sparsetrain.callbacks.fit_checks import check_trainer
+from sparsetrain.checkpoint.consolidation import Checkpoint, consolidate
 from sparsetrain.methods import PRESETS, resolve_method
 
 MOVING = {"preset": "fst", "refresh_every": 4, "decay": 0.01, "dense_tail": 0, "warmup": 2}
@@ -58,6 +61,15 @@ def require_same(found: list[dict[str, Any]], wanted: dict[str, Any], bound: flo
         require_equal(run, {**wanted, "losses": wanted["losses"][skip:]}, bound)
         torch.testing.assert_close(run["ended"], wanted["ended"], rtol=bound, atol=bound)
         assert run["ending"] == wanted["ending"]
+
+
+def require_consolidated(folder: Path, wanted: Mapping[str, Any]) -> None:
+    path = folder.with_suffix(".safetensors")
+    consolidate(folder, path, "state_dict")
+    found = load_file(path)
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert torch.equal(found[name], weight), name
 
 
 def test_two_shards_train_as_one_process(alone: dict[str, Any], sharded: list[dict[str, Any]]) -> None:
@@ -103,6 +115,7 @@ def test_a_checkpoint_holds_the_model_that_is_evaluated(
     for name, weight in runs.Blocks.load_from_checkpoint(path).state_dict().items():
         assert torch.equal(weight, wanted[name]), name
     assert not wanted["net.0.up.weight"].all()
+    require_consolidated(folder / "shards", wanted)
 
 
 def test_a_dense_checkpoint_is_pruned_as_it_was_loaded(tmp_path: Path) -> None:
@@ -133,6 +146,8 @@ def test_a_second_fit_and_what_is_saved_in_it_and_after_it_is_as_in_one_process(
 def test_every_preset_goes_on_as_in_one_process(tmp_path: Path, method: str) -> None:
     wanted = runs.fit(method)
     require_same(fit(method, FSDP, saves={4: str(tmp_path / "shards")}), wanted)
+    saved = Checkpoint(tmp_path / "shards", "state_dict")
+    require_consolidated(tmp_path / "shards", {name: saved.weight(name) for name in saved.weights})
     require_same(fit(method, FSDP, source=str(tmp_path / "shards")), wanted, skip=6)
 
 
