@@ -41,15 +41,14 @@ def is_model_parallel(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def state_in_parts(trainer: Trainer, training: SparseTraining, weights: MutableMapping[str, Any]) -> Parts:
+def state_in_parts(training: SparseTraining, weights: MutableMapping[str, Any]) -> Parts:
     """Return what a checkpoint holds of a run beside the weights; every process has to call this.
 
     Args:
-        trainer: Its strategy says in which form it saves.
         training: The run.
         weights: The strategy's state dict of the module, whose masters are replaced by what products see.
     """
-    in_shards: bool = trainer.strategy._save_distributed_checkpoint  # type: ignore[attr-defined]
+    in_shards = any(map(is_spread, weights.values()))  # otherwise rank 0 has them all, and the others have none
     return _in_shards(training, weights) if in_shards else (_whole(training, weights), {})
 
 
