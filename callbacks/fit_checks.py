@@ -8,30 +8,43 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsetrain.checkpoint import require_same_weights
 from sparsetrain.kernels.torch_internals import may_rename_keys
+from sparsetrain.methods import Method
 
-SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+from .model_parallel import is_model_parallel
+
+REFUSED = {
+    "FSDPStrategy": "FSDP1 cuts flat parameters anywhere, through the tiles of masks",
+    "DeepSpeedStrategy": "its optimizer steps flat partitions, which are none of the model's weights",
+}
+"""Strategies of which there are no masks, and why."""
 
 
-def check_trainer(trainer: Trainer, callback: type[Callback]) -> None:
+def check_trainer(trainer: Trainer, callback: type[Callback], method: Method) -> None:
     """Raise an error if a trainer cannot train with sparse masks.
 
     Args:
         trainer: In ``setup``.
         callback: The class of the callback, of which there may be one.
+        method: That it trains by.
 
     Raises:
-        MisconfigurationException: If there are more, or the trainer shards weights.
+        MisconfigurationException: If there are more, or the trainer shards weights in a way that masks cannot follow.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if sum(isinstance(entry, callback) for entry in callbacks) > 1:
         raise MisconfigurationException(
             f"trainer has more than one {callback.__name__}: use one, with all targets, so that one clock runs."
         )
-    strategy = type(trainer.strategy).__name__
-    if strategy in SHARDED_STRATEGIES:
+    for name in (kind.__name__ for kind in type(trainer.strategy).__mro__):
+        if name in REFUSED:
+            raise MisconfigurationException(
+                f"strategy is {name}, but {REFUSED[name]}: use ModelParallelStrategy, and fully_shard in the module's "
+                "configure_model() (docs/scaling.md has the lines)."
+            )
+    if is_model_parallel(trainer) and method.adapter_rank:
         raise MisconfigurationException(
-            f"strategy is {strategy}: {callback.__name__} needs whole weights on every rank, "
-            "so use 'ddp' or one device."
+            f"adapter_rank is {method.adapter_rank} but ModelParallelStrategy saves optimizers by the names of the "
+            "module's parameters, of which adapters are none: set adapter_rank=0, or use 'ddp' or one device."
         )
 
 

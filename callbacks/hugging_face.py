@@ -12,6 +12,7 @@ from typing_extensions import override
 from sparsetrain.checkpoint import PRUNED_KEY, weight_key
 from sparsetrain.checkpoint.carried_state import CarriedState, load_apart, take_carried
 from sparsetrain.checkpoint.sparse_weights import evaluated_in_state_dicts
+from sparsetrain.distributed.shards import is_spread
 from sparsetrain.distributed.wrappers import plain_optimizer
 from sparsetrain.hardware.extras import require
 from sparsetrain.methods import Method, resolve_method
@@ -126,7 +127,7 @@ class HuggingFaceSparseTraining(SparseRun, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the layers sparse and start, or go on from the checkpoint that was loaded."""
-        _refuse_sharding(args)
+        _refuse_sharding(args, kwargs["model"])
         model, optimizer = kwargs["model"], plain_optimizer(kwargs["optimizer"])
         carried = _carried_state(optimizer)
         for said in self._take_over(model):
@@ -268,13 +269,19 @@ def _carried_state(optimizer: Optimizer) -> dict[str, Any] | None:
     return carried
 
 
-def _refuse_sharding(args: TrainingArguments) -> None:
-    for name in ("deepspeed", "fsdp"):
-        if value := getattr(args, name, None):
-            raise ValueError(
-                f"{name} is {value!r}: sparse training needs whole weights on every rank, so use data parallelism "
-                "(torchrun) or one device."
-            )
+def _refuse_sharding(args: TrainingArguments, model: nn.Module) -> None:
+    started = getattr(getattr(args, "distributed_state", None), "distributed_type", "")  # by accelerate's own command
+    if args.deepspeed or started == "DEEPSPEED":
+        raise ValueError(
+            f"deepspeed is {args.deepspeed or 'on'!r}, but its optimizer steps flat partitions, which are none of the "
+            "model's weights: use data parallelism (torchrun) or one device."
+        )
+    if args.fsdp or started == "FSDP" or any(map(is_spread, model.parameters())):
+        what = f"fsdp is {args.fsdp!r}" if args.fsdp else "the model's weights are sharded"
+        raise ValueError(
+            f"{what}, but the trainer saves no optimizer.pt of sharded weights, where masks are kept: use data "
+            "parallelism (torchrun), or SparseTrainingCallback with Lightning's ModelParallelStrategy."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"the trainer copies the model to {args.n_gpu} GPUs in one process, and the copies have no masks: start it "

@@ -1,6 +1,6 @@
 """``SparseRun``: what trainers' callbacks share: arguments, the engine made of them, and its state in checkpoints."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from sparsetrain.checkpoint import PRUNED_KEY, pruned_values
 from sparsetrain.layers.claims import take_over
 from sparsetrain.layers.options import check_options
+from sparsetrain.layers.sharded.gathering import GatherMode
 from sparsetrain.methods import Method
 from sparsetrain.training import SparseTraining
 
@@ -40,6 +41,7 @@ class SparseRun:
     print_table: bool
     logits_from: str
     teacher: nn.Module | None
+    gather: GatherMode = "auto"
 
     def __post_init__(self) -> None:
         check_options(**{entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init})
@@ -61,7 +63,7 @@ class SparseRun:
         optimizer: Optimizer | Sequence[Optimizer],
         total_steps: int | None,
         lr_schedulers: Sequence[LRScheduler],
-        state: Mapping[str, Any] | None,
+        state: Mapping[str, Any] | Callable[[SparseTraining], Mapping[str, Any]] | None,
     ) -> SparseTraining:
         """Make the layers sparse and start, or go on from a state."""
         self.training = SparseTraining(
@@ -79,6 +81,7 @@ class SparseRun:
             logits_from=self.logits_from,
             watch_dense=self.watch_dense,
             track_age=self.track_age,
+            gather=self.gather,
             state=state,
             verbose=False,
         )

@@ -1,32 +1,28 @@
 """``SparseTrainingCallback``: sparse training in a Lightning ``Trainer``."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
-from sparsetrain.checkpoint import CHECKPOINT_KEY, PRUNED_KEY, require_pruned
-from sparsetrain.checkpoint.sparse_weights import sparse_state_dict
+from sparsetrain.layers.sharded.gathering import GatherMode
 from sparsetrain.methods import Method, resolve_method
 
 from .distilled_step import DistilledStep
 from .fit_checks import check_trainer, refuse_foreign_weights
 from .method_argument import register_method
 from .metric_log import MetricLog
-from .run_length import RUN_LENGTH, Position, RunLength
-from .sparse_run import SparseRun
+from .model_parallel import is_model_parallel, plain_part, state_to_load
+from .run_length import Position, RunLength
+from .saved_fit import SavedFit
 from .validation_check import ValidationCheck
-
-OPTIMIZERS = "optimizer_states"
-"""Where a Lightning checkpoint holds those."""
 
 register_method()
 
 
-class SparseTrainingCallback(SparseRun, Callback):
+class SparseTrainingCallback(SavedFit):
     """Train with 2:4 sparsity: add it to a ``Trainer``, change nothing else.
 
     The run's length comes from the trainer and follows it. When the fit ends, the layers are plain ones again, with
@@ -34,6 +30,9 @@ class SparseTrainingCallback(SparseRun, Callback):
     the sparse model (``load_from_checkpoint`` needs no callback) and, under ``checkpoint["sparsetrain"]``, what
     resuming bit for bit needs; with ``save_weights_only=True`` they hold the dense masters instead. Metrics are logged
     under ``sparsity/``: :class:`sparsetrain.callbacks.metric_log.MetricLog` lists them.
+
+    Under ``ModelParallelStrategy`` the run begins after ``on_fit_start``, once a checkpoint is loaded, and checkpoints
+    may be in shards: ``docs/scaling.md``.
 
     Args:
         method: A preset's name, a ``Method``, or a mapping: ``preset`` with its arguments, or the fields of ``Method``
@@ -56,9 +55,12 @@ class SparseTrainingCallback(SparseRun, Callback):
             whose ``forward`` the training step must call then. Every loss the training step returns goes through
             ``training.distilled``; with manual optimization, call ``callback.training.distilled(loss)`` yourself.
         teacher: Who teaches, if it is not the model's own dense weights.
+        gather: With ``ModelParallelStrategy``, what FSDP2 gathers of a weight whose mask is in force: ``"auto"``,
+            ``"masked"`` or ``"packed"``, as in :class:`sparsetrain.SparseTraining`.
 
     Raises:
         ValueError: If the method is unknown or has a bad value.
+        MisconfigurationException: In ``setup``, if the strategy is ``FSDPStrategy`` or ``DeepSpeedStrategy``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -87,6 +89,7 @@ class SparseTrainingCallback(SparseRun, Callback):
         print_table: bool = False,
         logits_from: str = "",
         teacher: nn.Module | None = None,
+        gather: GatherMode = "auto",
     ) -> None:
         super().__init__(
             targets=targets,
@@ -101,18 +104,14 @@ class SparseTrainingCallback(SparseRun, Callback):
             print_table=print_table,
             logits_from=logits_from,
             teacher=teacher,
+            gather=gather,
         )
         self.method = resolve_method(method)
         self._forget()
 
+    @override
     def _forget(self) -> None:
-        """Know of no fit."""
-        self._hooks.close()
-        self.training = None
-        self._loaded: dict[str, Any] | None = None  # state in the checkpoint that the fit begins from
-        self._position: Position | None = None  # there
-        self._length: RunLength | None = None
-        self._final: dict[str, Any] | None = None  # parts of every checkpoint that is saved after the fit
+        super()._forget()
         self._metric_log: MetricLog | None = None
         self._check = ValidationCheck()
 
@@ -121,7 +120,7 @@ class SparseTrainingCallback(SparseRun, Callback):
         """Refuse what cannot work, before anything is built."""
         if stage != "fit":
             return
-        check_trainer(trainer, SparseTrainingCallback)
+        check_trainer(trainer, SparseTrainingCallback, self.method)
         for said in self._take_over(pl_module):
             rank_zero_info(said)
         self._forget()
@@ -129,7 +128,29 @@ class SparseTrainingCallback(SparseRun, Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the layers sparse and start, or go on from the checkpoint that was loaded."""
+        """Make the layers sparse and start, or go on from the checkpoint that was loaded.
+
+        Where a checkpoint is loaded after this (``ModelParallelStrategy``), the run begins after that too.
+        """
+        if not is_model_parallel(trainer):
+            self._start(trainer, pl_module)
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start, if no checkpoint was loaded into a sharded model."""
+        self._start_late(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start, if no checkpoint was loaded into a sharded model."""
+        self._start_late(trainer, pl_module)
+
+    def _start_late(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_model_parallel(trainer) and self.training is None:
+            self._start(trainer, pl_module)
+
+    @override
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._hooks.close()
         self._check = ValidationCheck()
         length = RunLength(trainer, self._position or Position.of(trainer))
@@ -141,9 +162,10 @@ class SparseTrainingCallback(SparseRun, Callback):
             return
         if self.total_steps is None and self.method.needs_total:
             self._length = length
-        total_steps = self.total_steps if self._length is None else length.at_start(self._loaded)
+        total_steps = self.total_steps if self._length is None else length.at_start(plain_part(self._loaded))
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        training = self._begin(pl_module, trainer.optimizers, total_steps, schedulers, self._loaded)
+        state = state_to_load(trainer, self._loaded)
+        training = self._begin(pl_module, trainer.optimizers, total_steps, schedulers, state)
         self._metric_log = MetricLog(training, self.per_layer_metrics, resumed=self._loaded is not None)
         if self._loaded is None and self._length is not None and length.is_measured:
             training.retime(None)  # until a batch has shown how many steps it takes
@@ -197,9 +219,7 @@ class SparseTrainingCallback(SparseRun, Callback):
         self._hooks.close()
         if self.training is None:
             return
-        self._final = {CHECKPOINT_KEY: self._state(pl_module.state_dict())}
-        if self.training.adapters():  # which leave the optimizers now, but belong to what a later fit goes on from
-            self._final[OPTIMIZERS] = [trainer.strategy.optimizer_state(entry) for entry in trainer.optimizers]
+        self._keep(trainer, pl_module)
         self.training.finish()
         assert self.training.ending is not None
         say = rank_zero_info if self.training.ending.as_planned else rank_zero_warn
@@ -215,41 +235,6 @@ class SparseTrainingCallback(SparseRun, Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module with its own training step."""
         self._hooks.close()
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the sparse model into ``state_dict`` and everything else under ``checkpoint["sparsetrain"]``."""
-        if self._final is not None:
-            parts = self._final.items()
-            checkpoint.update({key: part for key, part in parts if key != OPTIMIZERS or key in checkpoint})
-        elif self.training is not None and not self.training.finished:
-            masters = checkpoint["state_dict"]
-            checkpoint[CHECKPOINT_KEY] = state = self._state(masters)
-            if state[PRUNED_KEY]:
-                merge = self.method.adapter_merge
-                checkpoint["state_dict"] = sparse_state_dict(pl_module, masters, merge_adapters=merge)
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the state for ``on_fit_start``; if a fit is running (learning-rate finder), go back to it at once."""
-        if trainer.state.fn != "fit":
-            self._final = None  # the weights are the checkpoint's now, not those of the last fit
-            return
-        self._position = Position.in_checkpoint(checkpoint)
-        state = checkpoint.get(CHECKPOINT_KEY)
-        require_pruned(state, checkpoint["state_dict"])
-        if state is None:
-            rank_zero_warn(
-                f"checkpoint has no {CHECKPOINT_KEY!r} state, so sparse training starts at step 0 of its schedule."
-            )
-        elif self.training is not None and not self.training.finished:
-            self.training.load_state_dict(state)
-            return
-        self._loaded = state
-
-    @override
-    def _state(self, masters: Mapping[str, Any]) -> dict[str, Any]:
-        return {**super()._state(masters), RUN_LENGTH: None if self._length is None else self._length.state_dict()}
 
     def _follow(self, running: bool) -> None:
         if self._length is not None and self.training is not None:

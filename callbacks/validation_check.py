@@ -44,7 +44,10 @@ class ValidationCheck:
         """Watch this batch, if it is the first with masks in force."""
         if self.done or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        masked = any(layer.is_masked for _, layer in sparse_layers(pl_module))
+        layers = [layer for _, layer in sparse_layers(pl_module)]
+        if any(layer.shard is not None for layer in layers):  # plain weights cannot stand for what is gathered
+            return
+        masked = any(layer.is_masked for layer in layers)
         if not masked or getattr(pl_module, "_compiler_ctx", None) is not None:  # whose steps are compiled as a whole
             return
         self.done, self._depth = True, 0

@@ -21,7 +21,7 @@ from ..masks.matrices import matrix_of, weight_of
 from ..masks.patterns import TRANSPOSABLE
 from ..masks.soft_threshold import soft_thresholded
 from ..masks.tile_codes import KEEP_ALL
-from .pruned_entries import PLAIN_KEY, weight_key
+from .pruned_entries import PLAIN_KEY, PRUNED_KEY, weight_key
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -93,6 +93,11 @@ class Checkpoint:
     def weight(self, name: str) -> Tensor:
         """Read one of the model's tensors."""
         return self._read(self._model + name)
+
+    def master(self, layer: str) -> Tensor:
+        """Read a layer's dense weight, which Lightning's callback saves apart from the weight that is evaluated."""
+        apart = f"{self._prefix}{PRUNED_KEY}.{layer}"
+        return self._read(apart if apart in self.entries else self._model + weight_key(layer))
 
     def codes(self, layer: str) -> Tensor:
         """Read the int16 tile codes of a layer."""
@@ -169,11 +174,11 @@ def _evaluated(saved: Checkpoint) -> Iterator[Tensor]:
     """Yield the model's tensors as they are evaluated."""
     state, masked = saved.state, {saved.key(name): name for name in saved.state["active"]}
     for key in saved.weights:
-        weight = saved.weight(key)
         if key not in masked:
-            yield weight
+            yield saved.weight(key)
             continue
         layer = masked[key]
+        weight = saved.master(layer)
         matrix, codes = matrix_of(weight, layer in state["transposed"]), saved.codes(layer)
         if tuple(codes.shape) != (matrix.shape[0] // 4, matrix.shape[1] // 4):
             saved.refuse(f"is damaged: codes of layer {layer!r} have shape {tuple(codes.shape)}")

@@ -1,8 +1,8 @@
 """``SparseTraining``: the engine that runs a method's schedule on a model, from the optimizer's own steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -61,7 +61,8 @@ class SparseTraining(SavedRun):
             ``"packed"``, what is kept and one byte a tile; ``"auto"``, packed where products are sparse. The report
             says which.
         state: What an earlier :meth:`state_dict` returned, to go on from there; as good as :meth:`load_state_dict`
-            afterwards, without a first mask search.
+            afterwards, without a first mask search. Or what returns it, given this object, whose
+            :meth:`sharded_state_dict` can be loaded into then; every process has to do the same in there.
         verbose: Print the one-line summary of the selection and, at :meth:`finish`, what the model is then.
 
     Raises:
@@ -115,7 +116,7 @@ class SparseTraining(SavedRun):
         track_age: bool = False,
         group: ProcessGroup | None = None,
         gather: GatherMode = "auto",
-        state: Mapping[str, Any] | None = None,
+        state: Mapping[str, Any] | Callable[[Self], Mapping[str, Any]] | None = None,
         verbose: bool = True,
     ) -> None:
         self._everyone = everyone_with(model, group)
@@ -147,12 +148,12 @@ class SparseTraining(SavedRun):
         self._phases, self._steps = assemble(setup, layers, self._removals)
         self._steps.run, self.masks = self, self._phases.masks
 
-    def _begin(self, state: Mapping[str, Any] | None) -> None:
+    def _begin(self, state: Mapping[str, Any] | Callable[[Self], Mapping[str, Any]] | None) -> None:
         """Enter the first phase, or go on from a state; what is sent between processes begins here."""
         if state is None:
             self._phases.enter()
         else:
-            self._resume(state, stacklevel=5)
+            self._resume(state(self) if callable(state) else state, stacklevel=5)
         claim(self.masks.layers.values(), self)
 
     def distilled(self, loss: Tensor) -> Tensor:
