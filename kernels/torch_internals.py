@@ -6,6 +6,7 @@ elsewhere are of two kinds, and the test lists them: attributes that are read in
 subclasses override or call (``_apply``, ``_conv_forward``, ``_init_group``, ``_replicate_for_data_parallel``).
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from operator import attrgetter
@@ -128,6 +129,23 @@ def remove_global_hook(handle: RemovableHandle) -> None:
 
 INIT_GROUP = "_init_group"
 """Where Adam collects what it updates in a group; what takes place there is inside the one step that hooks see."""
+
+
+def makes_optimizer_state() -> bool:
+    """Return whether ``torch.distributed.checkpoint`` is making an optimizer's state, by a step of zeros, in this call.
+
+    It does so where an optimizer has none yet, to have room for what it loads; hooks see a step like any other.
+
+    Example:
+        >>> makes_optimizer_state()
+        False
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back
+    return False
 
 
 # -- distributed ----------------------------------------------------------------------------------------------------

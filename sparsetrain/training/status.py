@@ -56,7 +56,7 @@ class RunStatus:
 
     @property
     def report(self) -> SelectionReport:
-        """Every linear and convolutional layer: sparse, with products and how it is gathered, or dense with the reason."""
+        """Every linear or convolutional layer: sparse, with products and how it is gathered, or dense with a reason."""
         dense = self.masks.dense or ()
         report = self._selection.with_dense(dense, f"kept dense by dense_budget={self.method.dense_budget:g}")
         return report if self.finished else report.with_products(self.masks.layers, self._phases.wires)

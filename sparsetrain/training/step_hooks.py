@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..kernels.torch_internals import makes_optimizer_state
+
 AdjustGradients = Callable[[Optimizer, "Tensor | None"], None]
 
 
@@ -16,6 +18,8 @@ class StepHooks:
     Lightning runs backward and clipping in a closure inside ``step(closure)``: the closure is wrapped, so ``adjust``
     runs at its end. A fused optimizer under a gradient scaler is called with scaled gradients and skips by itself:
     ``adjust`` is given the scale, and a step that found infinities is not counted.
+
+    A step of zeros by which ``torch.distributed.checkpoint`` makes an optimizer's state is left alone.
 
     With several optimizers, the clock advances when each has stepped since the last advance.
 
@@ -38,6 +42,7 @@ class StepHooks:
         self._written = written
         self._advance = advance
         self.stepped: set[int] = set()
+        self._is_made_up = False  # the step at hand: it makes room for a state that is loaded, and trains nothing
         self._handles = [
             handle
             for optimizer in self._optimizers
@@ -56,6 +61,9 @@ class StepHooks:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._is_made_up = not optimizer.state and _has_no_rate(optimizer) and makes_optimizer_state()
+        if self._is_made_up:
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         if closure is None:
             self._adjust(optimizer, getattr(optimizer, "grad_scale", None))
@@ -72,13 +80,17 @@ class StepHooks:
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        if self._is_made_up or (found_inf is not None and bool(found_inf)):
             return
         self._written(optimizer)
         self.stepped.add(self._optimizers.index(optimizer))
         if len(self.stepped) == len(self._optimizers):
             self.stepped.clear()
             self._advance()
+
+
+def _has_no_rate(optimizer: Optimizer) -> bool:
+    return not any(float(group.get("lr", 1.0)) for group in optimizer.param_groups)
 
 
 def owned_parameters(optimizer: Optimizer) -> set[int]:

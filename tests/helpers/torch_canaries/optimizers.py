@@ -1,9 +1,11 @@
 """Canaries: optimizers."""
 
+import sys
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from .registry import canary
 
@@ -35,3 +37,24 @@ def _() -> None:
         optimizer.step()
         assert seen == [[1, 1, 1, 1, 0, 1]]
         assert weight == 1  # what is not in the lists is not updated
+
+
+@canary(
+    "_init_optim_state",
+    "torch.distributed.checkpoint makes an optimizer's state by a step of zeros inside _init_optim_state",
+    "torch/distributed/checkpoint/state_dict.py, _init_optim_state",
+    "runs whose state is loaded, whose clock would count that step and whose frozen masks would be written by it",
+)
+def _() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer, callers = torch.optim.Adam([weight], lr=1.0), set[str]()
+
+    def note(*_: object) -> None:
+        frame = sys._getframe()
+        while frame is not None:
+            callers.add(frame.f_code.co_name)
+            frame = frame.f_back  # type: ignore[assignment]
+
+    optimizer.register_step_pre_hook(note)
+    get_optimizer_state_dict(torch.nn.ParameterList([weight]), optimizer)
+    assert "_init_optim_state" in callers

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import adamw, mlp, sparse_run, train
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import sparsetrain as st
 from sparsetrain.methods import fst
@@ -84,3 +85,29 @@ def test_several_optimizers_advance_one_clock() -> None:
         assert training.clock == step
         optimizers[1].step()
         assert training.clock == step + 1
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_that_makes_room_for_a_loaded_state_is_none(optimizer: type[torch.optim.Optimizer]) -> None:
+    model = mlp()
+    owner = optimizer(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+    training = st.SparseTraining(model, owner, {"preset": "asp_one_shot", "prune_at": 0}, 10, verbose=False)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.ones_like(weight))  # what is loaded
+    get_state_dict(model, owner)
+    assert training.clock == 0
+    assert all(weight.all() for weight in model.parameters())
+    model(torch.randn(4, 16)).square().mean().backward()
+    owner.step()
+    assert training.clock == 1
+    assert not model[0].weight.all()
+
+
+def test_a_first_step_without_a_learning_rate_is_one() -> None:
+    model = mlp()
+    owner = torch.optim.AdamW(model.parameters(), lr=0.0)
+    training = st.SparseTraining(model, owner, "fst", 10, verbose=False)
+    model(torch.randn(4, 16)).square().mean().backward()
+    owner.step()
+    assert training.clock == 1
