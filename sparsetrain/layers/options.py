@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ..backends import resolve_backend
@@ -17,6 +18,8 @@ OPTIMIZER = Rule(
     "a torch.optim.Optimizer",
     lambda value: isinstance(value, Optimizer) or isinstance(getattr(value, "optimizer", None), Optimizer),
 )
+
+GROUP = instance(ProcessGroup, "a torch.distributed.ProcessGroup")
 
 SCHEDULER = Rule(
     "a learning-rate scheduler",

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparsetrain as st
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
 from sparsetrain.layers.convolution import MaskWeight, TwoWeightConvolution
-from sparsetrain.layers.linear import LinearSpec, SparseLinearFunction
 from sparsetrain.masks.gradient_rules import GRADIENT_RULES, scaled
 from sparsetrain.masks.soft_threshold import SoftThreshold
 from sparsetrain.matmul.estimated_weight_gradient import draw_counter
+from sparsetrain.matmul.linear_function import LinearSpec, SparseLinearFunction
 from sparsetrain.modifiers.criterion_observer import _AddInBackward
 
 ROOT = Path(__file__).resolve().parents[2]

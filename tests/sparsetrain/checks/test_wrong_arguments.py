@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import mlp
 from torch import nn
 
@@ -24,6 +25,8 @@ WRONG: dict[str, list[Any]] = {
     "total_steps": [0, -3, 2.0, float("nan"), True, "12", [12]],
     "watch_dense": ["no", None, 0],
     "track_age": ["no", None, 1],
+    "gather": ["zipped", None, 1, [], "Packed"],
+    "group": ["world", 5, [0, 1], dist.ProcessGroup],
     "per_layer_metrics": ["x", None],
     "print_table": ["x", 1],
     "logits_from": [5, None, ["net"]],
