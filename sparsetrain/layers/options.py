@@ -83,7 +83,9 @@ class LayerOptions:
             require(name, getattr(self, name), FLAG)
 
 
-def check_run_options(*, total_steps: Any, logits_from: Any, teacher: Any, gather: Any = "auto", **flags: Any) -> None:
+def check_run_options(
+    *, total_steps: Any, logits_from: Any, teacher: Any, gather: Any = "auto", group: Any = None, **flags: Any
+) -> None:
     """Raise ``ValueError`` if an argument of a run or of a trainer's callback is of a wrong kind.
 
     Args:
@@ -91,11 +93,13 @@ def check_run_options(*, total_steps: Any, logits_from: Any, teacher: Any, gathe
         logits_from: Likewise.
         teacher: Likewise.
         gather: Likewise.
+        group: Likewise.
         flags: True or False, each.
     """
     require("total_steps", total_steps, TOTAL_STEPS)
     require("logits_from", logits_from, TEXT)
     require("teacher", teacher, optional(MODULE))
+    require("group", group, optional(GROUP))
     require("gather", gather, one_of(("auto", "masked", "packed")))
     for name, value in flags.items():
         require(name, value, FLAG)

@@ -60,6 +60,7 @@ def setup_of(
         watch_dense=watch_dense,
         track_age=track_age,
         gather=gather,
+        group=group,
     )
     given = [optimizer] if isinstance(optimizer, Optimizer) or not isinstance(optimizer, Sequence) else optimizer
     require_whole_weights(model)

@@ -9,13 +9,13 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..checks.rules import FLAG, optional, require
+from ..checks.rules import FLAG, require
 from ..distributed.agreement import device_of, together
 from ..distributed.peers import everyone_with
 from ..distributed.shards import local
 from ..layers.claims import claim
 from ..layers.conversion import write_zeros_
-from ..layers.options import GROUP, LayerOptions, check_owners
+from ..layers.options import LayerOptions, check_owners
 from ..layers.selection.select_layers import weight_count
 from ..layers.selection.wrapped_names import warn_of_unmerged
 from ..layers.sharded.gathering import GatherMode
@@ -119,8 +119,7 @@ class SparseTraining(SavedRun):
         state: Mapping[str, Any] | Callable[[Self], Mapping[str, Any]] | None = None,
         verbose: bool = True,
     ) -> None:
-        require("group", group, optional(GROUP))
-        self._everyone = everyone_with(model, group)
+        self._everyone = everyone_with(model, group if isinstance(group, ProcessGroup) else None)
         with ExitStack() as undo:
             with together(self._everyone, "the run", device_of(model)) as note:
                 check_owners(model, optimizer, lr_schedulers)

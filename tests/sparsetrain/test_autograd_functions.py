@@ -16,12 +16,16 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsetrain as st
+from sparsetrain.kernels.mask_search import search_tiles
 from sparsetrain.kernels.tile_codes.reference import unpack_codes
+from sparsetrain.kernels.wire import to_wire
 from sparsetrain.layers.convolution import MaskWeight, TwoWeightConvolution
+from sparsetrain.layers.sharded.gathered_products import UnderRule
 from sparsetrain.masks.gradient_rules import GRADIENT_RULES, scaled
 from sparsetrain.masks.soft_threshold import SoftThreshold
 from sparsetrain.matmul.estimated_weight_gradient import draw_counter
 from sparsetrain.matmul.linear_function import LinearSpec, SparseLinearFunction
+from sparsetrain.matmul.wire_matmul import WireLinearFunction
 from sparsetrain.modifiers.criterion_observer import _AddInBackward
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +78,25 @@ def linear(rule: str, backward: bool = False, estimated: bool = False) -> Case:
     return make
 
 
+def wire(rule: str) -> Case:
+    codes = search_tiles(torch.randn(8, 16), True)
+    values, numbers = to_wire(torch.randn(8, 16), codes, torch.float32)
+    rules = LinearSpec(RULES[rule], "masked", "masked", 3)
+
+    def make(order: torch.memory_format) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        def multiply(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return WireLinearFunction.apply(input, weight, values, numbers, codes, bias, None, rules)
+
+        return multiply, (torch.randn(2, 32, 16), torch.randn(8, 16), torch.randn(8))
+
+    return make
+
+
+def under_rule(rule: str) -> Case:
+    weight = torch.where(torch.rand(8, 16) > 0.5, torch.randn(8, 16, dtype=torch.float64), -0.0)
+    return lambda order: (lambda weight: UnderRule.apply(weight, RULES[rule]), (weight,))
+
+
 def soft(transposable: bool) -> Case:
     codes, scale = random_codes(8, 16), torch.tensor(1.5, dtype=torch.float64)
     return lambda order: (
@@ -101,6 +124,8 @@ CASES: dict[str, Case] = {
     "SoftThreshold, row-wise": soft(False),
     "SoftThreshold, transposable": soft(True),
     "_AddInBackward": observed,
+    **{f"WireLinearFunction, {rule}": wire(rule) for rule in RULES},
+    **{f"UnderRule, {rule}": under_rule(rule) for rule in RULES if rule != "ste"},
 }
 
 EAGER = {"EagerLinearFunction", "TakeMaskedWeight"}
