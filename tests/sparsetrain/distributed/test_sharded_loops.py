@@ -32,8 +32,12 @@ def in_one_process(loop: str, method: str) -> dict[str, Any]:
     return sharded_runs.train(sharded_runs.blocks(), METHODS[method], steps=10, **options)
 
 
-@pytest.mark.parametrize("gather", GATHERS)
-@pytest.mark.parametrize("method", METHODS)
+KINDS = [("sparse", "masked"), ("frozen", "packed"), *[
+    pytest.param(*kind, marks=pytest.mark.sweep) for kind in (("frozen", "masked"), ("sparse", "packed"))
+]]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "gather"), KINDS)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_loop_on_shards_trains_as_in_one_process(loop: str, method: str, gather: str) -> None:
     for found in ranks(2)("sharded_runs.fsdp", METHODS[method], (2,), steps=10, gather=gather, **LOOPS[loop]):

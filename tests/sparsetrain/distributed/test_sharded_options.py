@@ -30,8 +30,15 @@ def in_one_process(option: str) -> dict[str, Any]:
     return sharded_runs.train(sharded_runs.blocks(), steps=16, **OPTIONS[option])
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("shape", [(2,), (2, 2)], ids=["fsdp", "hsdp"])
+OVER_REPLICAS = ("hysteresis", "tile budget", "wanda", "automatic decay", "adapters")
+"""What is added up, and has to leave replicas out."""
+
+CASES = [((2,), option) for option in OPTIONS] + [
+    pytest.param((2, 2), option, marks=[] if option in OVER_REPLICAS else pytest.mark.sweep) for option in OPTIONS
+]
+
+
+@pytest.mark.parametrize(("shape", "option"), CASES)
 def test_an_option_on_shards_trains_as_in_one_process(shape: tuple[int, ...], option: str) -> None:
     for found in ranks(2 * len(shape))("sharded_runs.fsdp", shape=shape, steps=16, **OPTIONS[option]):
         sharded_runs.require_equal(found, in_one_process(option))

@@ -18,9 +18,18 @@ def in_one_process(method: str) -> dict[str, Any]:
     return sharded_runs.train(sharded_runs.blocks(), method)
 
 
+SHORT = [("fsdp", "masked"), ("fsdp", "packed"), ("fsdp of 4", "masked"), ("hsdp", "masked")]
+"""What every run of the tests has; by the other wire, packing is no more than on two ranks."""
+
+ALL = [
+    pytest.param(layout, gather, marks=[] if (layout, gather) in SHORT else pytest.mark.sweep)
+    for layout in LAYOUTS
+    for gather in ("masked", "packed")
+]
+
+
 @pytest.mark.parametrize("method", PRESETS)
-@pytest.mark.parametrize("gather", ["masked", "packed"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "gather"), ALL)
 def test_a_preset_on_shards_trains_as_in_one_process(layout: str, gather: str, method: str) -> None:
     world, shape = LAYOUTS[layout]
     for found in ranks(world)("sharded_runs.fsdp", method, shape, gather=gather):
