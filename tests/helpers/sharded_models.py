@@ -6,6 +6,7 @@ from typing import Any
 import sharded_runs
 import torch
 import torch.distributed as dist
+from ranks import failure
 from sharded_runs import blocks, outcome, shard, take_step
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -150,3 +151,14 @@ def on_one_rank(gather: str, method: Any = METHOD) -> dict[str, Any]:
         return model
 
     return plain(spread, gather=gather, method=method)
+
+
+def without_hooks(gather: str) -> str:
+    """Return what a step says after local tensors were replaced, unnoticed."""
+    training, optimizer = begin(shard(blocks(), (dist.get_world_size(),)), method="asp_one_shot", gather=gather)
+    for step in range(STEPS):
+        take_step(training.model, optimizer, step)
+    for layer in training.masks.layers.values():
+        assert layer.shard is not None
+        layer.shard.detach()
+    return failure(take_step, training.model, optimizer, STEPS)
