@@ -118,7 +118,7 @@ class Phases:
 
     def repack_(self, moment: object = None) -> None:
         """Pack the weights for sparse products; ``moment`` is that of :meth:`LayerGroup.known`."""
-        if dist.is_initialized():
+        if dist.is_initialized() and any(layer.shard is not None for layer in self.masks.layers.values()):
             reshard_(self._model)  # what is gathered has other masks or weights
         with nullcontext() if self.timer is None else self.timer.part("repack"):
             self.repack_ms = self.run.groups.repack_(self.masks.layers, moment)
