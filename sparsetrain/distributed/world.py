@@ -10,4 +10,14 @@ def world_size() -> int:
         >>> world_size()
         1
     """
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if has_group() else 1
+
+
+def has_group() -> bool:
+    """Return whether there is a default group of processes, be it of one.
+
+    Example:
+        >>> has_group()
+        False
+    """
+    return dist.is_available() and dist.is_initialized()

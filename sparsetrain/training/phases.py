@@ -3,9 +3,8 @@
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 
-import torch.distributed as dist
-
 from ..distributed.peers import reshard_
+from ..distributed.world import has_group
 from ..layers.sharded.gathering import settle_wires_, wires_in_words
 from ..masks.gradient_rules import resolve_gradient_rule
 from ..methods.schedule import UNKNOWN_LENGTH
@@ -118,7 +117,7 @@ class Phases:
 
     def repack_(self, moment: object = None) -> None:
         """Pack the weights for sparse products; ``moment`` is that of :meth:`LayerGroup.known`."""
-        if dist.is_initialized() and any(layer.shard is not None for layer in self.masks.layers.values()):
+        if has_group() and any(layer.shard is not None for layer in self.masks.layers.values()):
             reshard_(self._model)  # what is gathered has other masks or weights
         with nullcontext() if self.timer is None else self.timer.part("repack"):
             self.repack_ms = self.run.groups.repack_(self.masks.layers, moment)
