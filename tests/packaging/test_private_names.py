@@ -8,6 +8,7 @@ from private_names import IN_PLACE, INHERITED, INTERNALS, ROOT, Use, defined, fo
 
 OTHERS = {
     "_actions": "argparse",
+    "_exit": "os, public",
     "_batches_that_stepped": "Lightning",
     "_compiler_ctx": "Lightning",
     "_forward_module": "Lightning's Fabric",
