@@ -105,6 +105,12 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake("sparsetrain::wire_matmul", _shape_of_product, lib=LIBRARY)
 
 
+NO_SECOND_GRADIENT = (
+    "gather is 'packed' and a gradient of gradients is asked for (create_graph=True): only a weight that travels "
+    "masked has one, so use gather='masked'."
+)
+
+
 class WireLinearFunction(torch.autograd.Function):
     """What :class:`~sparsetrain.matmul.linear_function.SparseLinearFunction` computes, of a weight over the wire."""
 
@@ -128,9 +134,11 @@ class WireLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        """Compute the gradients that are asked for."""
+        """Compute the gradients that are asked for; none of them has another."""
         input, values, numbers, codes = ctx.saved_tensors
         spec, output_gradient = ctx.spec, gradients[0]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(NO_SECOND_GRADIENT)
         input_gradient = weight_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
             wire = values, numbers, codes

@@ -65,7 +65,11 @@ class Phases:
             if layer.phase == "dense" or not layer.is_2_4:
                 layer.operands.release()
         self.tell(entry)
-        settle_wires_(self._model, masks.layers, self._gather)
+        self.settle_wires()
+
+    def settle_wires(self) -> None:
+        """Have FSDP2 gather every layer's weight in the form that the phase allows."""
+        settle_wires_(self._model, self.masks.layers, self._gather)
 
     def retime(self, total_steps: int | None) -> None:
         """Set the length of the run: phases that have begun stay, later ones move.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from ranks import failure
 from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -198,6 +199,31 @@ def wires(gather: Any, method: Any = "fst", backend: str = "auto") -> set[str]:
         return {choice.products.partition("; ")[2] for choice in training.report.sparse}
     finally:
         del BACKENDS["simulated"]
+
+
+def second_gradient() -> str:
+    """Return what a gradient of gradients of packed weights says."""
+    model = shard(blocks(), (2,))
+    st.SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "fst", 6, gather="packed", verbose=False)
+    x = batch(0).requires_grad_()
+    loss = model(x).square().mean()
+    return failure(torch.autograd.grad, loss, x, create_graph=True)
+
+
+def wires_of_a_model_sharded_late() -> list[set[str]]:
+    """Return the kinds of wires before the first step and after it."""
+    model = blocks()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training = st.SparseTraining(model, optimizer, "fst", 6, gather="packed", verbose=False)
+    shard(model, (2,))
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+
+    def kinds() -> set[str]:
+        return {type(layer.shard.wire).__name__ for layer in training.masks.layers.values() if layer.shard}
+
+    found = [kinds()]
+    take_step(model, optimizer, 0)
+    return [*found, kinds()]
 
 
 def require_equal(found: Mapping[str, Any], wanted: Mapping[str, Any], relative: float = 0.0) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...backends import BACKENDS
 from ...backends.interface import SPARSE_DTYPES
-from ...distributed.peers import is_gathered, reshard_
+from ...distributed.peers import is_gathered, is_parallel, reshard_
 from ...distributed.shards import first_cut
 from ...kernels.torch_internals import fsdp_parameters, gather_afresh, gathered_size, module_of
 from ...matmul.choices import backend_on
@@ -45,8 +45,14 @@ def _use(model: nn.Module, wanted: Mapping[int, tuple[MaskedLayer, type[Wire]]])
     reshard_(model)
     for parameter in fsdp_parameters(model):
         module, name = module_of(parameter)
-        if name == "weight" and (found := changed.get(id(module))) is not None:
+        if name == "weight" and (found := changed.pop(id(module), None)) is not None:
             _exchange(*found, parameter)
+    for layer, _ in changed.values() if is_gathered(model) else ():
+        if not is_parallel(model, layer.weight):
+            raise RuntimeError(
+                f"layer {layer.shard and layer.shard.name!r} is sharded but FSDP2 knows it under another module: make "
+                "the run of the model that fully_shard was applied to, or use gather='masked'."
+            )
 
 
 def release_wires_(model: nn.Module, layers: Iterable[MaskedLayer]) -> None:

@@ -97,3 +97,13 @@ def test_the_report_says_how_weights_travel_and_why(gather: str, method: str, ba
 def test_an_unknown_wire_is_refused() -> None:
     with pytest.raises(ValueError, match=r"gather is 'zipped': it must be one of .'auto', 'masked', 'packed'."):
         sharded_runs.train(sharded_runs.blocks(), "fst", gather="zipped")
+
+
+def test_a_packed_weight_has_no_second_gradient() -> None:
+    for found in ranks(2)("sharded_runs.second_gradient"):
+        assert found.startswith("RuntimeError: gather is 'packed' and a gradient of gradients is asked for")
+
+
+def test_a_model_that_is_sharded_late_is_gathered_packed_from_its_second_step() -> None:
+    for found in ranks(2)("sharded_runs.wires_of_a_model_sharded_late"):
+        assert found == [{"MaskedWire"}, {"PackedWire"}]
