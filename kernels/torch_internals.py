@@ -186,17 +186,25 @@ def gathered_size(parameter: Any) -> tuple[int, ...]:
     return tuple(parameter._orig_size)
 
 
-def gather_afresh(parameter: Any) -> None:
+def gather_afresh(parameter: Any, sent: Sequence[Tensor] = ()) -> None:
     """Have FSDP2 make the buffers of a parameter's next gathering again, as what travels has another size.
 
-    It makes them once, of what the first gathering sends.
+    It makes them once, of what the first gathering sends: of no use to training if that is under ``inference_mode``.
 
     Args:
         parameter: What :func:`fsdp_parameters` yields, not gathered.
+        sent: What will be sent, for buffers that are made now, without memory; empty if that may be left to FSDP2.
     """
     parameter.all_gather_outputs = []
     parameter.__dict__.pop("_unsharded_param", None)
     parameter._init_extensions()
+    count = parameter.shard_mesh.size()
+    own = sent if count > 1 else sent[:1]
+    if own:
+        with torch.inference_mode(False):
+            sizes, dtypes = [one.numel() for one in own], [one.dtype for one in own]
+            parameter.init_all_gather_outputs(sizes, dtypes, count, parameter.device)
+        parameter.free_unsharded_param()
 
 
 # -- CUDA and operators ---------------------------------------------------------------------------------------------

@@ -102,6 +102,17 @@ def gathered_when_searched(spread: Callable[[nn.Module], nn.Module], **options: 
     return go_on(training, optimizer)
 
 
+def evaluated_in_inference_mode(spread: Callable[[nn.Module], nn.Module], **options: Any) -> dict[str, Any]:
+    """Every step is followed by an evaluation without any trace of autograd, phase changes too."""
+    training, optimizer = begin(spread(blocks()), **options)
+    losses = []
+    for step in range(STEPS):
+        losses += take_step(training.model, optimizer, step)
+        with torch.inference_mode():
+            losses.append(training.model(sharded_runs.batch(0)).sum().item())
+    return {"losses": losses, **outcome(training.model, training)}
+
+
 def finished(spread: Callable[[nn.Module], nn.Module], **options: Any) -> dict[str, Any]:
     """A run that ends sparse, and the plain model after it."""
     training, optimizer = begin(spread(blocks()), method="asp_one_shot", **options)
@@ -121,7 +132,8 @@ def recomputed(spread: Callable[[nn.Module], nn.Module], **options: Any) -> dict
 
 MODELS = [
     plain, convolutions, double_pruned_convolutions, transposed, compiled, converted, assigned, sharded_late,
-    gathered_when_searched, finished, recomputed,
+    gathered_when_searched, evaluated_in_inference_mode,
+    finished, recomputed,
 ]  # fmt: skip
 
 
@@ -162,3 +174,15 @@ def without_hooks(gather: str) -> str:
         assert layer.shard is not None
         layer.shard.detach()
     return failure(take_step, training.model, optimizer, STEPS)
+
+
+def what_a_reader_finds() -> tuple[bool, bool]:
+    """Return whether a gathered weight reads as no numbers, packed, and as the masked weight, masked."""
+    found = []
+    for gather in ("packed", "masked"):
+        training, _ = begin(shard(blocks(), (dist.get_world_size(),)), method="fst", gather=gather)
+        module: Any = training.model[0]  # type: ignore[index]
+        module.unshard()
+        found.append(bool(module.up.weight.float().abs().sum().isnan()))
+        module.reshard()
+    return found[0], found[1]

@@ -78,7 +78,7 @@ def _exchange(layer: MaskedLayer, kind: type[Wire], parameter: Any) -> None:
     wire = PackedWire(gathered_size(parameter)) if kind is PackedWire else kind()
     layer.operands.wired = wire.operands if isinstance(wire, PackedWire) else None
     layer.shard.use(wire, parameter.padded_sharded_param_size, parameter.mp_policy.param_dtype)
-    gather_afresh(parameter)
+    gather_afresh(parameter, layer.shard.send())
 
 
 def wire_of(layer: MaskedLayer, gather: GatherMode) -> type[Wire]:

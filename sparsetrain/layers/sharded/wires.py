@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ...distributed.shards import local
 from ...kernels.wire import numbers_of_codes, to_wire_
 from ...matmul.wire_operands import WireOperands
 
@@ -123,17 +124,20 @@ class PackedWire(Wire):
         return values, numbers
 
     def receive(self, layer: SpreadLayer, parts: Sequence[Tensor]) -> Tensor:
-        """Return a tensor of the weight's shape, whose memory is taken away as soon as FSDP2 has it."""
+        """Return a tensor of the weight's shape, which loses its memory as soon as FSDP2 has made a parameter of it."""
         rows = self.shape[0]
         numbers = parts[1] if len(parts) > 1 else numbers_of_codes(layer.mask_codes)
         self.values, self.numbers = parts[0][:rows], numbers[: rows // 4]
         self.operands.outdate()
         if self._stand_in is None:
-            self._stand_in = self.values.new_empty(self.shape)
+            with torch.inference_mode(False):
+                self._stand_in = torch.empty(self.shape, dtype=self.values.dtype, device=self.values.device)
         return self._stand_in
 
     def settle(self, parameter: Tensor) -> None:
-        """Take its memory away."""
+        """Leave it one entry for all: it has the weight's shape, and whoever reads it finds no numbers."""
+        part = local(parameter)
+        part.data = part.new_full((), float("nan")).expand(part.shape)
         if self._stand_in is not None:
             self._stand_in.untyped_storage().resize_(0)
 

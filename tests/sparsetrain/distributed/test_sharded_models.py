@@ -46,3 +46,7 @@ def test_a_mesh_of_one_process(gather: str, method: str) -> None:
 def test_a_weight_that_is_gathered_without_its_mask_is_an_error_on_every_rank(gather: str, words: str) -> None:
     for found in ranks(2)("sharded_models.without_hooks", gather):
         assert words in found  # the second is torch's, whose buffers have another size
+
+
+def test_who_reads_a_packed_weight_finds_no_numbers() -> None:
+    assert ranks(2)("sharded_models.what_a_reader_finds") == [(True, False)] * 2
