@@ -72,6 +72,9 @@ foreach_sqrt_ = torch._foreach_sqrt_
 foreach_sub_ = torch._foreach_sub_
 
 
+after_backward: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
+"""Has something called when the backward that is at work ends; data-parallel modules of torch do the same."""
+
 # -- modules --------------------------------------------------------------------------------------------------------
 
 COMPILED_MODULE = "_orig_mod"

@@ -37,6 +37,10 @@ class Peers(NamedTuple):
             dist.all_reduce(tensor, group=group)
 
 
+ALONE = Peers()
+"""Of a run in one process."""
+
+
 def peers_of(model: nn.Module, weights: Iterable[Tensor], group: dist.ProcessGroup | None) -> Peers:
     """Return a run's peers: those of the weights' mesh if FSDP2 gathers weights, else a group, or all processes.
 

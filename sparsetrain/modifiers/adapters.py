@@ -12,10 +12,12 @@ from torch.optim import Adagrad, Optimizer
 from ..checks.rules import each
 from ..checks.states import by_layer, require_part, tensor
 from ..distributed.layouts import Layout, layout_of
-from ..distributed.peers import Peers
-from ..distributed.shards import gradient_here, local, replicated_like
+from ..distributed.peers import ALONE, Peers
+from ..distributed.shards import gradient_here, is_spread, local, replicated_like
 from ..distributed.wrappers import is_zero
+from ..kernels.torch_internals import after_backward
 from ..layers.masked_layer import MaskedLayer
+from ..masks.matrices import by_device
 from .base import Entry, Modifier, Resumed, Run, Setup, Step
 
 
@@ -29,6 +31,7 @@ class Adapters(Modifier):
         layers: Layer name to layer.
         optimizers: Those that own the layers' weights; adapters join the groups of their weights.
         rank: Of the adapters, at most the layer's smaller size.
+        peers: Processes over which gradients are averaged, as each backward ends.
 
     Example:
         >>> from sparsetrain import SparseLinear
@@ -43,7 +46,10 @@ class Adapters(Modifier):
 
     name = "adapters"
 
-    def __init__(self, layers: Mapping[str, MaskedLayer], optimizers: Sequence[Optimizer], rank: int) -> None:
+    def __init__(
+        self, layers: Mapping[str, MaskedLayer], optimizers: Sequence[Optimizer], rank: int, peers: Peers = ALONE
+    ) -> None:
+        self._peers, self._new = peers, set[int]()
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}
         self._layers, self._optimizers = dict(layers), list(optimizers)
         for name, layer in self._layers.items():
@@ -57,8 +63,11 @@ class Adapters(Modifier):
             group = self._group_of(layer.weight)
             if group is not None:
                 group["params"].extend(made)
-        self._own = {id(part) for pair in self.parts.values() for part in pair}
+        every = [part for pair in self.parts.values() for part in pair]
+        self._own = {id(part) for part in every}
         self._handles = [entry.register_load_state_dict_pre_hook(self._make_room) for entry in self._optimizers]
+        if peers.size > 1 or any(map(is_spread, every)):
+            self._handles += [part.register_post_accumulate_grad_hook(self._arrived) for part in every]  # type: ignore[no-untyped-call]
 
     @classmethod
     def check(cls, setup: Setup) -> None:
@@ -70,11 +79,10 @@ class Adapters(Modifier):
     def of(cls, run: Run, setup: Setup) -> Self | None:
         """Return them for methods with an ``adapter_rank``."""
         rank = run.method.adapter_rank
-        return cls(run.layers, run.optimizers, rank) if rank else None
+        return cls(run.layers, run.optimizers, rank, run.peers) if rank else None
 
     def before_step(self, run: Run, step: Step) -> None:
-        """Make the step of the adapters what it is of other parameters."""
-        self.average_gradients(step.optimizer, run.peers)
+        """Give adapters that begin now a state."""
         self.start_state(step.optimizer)
 
     def after_step(self, run: Run) -> None:
@@ -94,15 +102,29 @@ class Adapters(Modifier):
         for name, layer in self._layers.items():
             layer.adapter = self.parts[name] if on else None
 
-    def average_gradients(self, optimizer: Optimizer, peers: Peers) -> None:
-        """Average gradients over data-parallel ranks, which wrap the model's own parameters alone."""
-        if peers.size == 1 and not any(layer.shard is not None for layer in self._layers.values()):
+    def _arrived(self, part: Tensor) -> None:
+        """Note an adapter's gradient; when the backward is over, those that came are averaged in one message."""
+        if not self._new:
+            after_backward(self._average)
+        self._new.add(id(part))
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Average new gradients over data-parallel ranks, which wrap the model's own parameters alone.
+
+        So they are final before they are clipped. What micro-batches before have left is equal on all ranks already.
+        """
+        every = [part for pair in self.parts.values() for part in pair if id(part) in self._new]
+        self._new.clear()
+        gradients = [gradient for part in every if (gradient := gradient_here(part)) is not None]
+        if self._peers.size == 1:
             return
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for pair in self.parts.values():
-            for part in pair:
-                if id(part) in owned and (gradient := gradient_here(part)) is not None and peers.size > 1:
-                    peers.sum_(gradient.div_(peers.size))
+        for own in by_device(dict(enumerate(gradients))):
+            flat = torch.cat([gradients[number].flatten() for number in own])
+            self._peers.sum_(flat.div_(self._peers.size))
+            sizes = [gradients[number].numel() for number in own]
+            for number, averaged in zip(own, torch.split(flat, sizes), strict=True):
+                gradients[number].copy_(averaged.view_as(gradients[number]))
 
     def clear_gradients(self) -> None:
         """Do what ``zero_grad()`` of the model does for its own parameters: trainers may call no other."""

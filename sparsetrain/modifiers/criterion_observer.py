@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..criteria.criterion import Criterion
-from ..distributed.peers import Peers
+from ..distributed.peers import ALONE, Peers
 from ..distributed.shards import is_spread, local
 from ..layers.masked_layer import MaskedLayer
 from ..layers.sharded.tensor_parallel import prepared
 from ..masks.matrices import by_device
 from .base import Modifier, Run, Setup, Step
-
-ALONE = Peers()
 
 
 class Observer(Modifier):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.equal_codes import Groups, require_equal_codes
-from ..distributed.peers import Peers
+from ..distributed.peers import ALONE, Peers
 from ..distributed.shards import groups_of, part_like
 from ..kernels.tile_codes import unpack_codes
 from ..layers.masked_layer import MaskedLayer
@@ -21,8 +21,6 @@ from .mask_search import MaskSearch
 from .mask_statistics import kept_fractions, layer_statistics, rate_of
 
 MAX_AGE = 255
-
-ALONE = Peers()
 
 STATE_KEYS = (
     "pattern", "exists", "kept", "dense", "codes", "shapes", "flips", "virtual_flips", "sums_at_refresh", "ages",

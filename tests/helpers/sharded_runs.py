@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from ranks import failure
 from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
@@ -199,6 +200,26 @@ def wires(gather: Any, method: Any = "fst", backend: str = "auto") -> set[str]:
         return {choice.products.partition("; ")[2] for choice in training.report.sparse}
     finally:
         del BACKENDS["simulated"]
+
+
+def clipped_adapters(micro_batches: int, under_fsdp: bool) -> tuple[list[float], list[Tensor]]:
+    """Return norms by which adapters too are clipped, and adapters and weights after it, where ranks halve batches."""
+    module = blocks()
+    model = shard(module, (2,)) if under_fsdp else nn.parallel.DistributedDataParallel(module)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = {"preset": "slope", "adapter_rank": 4, "adapter_start": 0.25}
+    training = st.SparseTraining(model, optimizer, method, 8, verbose=False)
+    norms = []
+    for step in range(8):
+        optimizer.zero_grad()
+        for number in range(micro_batches):
+            half = batch(10 * step + number).chunk(2)[dist.get_rank()]
+            (model(half).square().mean() / micro_batches).backward()
+        norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.05)
+        norms.append(whole(norm).item())
+        optimizer.step()
+    parts = [whole(part) for pair in training.adapters().values() for part in pair]
+    return norms, [*parts, *map(whole, module.state_dict().values())]
 
 
 def second_gradient() -> str:

@@ -69,3 +69,24 @@ def _() -> None:
 def _() -> None:
     torch.compile(lambda x: x, backend="eager")
     assert "torch._dynamo" in sys.modules
+
+
+@canary(
+    "_execution_engine",
+    "Variable._execution_engine.queue_callback(function), in a backward, has the function called when that ends",
+    "torch/csrc/autograd/python_engine.cpp, THPEngine_queue_callback, which torch/nn/parallel and FSDP2 use",
+    "adapters over several ranks, whose gradients would not be averaged",
+)
+def _() -> None:
+    order: list[str] = []
+    weights = [torch.ones(1, requires_grad=True) for _ in range(2)]
+
+    def arrived(_: torch.Tensor) -> None:
+        order.append("gradient")
+        if len(order) == 1:
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: order.append("end"))
+
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(arrived)
+    (weights[0] * weights[1]).backward()
+    assert order == ["gradient", "gradient", "end"]

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import mlp
+from ranks import ranks
 from simulated_backend import SimulatedBackend
 
 import sparsetrain as st
@@ -71,3 +72,12 @@ def test_sparse_layers_may_be_wrapped(tmp_path: Path) -> None:
 
 def test_one_process_compares_nothing() -> None:
     require_equal_codes({"fc": torch.zeros(1, 1, dtype=torch.int16)}, {"fc": ()})
+
+
+@pytest.mark.parametrize("under_fsdp", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_adapters_are_clipped_by_the_same_norm_on_every_rank(micro_batches: int, under_fsdp: bool) -> None:
+    first, second = ranks(2)("sharded_runs.clipped_adapters", micro_batches, under_fsdp)
+    assert first[0] == second[0]
+    assert all(map(torch.equal, first[1], second[1]))
+    assert any(part.abs().sum() > 0 for part in first[1][1:14:2])  # adapters have moved
