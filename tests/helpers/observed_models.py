@@ -6,11 +6,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from models import mlp
 from torch import Tensor, nn
 
 import sparsetrain as st
-from sparsetrain.criteria import Criterion
+from sparsetrain.criteria import Criterion, Wanda
+from sparsetrain.distributed.peers import Peers
 from sparsetrain.layers.conversion import to_sparse_
 from sparsetrain.layers.masked_layer import MaskedLayer
 from sparsetrain.modifiers.criterion_observer import Observer
@@ -25,6 +27,16 @@ def observed(criterion: Criterion, **options: Any) -> tuple[nn.Sequential, Obser
     observer = Observer(copy.deepcopy(criterion), layers)
     observer.attach()
     return model, observer
+
+
+def statistics_of_a_rank() -> dict[str, Tensor]:
+    """What a criterion knows on one of the ranks that each see one of the batches."""
+    model, observer = observed(Wanda(beta=0.0))
+    model(list(batches(0))[dist.get_rank()]).sum().backward()
+    peers = Peers((None,))
+    observer.note({name: layer.weight.grad for name, layer in observer.layers.items()}, None, peers)
+    observer.count(peers)
+    return cast("dict[str, Tensor]", observer.criterion.state_dict()["running"])
 
 
 def batches(step: int, count: int = 2) -> Iterator[Tensor]:

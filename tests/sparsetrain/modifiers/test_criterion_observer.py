@@ -1,16 +1,13 @@
 """What a criterion sees of a model's inputs: each once, however the model is run, and nothing once it is over."""
 
 import copy
-import os
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from observed_models import batches, loss_of, numpy_step, observed
+from ranks import ranks
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -145,23 +142,8 @@ def test_inputs_of_frozen_weights_count() -> None:
     torch.testing.assert_close(observer.criterion.state_dict()["running"]["2"], hidden.square().sum(0))
 
 
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model, observer = observed(Wanda(beta=0.0))
-    x = list(batches(0))[rank]
-    model(x).sum().backward()
-    observer.note({name: layer.weight.grad for name, layer in observer.layers.items()}, None)
-    observer.count()
-    torch.save(observer.criterion.state_dict(), f"{folder}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # gloo's threads may abort an orderly exit
-
-
-@pytest.mark.sweep
-def test_data_parallel_ranks_share_their_inputs(tmp_path: Path) -> None:
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt")["running"] for rank in (0, 1))
+def test_data_parallel_ranks_share_their_inputs() -> None:
+    first, second = ranks(2)("observed_models.statistics_of_a_rank")
     expected = torch.cat(list(batches(0))).square().sum(0)
     torch.testing.assert_close(first["0"], expected)
     assert all(torch.equal(first[layer], second[layer]) for layer in ("0", "2"))
