@@ -160,7 +160,7 @@ local_tensor: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")
 def fsdp_parameters(model: nn.Module) -> Iterator[Any]:
     """Yield what FSDP2 keeps of every parameter that it shards, which no public function tells.
 
-    Of that, read are ``mp_policy``, ``padded_sharded_param_size``, and what the next two functions return.
+    Of that, read are ``mp_policy``, ``padded_sharded_param_size``, and what the functions below use.
 
     Example:
         >>> list(fsdp_parameters(nn.Linear(4, 4)))
@@ -208,6 +208,29 @@ def gather_afresh(parameter: Any, sent: Sequence[Tensor] = ()) -> None:
             sizes, dtypes = [one.numel() for one in own], [one.dtype for one in own]
             parameter.init_all_gather_outputs(sizes, dtypes, count, parameter.device)
         parameter.free_unsharded_param()
+
+
+def follow_resets(parameter: Any, act: Callable[[], None]) -> None:
+    """Have something called each time that FSDP2 has taken note of another local tensor; there is no hook.
+
+    It does after conversions and after loading, and may replace that tensor to pad it.
+
+    Args:
+        parameter: What :func:`fsdp_parameters` yields.
+        act: Is called then.
+    """
+    reset = type(parameter).reset_sharded_param
+
+    def reset_and_act() -> None:
+        reset(parameter)
+        act()
+
+    parameter.reset_sharded_param = reset_and_act
+
+
+def leave_resets(parameter: Any) -> None:
+    """Undo :func:`follow_resets`, if it was called."""
+    parameter.__dict__.pop("reset_sharded_param", None)
 
 
 # -- CUDA and operators ---------------------------------------------------------------------------------------------

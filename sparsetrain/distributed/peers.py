@@ -84,18 +84,27 @@ def is_gathered(model: nn.Module) -> bool:
         >>> is_gathered(nn.Linear(4, 4))
         False
     """
-    return any(hasattr(module, "set_requires_gradient_sync") for module in model.modules())
+    return bool(fsdp_modules(model))
 
 
-def reshard_(model: nn.Module) -> None:
-    """Have FSDP2 let go of all gathered weights, as they are out of date.
+def fsdp_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that FSDP2 was applied to.
 
     Example:
-        >>> reshard_(nn.Linear(4, 4))
+        >>> fsdp_modules(nn.Linear(4, 4))
+        []
     """
-    for module in model.modules():
-        if hasattr(module, "set_requires_gradient_sync"):
-            module.reshard()  # type: ignore[operator]
+    return [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
+
+
+def reshard_(modules: Iterable[nn.Module]) -> None:
+    """Have FSDP2 let go of all weights that it has gathered for modules that it was applied to.
+
+    Example:
+        >>> reshard_(fsdp_modules(nn.Linear(4, 4)))
+    """
+    for module in modules:
+        module.reshard()  # type: ignore[operator]
 
 
 def everyone_with(model: Any, group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, ...]:

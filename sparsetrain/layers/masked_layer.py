@@ -22,6 +22,7 @@ from ..matmul.registry import register
 from ..matmul.transforms import with_gradient_of
 from ..types import PhaseKind
 from .matrix_layer import MatrixLayer
+from .sharded.alignment import parallel_too_late
 
 STATE = (
     "mask_codes", "draws", "backward_codes", "adapter", "soft_scale", "phase", "scheduled", "is_2_4",
@@ -199,10 +200,13 @@ class MaskedLayer(MatrixLayer):
 
     def note_weight(self, weight: Tensor | None) -> None:
         """Take note of a weight that may be another, or spread over processes now; codes are cut with it."""
+        before = self.shard
         super().note_weight(weight)
         for name in ("mask_codes", "backward_codes") if self.shard is not None else ():
             codes, (rows, columns) = self.__dict__.get(name), self.matrix.shape
             if weight is not None and codes is not None and codes.shape != (rows // 4, columns // 4):
+                if before is not None:
+                    raise RuntimeError(parallel_too_late(before.name))
                 setattr(self, name, matrix_layout(weight, codes.dtype, self.transposed, 4).part(codes))
 
     def __prepare_scriptable__(self) -> nn.Module:

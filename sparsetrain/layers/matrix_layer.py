@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..distributed.shards import is_spread, part_like
 from ..masks.matrices import matrix_of, weight_of
-from .sharded.alignment import require_shardable
+from .sharded.alignment import require_even, require_shardable
 from .sharded.shard import Shard
 
 
@@ -63,9 +63,11 @@ class MatrixLayer(nn.Module):
         if weight is None or not is_spread(weight):
             self.shard = None
         elif self.shard is not None and self.shard.weight is weight:
-            self.shard.attach()
+            if self.shard.attach() and not self.shard.is_followed:
+                require_even(self.shard.name, self, weight)
         else:
             name = "" if self.shard is None else self.shard.name
             require_shardable(name, self, weight)
+            is_followed = self.shard is not None and self.shard.is_followed
             self.shard = Shard(self, weight)  # type: ignore[arg-type]  # what is mixed in sends its parts
-            self.shard.name = name
+            self.shard.name, self.shard.is_followed = name, is_followed

@@ -21,6 +21,7 @@ from ..criteria.criterion import Criterion
 from ..distributed.peers import ALONE, Peers
 from ..distributed.shards import is_spread, local
 from ..layers.masked_layer import MaskedLayer
+from ..layers.sharded.alignment import parallel_too_late
 from ..layers.sharded.tensor_parallel import prepared
 from ..masks.matrices import by_device
 from .base import Modifier, Run, Setup, Step
@@ -129,11 +130,13 @@ class Observer(Modifier):
         if self.criterion.needs:
             self.criterion.observe_step()
 
-    def passing(self, name: str, device: torch.device) -> Tensor:
-        """Return the total of a layer's inputs whose backward ran, which is added to in place."""
-        if self._passing[name].device != device:  # the model moved
-            self._passing[name] = self._passing[name].to(device)
-            self._gathered[name] = self._gathered[name].to(device)
+    def passing(self, name: str, summary: Tensor) -> Tensor:
+        """Return the total of a layer's inputs whose backward ran, to which summaries are added in place."""
+        if self._passing[name].shape != summary.shape:
+            raise RuntimeError(parallel_too_late(name))
+        if self._passing[name].device != summary.device:  # the model moved
+            self._passing[name] = self._passing[name].to(summary.device)
+            self._gathered[name] = self._gathered[name].to(summary.device)
         return self._passing[name]
 
     def _gather_spread(self, name: str, weight: Tensor) -> None:
@@ -181,10 +184,10 @@ class _ForwardHook:
         input = observer.layers[name].features_last(args[0] if args else kwargs["input"])
         summary = _summary(observer.criterion, observer.layers[name], input.detach())
         if torch.compiler.is_compiling():  # where tensors inside the graph take no hooks
-            return _AddInBackward.apply(output, summary, observer.passing(name, summary.device))  # type: ignore[no-untyped-call, no-any-return]
+            return _AddInBackward.apply(output, summary, observer.passing(name, summary))  # type: ignore[no-untyped-call, no-any-return]
 
         def add(gradient: Tensor) -> None:
-            observer.passing(name, summary.device).add_(summary)
+            observer.passing(name, summary).add_(summary)
 
         output.register_hook(add)  # type: ignore[no-untyped-call]
         return None

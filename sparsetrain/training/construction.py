@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..criteria import resolve_criterion
-from ..distributed.peers import peers_of, reshard_
+from ..distributed.peers import fsdp_modules, peers_of, reshard_
 from ..distributed.shards import placement_of
 from ..distributed.wrappers import plain_model, plain_optimizer, require_torch_training, require_whole_weights
 from ..layers.layer_group import LayerGroups
@@ -31,6 +32,7 @@ from .mask_state import MaskState
 from .masters import Masters
 from .phases import Phases
 from .setup_checks import check_setup, check_statistics
+from .shard_checks import check_late_shards
 from .step_hooks import owned_parameters
 from .steps import Steps
 
@@ -83,7 +85,7 @@ def make_sparse_(setup: Setup, options: LayerOptions, resumes: bool) -> tuple[Se
         ValueError: If the run cannot be set up in this way; nothing is changed then.
     """
     model, method = setup.model, setup.method
-    reshard_(model)  # an evaluation leaves the root's weights gathered
+    reshard_(fsdp_modules(model))  # an evaluation leaves the root's weights gathered
     report = select_layers(model, options.targets, options.exclude, method.pattern)
     check_setup(setup, report, options.backend)
     if not resumes:
@@ -134,7 +136,7 @@ def assemble(setup: Setup, layers: Mapping[str, MaskedLayer], removals: ExitStac
     masks = MaskState(layers, search, setup.track_age, peers)
     weights = {id(layer.weight) for layer in layers.values()}
     own = [entry for entry in setup.optimizers if owned_parameters(entry) & weights] or list(setup.optimizers)
-    masters = Masters(setup.model, layers, own)
+    masters = Masters(setup.model, layers, own, partial(check_late_shards, setup, layers))
     run = Run(method, masks.layers, own, criterion, LayerGroups(), peers, setup.timeline, setup.total_steps)
     modifiers: list[Modifier] = []
     for modifier in modifiers_of(run, setup):

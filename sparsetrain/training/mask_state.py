@@ -50,7 +50,7 @@ class MaskState:
     def __init__(
         self, layers: Mapping[str, MaskedLayer], search: MaskSearch, track_age: bool = False, peers: Peers = ALONE
     ) -> None:
-        self.layers, self._peers = dict(layers), peers
+        self.layers, self.peers = dict(layers), peers
         self.search = search
         self.pattern, self.criterion = search.pattern, search.criterion
         self.kept = 2  # of every four entries
@@ -119,10 +119,10 @@ class MaskState:
     def _holders(self, layer: MaskedLayer) -> Groups:
         """Return the groups of processes that hold the same part of a layer's weight."""
         if layer.shard is None:
-            return self._peers.groups
+            return self.peers.groups
         same, other = (groups_of(layer.shard.weight, cut) for cut in (False, True))
         # all processes are the peers of weights that were whole when the run was made
-        given = [group for group in self._peers.groups if group is not None and group not in same + other]
+        given = [group for group in self.peers.groups if group is not None and group not in same + other]
         return *same, *given
 
     @torch.no_grad()

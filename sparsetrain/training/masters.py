@@ -1,6 +1,6 @@
 """``Masters``: which tensor every layer's weight is and which optimizer owns it, although both may be replaced."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any
@@ -8,10 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..distributed.peers import reshard_
 from ..distributed.shards import gradient_here, is_spread
 from ..layers.masked_layer import MaskedLayer
-from ..layers.sharded.refusals import require_one_run
 from .step_hooks import owned_parameters
 
 _GRADIENT, _REQUIRES_GRAD = attrgetter("grad"), attrgetter("requires_grad")
@@ -28,6 +26,7 @@ class Masters:
         model: Whose layers they are.
         layers: Layer name to layer.
         optimizers: Those whose steps are counted.
+        check_shards: Raises if the run cannot go on with weights that were sharded since it began.
 
     Example:
         >>> import torch
@@ -41,10 +40,17 @@ class Masters:
         (['0'], True)
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, MaskedLayer], optimizers: Sequence[Optimizer]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, MaskedLayer],
+        optimizers: Sequence[Optimizer],
+        check_shards: Callable[[], None] | None = None,
+    ) -> None:
         self.weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}
         self.owned = {id(optimizer): owned_parameters(optimizer) for optimizer in optimizers}
         self._model, self._layers, self._optimizers = model, dict(layers), list(optimizers)
+        self._check_shards = check_shards
         self._paths = {name: name.split(".") if name else [] for name in layers}
         self._listed: tuple[list[dict[str, Any]], list[Tensor]] = ([], [])  # where weights are looked for, and they
         self._edges: tuple[list[dict[str, Any]], list[str], list[Any]] = [], [], []  # of the tree: paths to all layers
@@ -54,7 +60,7 @@ class Masters:
         self._list()
 
     def follow(self, optimizer: Optimizer) -> dict[str, tuple[Tensor, Tensor]]:
-        """Take over what was replaced since the last step; gathered weights are let go of.
+        """Take over what was replaced since the last step; no weight may be gathered.
 
         Args:
             optimizer: The one that is about to step.
@@ -66,8 +72,6 @@ class Masters:
             RuntimeError: If a new weight does not fit or no optimizer owns it, or a layer is no longer in the model;
                 nothing is changed then.
         """
-        if self._is_spread:
-            reshard_(self._model)
         parents, names, children = self._edges
         if not all(map(is_, map(_found_in, parents, names), children)):
             for name in [name for name, path in self._paths.items() if self._found_at(path) is not self._layers[name]]:
@@ -101,8 +105,8 @@ class Masters:
                     "so it would stay as it is: write into the old one (with torch.no_grad(): weight.copy_(...)), or "
                     "put the new one into the optimizer's param_groups."
                 )
-        if any(is_spread(new) for _, new in replaced.values()):  # sharded after the run was made
-            require_one_run(self._model, self._layers)
+        if self._check_shards is not None and any(is_spread(new) for _, new in replaced.values()):
+            self._check_shards()
         self.owned.update(now)
         self.weights.update({name: new for name, (_, new) in replaced.items()})
         self._list()

@@ -3,7 +3,9 @@
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 
-from ..distributed.peers import reshard_
+from torch import nn
+
+from ..distributed.peers import fsdp_modules, peers_of, reshard_
 from ..distributed.world import has_group
 from ..layers.sharded.gathering import settle_wires_, wires_in_words
 from ..masks.gradient_rules import resolve_gradient_rule
@@ -25,7 +27,8 @@ class Phases:
 
     def __init__(self, run: Run, masks: MaskState, modifiers: Sequence[Modifier], setup: Setup) -> None:
         self.run, self.masks, self.modifiers = run, masks, modifiers
-        self._model, self._gather = setup.model, setup.gather
+        self._model, self._gather, self._group = setup.model, setup.gather, setup.group
+        self._sharded: list[nn.Module] = []  # what FSDP2 was applied to, if that gathers layers' weights
         self.watch_dense = setup.watch_dense
         self.last_refresh = -1
         self.repack_ms = 0.0
@@ -70,6 +73,18 @@ class Phases:
     def settle_wires(self) -> None:
         """Have FSDP2 gather every layer's weight in the form that the phase allows."""
         settle_wires_(self._model, self.masks.layers, self._gather)
+        self._sharded = fsdp_modules(self._model) if any(layer.shard for layer in self.masks.layers.values()) else []
+
+    def follow_shards(self) -> None:
+        """Do that for weights that may be sharded by now, and share what is averaged with those who do."""
+        weights = [layer.weight for layer in self.masks.layers.values()]
+        self.run.peers = self.masks.peers = peers_of(self._model, weights, self._group)
+        self.settle_wires()
+
+    def reshard_(self) -> None:
+        """Have FSDP2 let go of all gathered weights, as they are out of date."""
+        if self._sharded and has_group():
+            reshard_(self._sharded)
 
     def retime(self, total_steps: int | None) -> None:
         """Set the length of the run: phases that have begun stay, later ones move.
@@ -121,8 +136,7 @@ class Phases:
 
     def repack_(self, moment: object = None) -> None:
         """Pack the weights for sparse products; ``moment`` is that of :meth:`LayerGroup.known`."""
-        if has_group() and any(layer.shard is not None for layer in self.masks.layers.values()):
-            reshard_(self._model)  # what is gathered has other masks or weights
+        self.reshard_()  # what is gathered has other masks or weights
         with nullcontext() if self.timer is None else self.timer.part("repack"):
             self.repack_ms = self.run.groups.repack_(self.masks.layers, moment)
 

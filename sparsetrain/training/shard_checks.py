@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..criteria import resolve_criterion
-from ..distributed.peers import is_gathered
+from ..distributed.peers import is_gathered, is_parallel
 from ..distributed.shards import first_cut, is_spread
+from ..layers.sharded.alignment import parallel_too_late
 from ..layers.sharded.refusals import require_one_run
 from ..modifiers.base import Setup
 
@@ -74,3 +75,21 @@ def check_shards(setup: Setup, layers: Layers) -> None:
     for entry in UNPROVEN:
         if entry.asks(setup, layers):
             raise ValueError(f"{entry.what(setup)} but weights are sharded, and {entry.why}.")
+
+
+def check_late_shards(setup: Setup, layers: Layers) -> None:
+    """Raise ``ValueError`` if a run that is under way cannot go on with layers that were sharded since it was made.
+
+    Args:
+        setup: What it was made of.
+        layers: That are sparse, by name.
+
+    Example:
+        >>> from sparsetrain.methods import fst
+        >>> model, method = nn.Sequential(nn.Linear(8, 4)), fst()
+        >>> check_late_shards(Setup(model, method, method.schedule.resolve(12), []), {"0": model[0]})
+    """
+    for name, layer in layers.items():
+        if is_parallel(setup.model, layer.weight):  # type: ignore[arg-type]
+            raise ValueError(parallel_too_late(name))
+    check_shards(setup, layers)

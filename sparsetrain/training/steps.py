@@ -28,13 +28,14 @@ class Steps:
 
     def _adjust_gradients(self, optimizer: Optimizer, scale: Tensor | None) -> None:
         """Item 1 of a step: gradients are unscaled (or ``scale`` says by how much they are not) and clipped."""
+        self._phases.reshard_()
         replaced = self._masters.follow(optimizer)
         for name, (old, new) in replaced.items():
             for modifier in self._modifiers:
                 modifier.follow(name, old, new)
         if replaced:
             self._run.groups.forget()
-            self._phases.settle_wires()  # weights may be sharded now
+            self._phases.follow_shards()
         step = Step(optimizer, self._masters.gradients(optimizer), scale)
         for modifier in self._modifiers:
             modifier.before_step(self._run, step)

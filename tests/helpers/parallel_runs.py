@@ -41,6 +41,7 @@ def train_part(
     micro_batches: int = 1,
     part: tuple[int, int] = (0, 1),
     average: Callable[[nn.Module], None] = lambda model: None,
+    spread: Callable[[nn.Module], object] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a model, spread or not, and return what there is to compare.
@@ -52,10 +53,14 @@ def train_part(
         micro_batches: Of a step.
         part: Which of how many parts of every batch this process has.
         average: Called with the model before every step, to average gradients.
+        spread: Called with the model once its run is made, to spread its weights.
         options: Of the run.
     """
     owner = optimizer(model.parameters(), lr=1e-2)
     training = st.SparseTraining(model, owner, method, STEPS, verbose=False, **options)
+    if spread is not None:
+        spread(model)
+        owner.param_groups[0]["params"] = list(model.parameters())
     losses = []
     for step in range(STEPS):
         owner.zero_grad()
@@ -73,6 +78,25 @@ def train_part(
 def tensor_parallel(method: Any, shape: tuple[int, ...], **options: Any) -> dict[str, Any]:
     """Train blocks under tensor parallelism, with FSDP2 if the mesh has more than one dimension."""
     return train_part(parallelize(blocks(), shape), method, **options)
+
+
+def parallel_late(method: Any, shape: tuple[int, ...], **options: Any) -> str:
+    """Return what training is refused with, if the model is spread after its run was made."""
+    return failure(train_part, blocks(), method, spread=lambda model: parallelize(model, shape), **options)
+
+
+def copied() -> list[bool]:
+    """Return whether a copy of a parallel model with masks multiplies like it, and has parts of its own."""
+    model = parallelize(blocks(), (2,))
+    owner = torch.optim.SGD(model.parameters(), lr=1e-2)
+    training = st.SparseTraining(model, owner, FIRST, STEPS, verbose=False)
+    model(batch(0)).square().mean().backward()
+    owner.step()
+    twin, ours = copy.deepcopy(model), training.masks.layers["0.up"]
+    own: Any = twin.get_submodule("0.up")
+    found = [own.shard.weight is own.weight, torch.equal(twin(batch(0)), model(batch(0)))]
+    own.master.zero_()
+    return [*found, not own.matrix.any(), bool(ours.matrix.any())]
 
 
 def distributed(method: Any, shape: tuple[int, ...], **options: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import failure
-from sharded_runs import Block, batch, blocks, mesh_of, outcome, shard, train
+from sharded_runs import Block, batch, blocks, mesh_of, outcome, shard, take_step, train
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -175,3 +175,16 @@ def planted_on_replicas() -> str:
 def uneven(hidden: int, method: Any, **options: Any) -> dict[str, Any]:
     """Train blocks over all ranks, of which some hold no rows of some layers."""
     return train(shard(blocks(2, 16, hidden), (dist.get_world_size(),)), method, **options)
+
+
+def uneven_and_converted(hidden: int, method: Any, **options: Any) -> dict[str, Any]:
+    """Do that with a model that is cast to another dtype and back before the first step, and before the third."""
+    model = shard(blocks(2, 16, hidden), (dist.get_world_size(),))
+    owner = AdamW(model.parameters(), lr=1e-2)
+    training = st.SparseTraining(model, owner, method, STEPS, verbose=False, **options)
+    losses = []
+    for step in range(STEPS):
+        if step in (0, 2):
+            model.double().float()
+        losses += take_step(model, owner, step)
+    return {"losses": losses, **outcome(model, training)}

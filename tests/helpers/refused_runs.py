@@ -187,6 +187,14 @@ def sharded_afterwards(model: str) -> str:
     return message
 
 
+def converted_too_early() -> str:
+    """Return what the conversion of a model that was sharded in uneven parts since the last step is refused with."""
+    model: Any = blocks(2, 16, 36)
+    run(model, AdamW(model.parameters()))
+    shard(model, (dist.get_world_size(),))
+    return failure(model.double)
+
+
 def verified() -> str:
     """Return what verify() says of a sharded model."""
     model = sharded()
@@ -220,6 +228,16 @@ def finished() -> list[float]:
         if step == 3:
             training.finish()
     return losses
+
+
+def part_of_a_root() -> str:
+    """Return what a run of the first block is refused with, if only the whole model is a root."""
+    model = blocks()
+    fully_shard(model, mesh=mesh_of((dist.get_world_size(),), ("shard",)))
+    inner: Any = model.get_submodule("0")
+    message = failure(run, inner, AdamW(inner.parameters()))
+    model(batch(0)).square().mean().backward()
+    return message
 
 
 def head_of_its_own() -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ...distributed.shards import is_cut
+from ...kernels.torch_internals import SHARDED_MODULE
 
 
 def why_not_cut(weight: Any) -> str | None:
@@ -36,6 +37,15 @@ def why_not_cut(weight: Any) -> str | None:
     return None
 
 
+def is_even(weight: Any) -> bool:
+    """Say whether all parts of a weight, a DTensor, are of the same size."""
+    parts = [1] * weight.dim()
+    for placement, count in zip(weight.placements, weight.device_mesh.shape, strict=True):
+        if is_cut(placement):
+            parts[placement.dim] *= count
+    return not any(size % count for size, count in zip(weight.shape, parts, strict=True))
+
+
 def require_shardable(name: str, layer: object, weight: Tensor) -> None:
     """Raise ``ValueError`` unless a layer's weight, a DTensor, is cut between tiles.
 
@@ -46,6 +56,34 @@ def require_shardable(name: str, layer: object, weight: Tensor) -> None:
     """
     if reason := why_not_cut(weight):
         raise ValueError(f"layer {name or type(layer).__name__!r} cannot be sharded like this: {reason}")
+
+
+def require_even(name: str, layer: object, weight: Tensor) -> None:
+    """Raise ``RuntimeError`` if FSDP2 would pad some parts of a layer's weight, and so replace what hooks hang on.
+
+    Args:
+        name: Of the layer; empty if it is not known.
+        layer: Whose weight it is.
+        weight: A DTensor.
+    """
+    if getattr(layer, SHARDED_MODULE, False) and not is_even(weight):
+        raise RuntimeError(
+            f"layer {name or type(layer).__name__!r} is sharded in uneven parts and was converted before a run's step "
+            "took note of that: convert the model before fully_shard."
+        )
+
+
+def parallel_too_late(name: str) -> str:
+    """Say that a layer came under tensor parallelism too late.
+
+    Example:
+        >>> parallel_too_late("fc").partition(" after ")[0]
+        "layer 'fc' came under tensor parallelism"
+    """
+    return (
+        f"layer {name!r} came under tensor parallelism after its run was made, for parts of whose masks and statistics "
+        "it is too late: make the run after parallelize_module."
+    )
 
 
 def is_root(layer: object) -> bool:

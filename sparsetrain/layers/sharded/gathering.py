@@ -1,6 +1,7 @@
 """Which wire the weights of a run travel by, phase by phase."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -8,9 +9,16 @@ from torch import Tensor, nn
 
 from ...backends import BACKENDS
 from ...backends.interface import SPARSE_DTYPES
-from ...distributed.peers import is_gathered, is_parallel, reshard_
+from ...distributed.peers import fsdp_modules, is_gathered, is_parallel, reshard_
 from ...distributed.shards import first_cut
-from ...kernels.torch_internals import fsdp_parameters, gather_afresh, gathered_size, module_of
+from ...kernels.torch_internals import (
+    follow_resets,
+    fsdp_parameters,
+    gather_afresh,
+    gathered_size,
+    leave_resets,
+    module_of,
+)
 from ...matmul.choices import backend_on
 from ..masked_layer import MaskedLayer
 from .wires import DoublePrunedWire, MaskedWire, PackedWire, Wire
@@ -30,7 +38,22 @@ def settle_wires_(model: nn.Module, layers: Mapping[str, MaskedLayer], gather: G
     for name, layer in layers.items():
         if layer.shard is not None:
             layer.shard.name = name
+    _follow(model, {id(layer): layer for layer in layers.values() if layer.shard and not layer.shard.is_followed})
     _use(model, {id(layer): (layer, wire_of(layer, gather)) for layer in layers.values() if layer.shard is not None})
+
+
+def _follow(model: nn.Module, layers: Mapping[int, MaskedLayer]) -> None:
+    """Hang on local tensors that FSDP2 puts into the weights' place to pad them; layers are given by their ids."""
+    for parameter in fsdp_parameters(model) if layers else ():
+        module, name = module_of(parameter)
+        if name == "weight" and (layer := layers.get(id(module))) is not None and layer.shard is not None:
+            follow_resets(parameter, partial(_attach, layer))
+            layer.shard.is_followed = True
+
+
+def _attach(layer: MaskedLayer) -> None:
+    if layer.shard is not None:
+        layer.shard.attach()
 
 
 def _use(model: nn.Module, wanted: Mapping[int, tuple[MaskedLayer, type[Wire]]]) -> None:
@@ -42,7 +65,7 @@ def _use(model: nn.Module, wanted: Mapping[int, tuple[MaskedLayer, type[Wire]]])
     }
     if not changed:
         return
-    reshard_(model)
+    reshard_(fsdp_modules(model))
     for parameter in fsdp_parameters(model):
         module, name = module_of(parameter)
         if name == "weight" and (found := changed.pop(id(module), None)) is not None:
@@ -65,11 +88,12 @@ def release_wires_(model: nn.Module, layers: Iterable[MaskedLayer]) -> None:
     shards = {id(layer.shard.weight): layer.shard for layer in layers if layer.shard is not None}
     if not shards:
         return
-    reshard_(model)
+    reshard_(fsdp_modules(model))
     for shard in shards.values():
         shard.detach()
     for parameter in fsdp_parameters(model):
         if id(parameter.sharded_param) in shards:
+            leave_resets(parameter)
             gather_afresh(parameter)
 
 

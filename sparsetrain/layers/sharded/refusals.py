@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ...distributed.peers import is_gathered
 from ...distributed.shards import is_spread, placement_of
-from ...kernels.torch_internals import fsdp_parameters
+from ...kernels.torch_internals import SHARDED_MODULE, fsdp_parameters
 from .alignment import require_no_root
 
 
@@ -28,7 +28,14 @@ def require_one_run(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         return
     for name, layer in layers.items():
         require_no_root(name, layer)
-    _require_plain_gathering(model, weights)
+    known = {id(parameter.sharded_param): parameter for parameter in fsdp_parameters(model)}
+    for name, layer in layers.items():
+        if is_spread(weights[name]) and getattr(layer, SHARDED_MODULE, False) and id(weights[name]) not in known:
+            raise ValueError(
+                f"layer {name!r} is sharded by a fully_shard that was applied to a module above the run's model: make "
+                "the run of that module."
+            )
+    _require_plain_gathering(weights, known)
 
 
 def _require_one_mesh(model: nn.Module, weights: Mapping[str, Any]) -> None:
@@ -50,11 +57,10 @@ def _is_part(mesh: Any, whole: Any, gathers: bool) -> bool:
     return mesh.size() < whole.size() and bool(names) and bool(others) and set(names) < set(others)
 
 
-def _require_plain_gathering(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _require_plain_gathering(weights: Mapping[str, Tensor], known: Mapping[int, Any]) -> None:
     """Raise ``ValueError`` if FSDP2 keeps shards on the host, or leaves gathered weights on a part of the mesh."""
-    parameters = {id(parameter.sharded_param): parameter for parameter in fsdp_parameters(model)}
     for name, weight in weights.items():
-        parameter = parameters.get(id(weight))
+        parameter = known.get(id(weight))
         if parameter is None:  # tensor parallelism alone
             continue
         if parameter.offload_to_cpu:

@@ -38,6 +38,8 @@ class Shard:
         self.is_fresh = False
         """Whether what is gathered now was sent by the wire, as the mask is then."""
         self._whole: Tensor | None = None
+        self.is_followed = False
+        """Whether it is attached again when FSDP2 replaces the local tensor to pad it."""
         self.attach()
 
     @property
@@ -45,14 +47,16 @@ class Shard:
         """The part that lies here, without a graph."""
         return local(self.weight)
 
-    def attach(self) -> None:
-        """Hang on the local tensor, which conversions replace, for the wire as it is now."""
+    def attach(self) -> bool:
+        """Hang on the local tensor, which conversions replace, for the wire as it is now; return False if it does."""
         part: Any = self.part
         send = part.__dict__.get("fsdp_pre_all_gather")
         wanted = Send if self._size else SendToldSize
-        if type(send) is not wanted or send.shard is not self:
-            part.fsdp_pre_all_gather, part.fsdp_post_all_gather = wanted(self), Receive(self)
-            self.is_fresh = False
+        if type(send) is wanted and send.shard is self:
+            return False
+        part.fsdp_pre_all_gather, part.fsdp_post_all_gather = wanted(self), Receive(self)
+        self.is_fresh = False
+        return True
 
     def detach(self) -> None:
         """Leave the local tensor, which is sent as it is then."""

@@ -95,8 +95,9 @@ def _() -> None:
 
 @canary(
     "_module_info",
-    "FSDPParam._module_info has the module and the name of a parameter; others are shape, policy and padded size",
-    f"{FSDP}_fsdp_param.py, FSDPParam.__init__ and _init_sharded_param",
+    "FSDPParam._module_info has the module and the name of a parameter; others are shape, policy, padded size, and "
+    "reset_sharded_param, which is called on the instance after conversions",
+    f"{FSDP}_fsdp_param.py, FSDPParam.__init__ and _init_sharded_param; _fully_shard.py, FSDPModule._apply",
     WIRES,
 )
 def _() -> None:
@@ -106,6 +107,10 @@ def _() -> None:
         assert (info.module, info.param_name) == (module[0], "weight")  # type: ignore[index]
         assert parameter.mp_policy.param_dtype is torch.bfloat16
         assert tuple(parameter.padded_sharded_param_size) == (4, 4)
+        resets: list[int] = []
+        parameter.reset_sharded_param = lambda: resets.append(1)
+        module.double()
+        assert resets
 
 
 @canary(

@@ -102,6 +102,11 @@ def test_a_layer_that_stays_dense_may_be_sharded_as_it_likes() -> None:
         assert "0.up" in found
 
 
+def test_a_run_of_a_part_of_what_is_gathered_is_refused() -> None:
+    for message in ranks(2)("refused_runs.part_of_a_root"):
+        assert "layer 'up' is sharded by a fully_shard that was applied to a module above" in message
+
+
 def test_verify_says_that_it_needs_whole_weights() -> None:
     for message in ranks(2)("refused_runs.verified"):
         assert message.startswith("ValueError: layer '0.up' is sharded, and verify() needs whole weights")

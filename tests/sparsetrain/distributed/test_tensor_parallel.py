@@ -72,6 +72,18 @@ def test_a_method_trains_as_in_one_process(name: str, layout: str) -> None:
         sharded_runs.require_equal(found, wanted, CLOSE)
 
 
+def test_a_copy_of_a_model_has_parts_of_its_own() -> None:
+    assert ranks(2)("parallel_runs.copied") == [[True] * 4] * 2
+
+
+@pytest.mark.parametrize("name", ["wanda", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_that_was_made_before_is_refused(layout: str, name: str) -> None:
+    (method, options), shape = METHODS[name], LAYOUTS[layout]
+    for message in ranks(size(shape))("parallel_runs.parallel_late", method, shape, **options):
+        assert "came under tensor parallelism after its run was made" in message
+
+
 @pytest.mark.parametrize(
     ("function", "shape"), [("distributed", (2, 2)), ("distributed", (2, 1, 2)), ("averaged_by_hand", (2, 2))], ids=str
 )

@@ -27,6 +27,18 @@ def test_shards_of_unequal_size_change_nothing(hidden: int, method: str) -> None
         sharded_runs.require_equal(found, in_one_process(method, hidden), relative=1e-6)  # fifths of sums
 
 
+@pytest.mark.parametrize("gather", ["masked", "packed"])
+@pytest.mark.parametrize("hidden", [16, 36], ids=["one holds nothing", "one holds half"])
+def test_shards_of_unequal_size_may_be_converted(hidden: int, gather: str) -> None:
+    for found in ranks(5)("pipelines.uneven_and_converted", hidden, "fst", gather=gather):
+        sharded_runs.require_equal(found, in_one_process("fst", hidden), relative=1e-6)
+
+
+def test_what_no_run_has_taken_note_of_may_not_be_converted() -> None:
+    for message in ranks(5)("refused_runs.converted_too_early"):
+        assert "'SparseLinear' is sharded in uneven parts and was converted before a run's step" in message
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_mesh_of_one_rank_is_one_process(method: str) -> None:
     (found,) = ranks(1)("pipelines.uneven", 16, METHODS[method])
