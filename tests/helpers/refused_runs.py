@@ -205,23 +205,6 @@ def loaded(damaged: bool) -> tuple[str, int]:
     return failure(training.load_state_dict, state), training.clock
 
 
-def finished() -> list[float]:
-    """Return losses of a model that trains on after its run."""
-    model = sharded()
-    optimizer = AdamW(model.parameters(), lr=1e-2)
-    training = run(model, optimizer, method={"preset": "asp_one_shot", "prune_at": 1})
-    losses = []
-    for step in range(6):
-        optimizer.zero_grad()
-        loss = model(batch(step)).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if step == 3:
-            training.finish()
-    return losses
-
-
 def head_of_its_own() -> list[str]:
     """Return the layers that become sparse if FSDP2 was applied to the output head itself."""
     model: Any = nn.Sequential(*blocks().children(), nn.Linear(16, 10))
