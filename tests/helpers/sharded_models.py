@@ -7,12 +7,11 @@ import sharded_runs
 import torch
 import torch.distributed as dist
 from ranks import failure
-from sharded_runs import blocks, outcome, shard, take_step
+from sharded_runs import blocks, by_columns, outcome, shard, take_step
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
 from transformers.pytorch_utils import Conv1D
 
 import sparsetrain as st
@@ -144,12 +143,8 @@ def on_shards(name: str, gather: str) -> dict[str, Any]:
 
 def on_columns(gather: str) -> dict[str, Any]:
     """Train blocks whose weights are cut by input features."""
-
-    def spread(model: nn.Module) -> nn.Module:
-        placed = {"shard_placement_fn": lambda parameter: Shard(1) if parameter.dim() == 2 else None}
-        return shard(model, (dist.get_world_size(),), **placed)
-
-    return plain(spread, gather=gather)
+    shape = (dist.get_world_size(),)
+    return plain(lambda model: shard(model, shape, shard_placement_fn=by_columns), gather=gather)
 
 
 def on_one_rank(gather: str, method: Any = METHOD) -> dict[str, Any]:

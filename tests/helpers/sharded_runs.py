@@ -11,6 +11,7 @@ from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sparsetrain as st
@@ -65,6 +66,11 @@ def shard(model: nn.Module, shape: tuple[int, ...], **options: Any) -> nn.Module
             fully_shard(child, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     return model
+
+
+def by_columns(parameter: Tensor) -> Shard | None:
+    """Say that a weight is cut by its columns, as a ``shard_placement_fn``."""
+    return Shard(1) if parameter.dim() == 2 else None
 
 
 def parallelize(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
