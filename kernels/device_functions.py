@@ -14,6 +14,15 @@ CUTLASS_SM90_4 = tl.constexpr(int(Order.CUTLASS_SM90_4))
 
 
 @triton.jit
+def tiles_of_program(tile_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where a program's ROWS × COLUMNS tiles begin, in tiles, and all their rows [ROWS, 1] and columns [1, COLUMNS]."""
+    blocks = tl.cdiv(tile_columns, COLUMNS)
+    top = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
+    left = (tl.program_id(0) % blocks) * COLUMNS
+    return top, left, top + tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
 def split_columns(row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """``[ROWS, 4·COLUMNS]`` to four ``[ROWS, COLUMNS]``, without moving anything between threads."""
     even, odd = tl.split(tl.reshape(row, (ROWS, COLUMNS, 2, 2)))

@@ -12,6 +12,7 @@ from ..device_functions import (
     rounded,
     split_columns,
     tensor_pointer,
+    tiles_of_program,
 )
 from ..launch import interpreted, on_device_of
 from ..masked_update.reference import SEED as KEY
@@ -97,10 +98,7 @@ def adamw_kernel(
     W is packed if FORWARD, Wᵀ if TRANSPOSED, metadata in ORDER and ORDER_T.
     """
     tensor = tl.program_id(1)
-    blocks = tl.cdiv(tile_columns, COLUMNS)
-    top = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
-    left = (tl.program_id(0) % blocks) * COLUMNS
-    row, column = top + tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
+    top, left, row, column = tiles_of_program(tile_columns, ROWS, COLUMNS)
     element = left * 4 + tl.arange(0, 4 * COLUMNS)[None, :]
     within = (row < tile_rows) & (element < tile_columns * 4)  # [ROWS, 4·COLUMNS] entries of one row of every tile
     codes = tensor_pointer(code_base, code_offsets, tensor, ALIGNED)

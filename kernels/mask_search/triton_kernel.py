@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_functions import split_columns, spread_nibble, tensor_pointer
+from ..device_functions import split_columns, spread_nibble, tensor_pointer, tiles_of_program
 from ..launch import on_device_of
 from ..plan import are_aligned, groups_of_equal_layout
 from ..pointer_tables import members
@@ -125,10 +125,7 @@ def search_kernel(
     tensor = tl.program_id(1)
     scores = tensor_pointer(score_base, score_offsets, tensor, ALIGNED)
     codes = tensor_pointer(code_base, code_offsets, tensor, ALIGNED)
-    blocks = tl.cdiv(tile_columns, COLUMNS)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    left = (tl.program_id(0) % blocks) * COLUMNS
-    column = left + tl.arange(0, COLUMNS)[None, :]
+    _, left, row, column = tiles_of_program(tile_columns, ROWS, COLUMNS)
     element = left * 4 + tl.arange(0, 4 * COLUMNS)[None, :]
     inside = (row < tile_rows) & (element < tile_columns * 4)
     pointers = scores + row * 4 * stride + element

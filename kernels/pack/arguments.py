@@ -1,6 +1,7 @@
 """What the packing operators are given, checked: weights and codes, packed rows, and the targets as sides."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,24 +45,20 @@ def require_packed(values: Tensor, meta: Tensor) -> None:
         )
 
 
-def sides_of(
-    weights: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    values: Sequence[Tensor],
-    meta: Sequence[Tensor],
-    values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    orders: Sequence[int] | None,
-) -> tuple[Side | None, Side | None]:
-    """Return the targets of W and of Wᵀ, if they are wanted, or raise ``ValueError`` where something does not fit."""
-    targets = (values, meta, values_t, meta_t)
-    require_lists("weights, codes", (weights, codes), targets)
-    dtype = next((entry.dtype for entry in (*values, *values_t)), torch.float32)
+def sides_of(weights: Sequence[Tensor], codes: Sequence[Tensor], *targets: Any) -> tuple[Side | None, Side | None]:
+    """Return the targets of W and of Wᵀ, if they are wanted, or raise ``ValueError`` where something does not fit.
+
+    Args:
+        weights: As ``pack_tiles_`` takes them.
+        codes: Likewise.
+        targets: The others, as :func:`targets_of` takes them.
+    """
+    require_lists("weights, codes", (weights, codes), targets[:4])
+    dtype = next((entry.dtype for entry in (*targets[0], *targets[2])), torch.float32)
     for position, (weight, code) in enumerate(zip(weights, codes, strict=True)):
         require_weight(weight, code, dtype)
         require_tensor(f"codes[{position}]", code, torch.int16, tuple(code.shape), weight.device)
-    return targets_of([(*weight.shape,) for weight in weights], weights, dtype, targets, tables, orders)
+    return targets_of([(*weight.shape,) for weight in weights], weights, dtype, *targets)
 
 
 def require_lists(names: str, sources: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Tensor]]) -> None:
@@ -79,12 +76,14 @@ def targets_of(
     shapes: Sequence[tuple[int, ...]],
     sources: Sequence[Tensor],
     dtype: torch.dtype,
-    targets: Sequence[Sequence[Tensor]],
+    values: Sequence[Tensor],
+    meta: Sequence[Tensor],
+    values_t: Sequence[Tensor],
+    meta_t: Sequence[Tensor],
     tables: Sequence[Tensor],
-    orders: Sequence[int] | None,
+    orders: Sequence[int] | None = None,  # an operator's default does not come to its kernels
 ) -> tuple[Side | None, Side | None]:
     """Return the targets of W and of Wᵀ of weights ``[O, I]`` on their sources' devices, checked, as sides."""
-    values, meta, values_t, meta_t = targets
     known, places = _orders_of(len(meta) + len(meta_t), orders, tables)
     sides: list[Side | None] = []
     for suffix, packed, words, first in (("", values, meta, 0), ("_t", values_t, meta_t, len(meta))):

@@ -1,6 +1,7 @@
 """Packing as torch operators: Triton on CUDA, ``cpu.py`` elsewhere."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -196,31 +197,13 @@ def _(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 @pack_tiles_.register_fake
-def _(
-    weights: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    values: Sequence[Tensor],
-    meta: Sequence[Tensor],
-    values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    orders: Sequence[int] | None = None,
-) -> None:
-    sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
+def _(*given: Any) -> None:
+    sides_of(*given)
 
 
 @search_and_pack_.register_fake
-def _(
-    weights: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    values: Sequence[Tensor],
-    meta: Sequence[Tensor],
-    values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    orders: Sequence[int] | None = None,
-) -> Tensor:
-    sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
+def _(weights: Sequence[Tensor], *others: Any) -> Tensor:
+    sides_of(weights, *others)
     return _empty_statistics(weights)
 
 
@@ -242,32 +225,13 @@ def _(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 @pack_tiles_.register_kernel("cuda")
-def _(
-    weights: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    values: Sequence[Tensor],
-    meta: Sequence[Tensor],
-    values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    orders: Sequence[int] | None = None,
-) -> None:
-    sides = sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
-    pack_on_cuda(weights, codes, *sides, search=False)
+def _(weights: Sequence[Tensor], codes: Sequence[Tensor], *targets: Any) -> None:
+    pack_on_cuda(weights, codes, *sides_of(weights, codes, *targets), search=False)
 
 
 @search_and_pack_.register_kernel("cuda")
-def _(
-    weights: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    values: Sequence[Tensor],
-    meta: Sequence[Tensor],
-    values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    orders: Sequence[int] | None = None,
-) -> Tensor:
-    sides = sides_of(weights, codes, values, meta, values_t, meta_t, tables, orders)
+def _(weights: Sequence[Tensor], codes: Sequence[Tensor], *targets: Any) -> Tensor:
+    sides = sides_of(weights, codes, *targets)
     statistics = _empty_statistics(weights)
     pack_on_cuda(weights, codes, *sides, search=True, statistics=statistics)
     return statistics

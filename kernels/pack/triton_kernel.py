@@ -15,6 +15,7 @@ from ..device_functions import (
     pruned_pair,
     split_columns,
     tensor_pointer,
+    tiles_of_program,
 )
 from ..launch import Known, Launch, interpreted, launch
 from ..mask_search.triton_kernel import best_nibbles, ranking_key
@@ -112,10 +113,7 @@ def pack_kernel(
     W is packed if FORWARD, Wᵀ if TRANSPOSED, metadata in ORDER and ORDER_T; STATISTICS writes the block's sums.
     """
     tensor = tl.program_id(1)
-    blocks = tl.cdiv(tile_columns, COLUMNS)
-    top = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
-    left = (tl.program_id(0) % blocks) * COLUMNS
-    row, column = top + tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
+    top, left, row, column = tiles_of_program(tile_columns, ROWS, COLUMNS)
     inside = (row < tile_rows) & (column < tile_columns)  # [ROWS, COLUMNS] tiles
 
     element = left * 4 + tl.arange(0, 4 * COLUMNS)[None, :]

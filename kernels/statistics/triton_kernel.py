@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_functions import count_bits, load_code, split_columns, tensor_pointer
+from ..device_functions import count_bits, load_code, split_columns, tensor_pointer, tiles_of_program
 from ..launch import on_device_of
 from ..plan import are_aligned, groups_of_equal_layout
 from ..pointer_tables import members, table
@@ -55,10 +55,7 @@ def statistics_kernel(
 ):  # fmt: skip
     """Sum over ROWS × COLUMNS tiles of the program's weight."""
     tensor = tl.program_id(1)
-    blocks = tl.cdiv(tile_columns, COLUMNS)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    left = (tl.program_id(0) % blocks) * COLUMNS
-    column = left + tl.arange(0, COLUMNS)[None, :]
+    _, left, row, column = tiles_of_program(tile_columns, ROWS, COLUMNS)
     inside = (row < tile_rows) & (column < tile_columns)
     code = load_code(tensor_pointer(code_base, code_offsets, tensor, ALIGNED) + row * tile_columns + column, inside)
     before = tensor_pointer(previous_base, previous_offsets, tensor, ALIGNED)

@@ -1,6 +1,7 @@
 """What the operators of wires are given, checked."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,24 +61,14 @@ def shape_of(values: Tensor) -> tuple[int, int]:
     return values.shape[0], 2 * values.shape[1]
 
 
-def wire_sides_of(
-    kept: Sequence[Tensor],
-    numbers: Sequence[Tensor],
-    values: Sequence[Tensor],
-    meta: Sequence[Tensor],
-    values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    orders: Sequence[int] | None,
-) -> tuple[Side | None, Side | None]:
-    """Return the targets of W and of Wᵀ, if they are wanted, or raise ``ValueError`` where something does not fit."""
-    targets = (values, meta, values_t, meta_t)
-    require_lists("kept, numbers", (kept, numbers), targets)
+def wire_sides_of(kept: Sequence[Tensor], numbers: Sequence[Tensor], *targets: Any) -> tuple[Side | None, Side | None]:
+    """Do what ``sides_of`` does for wires, whose further arguments are the same."""
+    require_lists("kept, numbers", (kept, numbers), targets[:4])
     for position, wire in enumerate(zip(kept, numbers, strict=True)):
         require_wire(*wire, place=f"[{position}]")
         require_dtype(f"kept[{position}]", wire[0], kept[0].dtype)
     dtype = kept[0].dtype if kept else torch.float32
-    return targets_of([*map(shape_of, kept)], kept, dtype, targets, tables, orders)
+    return targets_of([*map(shape_of, kept)], kept, dtype, *targets)
 
 
 def _tiles_of(values: Tensor) -> tuple[int, int]:

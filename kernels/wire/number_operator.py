@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .arguments import require_dtype, require_patterns
-from .numbering import NO_PATTERN, codes_of, numbers_of
+from .numbering import codes_of, numbers_of
 
 
 @torch.library.custom_op("sparsetrain::codes_of_numbers", mutates_args=())
@@ -50,22 +50,6 @@ def numbers_of_codes(codes: Tensor) -> Tensor:
     numbers = numbers_of(codes.contiguous())
     require_patterns(codes, numbers)
     return numbers
-
-
-def have_numbers(codes: Tensor) -> Tensor:
-    """Return which tile codes are transposable 2:4, so that a wire can have them, without waiting for the device.
-
-    Args:
-        codes: int16, any shape.
-
-    Returns:
-        bool, same shape.
-
-    Example:
-        >>> have_numbers(torch.tensor([0x33CC, -1], dtype=torch.int16)).tolist()
-        [True, False]
-    """
-    return (numbers_of_codes if codes.is_cuda else numbers_of)(codes) != NO_PATTERN
 
 
 @codes_of_numbers.register_fake

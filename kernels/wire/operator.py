@@ -9,7 +9,6 @@ from .arguments import require_dense, require_outputs, require_patterns, require
 from .numbering import numbers_of
 
 
-@torch.library.custom_op("sparsetrain::to_wire", mutates_args=())
 def to_wire(weight: Tensor, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return what travels of a masked weight: its kept entries, and which of the 90 patterns every tile has.
 
@@ -31,9 +30,11 @@ def to_wire(weight: Tensor, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
         >>> values.shape, numbers.shape
         (torch.Size([8, 8]), torch.Size([2, 4]))
     """
-    values, numbers = _empty_wire(weight, codes, dtype)
-    require_patterns(codes, numbers_of(codes))
-    cpu.to_wire_into(weight, codes, values, numbers)
+    require_weight(weight, codes, dtype)
+    rows, columns = weight.shape
+    values = weight.new_empty(rows, columns // 2, dtype=dtype)
+    numbers = weight.new_empty(rows // 4, columns // 4, dtype=torch.uint8)
+    to_wire_(weight, codes, values, numbers)
     return values, numbers
 
 
@@ -61,7 +62,6 @@ def to_wire_(weight: Tensor, codes: Tensor, values: Tensor, numbers: Tensor) -> 
     cpu.to_wire_into(weight, codes, values, numbers)
 
 
-@torch.library.custom_op("sparsetrain::from_wire", mutates_args=())
 def from_wire(values: Tensor, numbers: Tensor) -> Tensor:
     """Return the masked weight of a wire: what was kept, bit for bit, and +0 where nothing was.
 
@@ -81,7 +81,7 @@ def from_wire(values: Tensor, numbers: Tensor) -> Tensor:
     """
     require_wire(values, numbers)
     dense = values.new_empty(shape_of(values))
-    cpu.from_wire_into(values, numbers, dense)
+    from_wire_(values, numbers, dense)
     return dense
 
 
@@ -107,20 +107,9 @@ def from_wire_(values: Tensor, numbers: Tensor, dense: Tensor) -> None:
     cpu.from_wire_into(values, numbers, dense)
 
 
-@to_wire.register_fake
-def _(weight: Tensor, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _empty_wire(weight, codes, dtype)
-
-
 @to_wire_.register_fake
 def _(weight: Tensor, codes: Tensor, values: Tensor, numbers: Tensor) -> None:
     require_outputs(weight, codes, values, numbers)
-
-
-@from_wire.register_fake
-def _(values: Tensor, numbers: Tensor) -> Tensor:
-    require_wire(values, numbers)
-    return values.new_empty(shape_of(values))
 
 
 @from_wire_.register_fake
@@ -128,36 +117,11 @@ def _(values: Tensor, numbers: Tensor, dense: Tensor) -> None:
     require_dense(values, numbers, dense)
 
 
-@to_wire.register_kernel("cuda")
-def _(weight: Tensor, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    values, numbers = _empty_wire(weight, codes, dtype)
-    _to_wire_on_cuda(weight, codes, values, numbers)
-    return values, numbers
-
-
 @to_wire_.register_kernel("cuda")
 def _(weight: Tensor, codes: Tensor, values: Tensor, numbers: Tensor) -> None:
-    require_outputs(weight, codes, values, numbers)
-    _to_wire_on_cuda(weight, codes, values, numbers)
-
-
-@from_wire.register_kernel("cuda")
-def _(values: Tensor, numbers: Tensor) -> Tensor:
-    require_wire(values, numbers)
-    dense = values.new_empty(shape_of(values))
-    _from_wire_on_cuda(values, numbers, dense)
-    return dense
-
-
-@from_wire_.register_kernel("cuda")
-def _(values: Tensor, numbers: Tensor, dense: Tensor) -> None:
-    require_dense(values, numbers, dense)
-    _from_wire_on_cuda(values, numbers, dense)
-
-
-def _to_wire_on_cuda(weight: Tensor, codes: Tensor, values: Tensor, numbers: Tensor) -> None:
     from .triton_dense import to_wire_into
 
+    require_outputs(weight, codes, values, numbers)
     if not weight.numel():
         values.zero_()
         numbers.zero_()
@@ -165,17 +129,10 @@ def _to_wire_on_cuda(weight: Tensor, codes: Tensor, values: Tensor, numbers: Ten
     to_wire_into(weight if weight.stride(1) == 1 else weight.contiguous(), codes.contiguous(), values, numbers)
 
 
-def _from_wire_on_cuda(values: Tensor, numbers: Tensor, dense: Tensor) -> None:
+@from_wire_.register_kernel("cuda")
+def _(values: Tensor, numbers: Tensor, dense: Tensor) -> None:
     from .triton_dense import from_wire_into
 
+    require_dense(values, numbers, dense)
     if dense.numel():
         from_wire_into(values, numbers, dense)
-
-
-def _empty_wire(weight: Tensor, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    require_weight(weight, codes, dtype)
-    rows, columns = weight.shape
-    return (
-        weight.new_empty(rows, columns // 2, dtype=dtype),
-        weight.new_empty(rows // 4, columns // 4, dtype=torch.uint8),
-    )

@@ -53,31 +53,13 @@ def pack_wires_(
 
 
 @pack_wires_.register_fake
-def _(
-    kept: Sequence[Tensor],
-    numbers: Sequence[Tensor],
-    values: Sequence[Tensor],
-    meta: Sequence[Tensor],
-    values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    orders: Sequence[int] | None = None,
-) -> None:
-    wire_sides_of(kept, numbers, values, meta, values_t, meta_t, tables, orders)
+def _(*given: Any) -> None:
+    wire_sides_of(*given)
 
 
 @pack_wires_.register_kernel("cuda")
-def _(
-    kept: Sequence[Tensor],
-    numbers: Sequence[Tensor],
-    values: Sequence[Tensor],
-    meta: Sequence[Tensor],
-    values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    orders: Sequence[int] | None = None,
-) -> None:
-    _pack_on_cuda(kept, numbers, *wire_sides_of(kept, numbers, values, meta, values_t, meta_t, tables, orders))
+def _(kept: Sequence[Tensor], numbers: Sequence[Tensor], *targets: Any) -> None:
+    _pack_on_cuda(kept, numbers, *wire_sides_of(kept, numbers, *targets))
 
 
 def _pack_on_cuda(kept: Sequence[Tensor], numbers: Sequence[Tensor], side: Side | None, side_t: Side | None) -> None:
@@ -90,27 +72,19 @@ def _pack_on_cuda(kept: Sequence[Tensor], numbers: Sequence[Tensor], side: Side 
         pack_wires_into([kept[i] for i in filled], [numbers[i] for i in filled], first, second)
 
 
-def _pack_now_on_cuda(
-    kept: Sequence[Tensor],
-    numbers: Sequence[Tensor],
-    values: Sequence[Tensor],
-    meta: Sequence[Tensor],
-    values_t: Sequence[Tensor],
-    meta_t: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    orders: Sequence[int] | None,
-) -> None:
+def _pack_now_on_cuda(kept: Sequence[Tensor], numbers: Sequence[Tensor], *targets: Any) -> None:
     from .triton_kernel import pack_wires_into, plan_of
 
-    every = (values, meta, values_t, meta_t, tables)
+    values, meta, values_t, meta_t, tables, orders = targets
 
     def made() -> tuple[Any]:
-        sides = wire_sides_of(kept, numbers, *every, orders)
+        sides = wire_sides_of(kept, numbers, *targets)
         return (plan_of(kept, numbers, *sides) if all(map(Tensor.numel, kept)) and not tables else None,)
 
-    (plan,) = PACKINGS.of((layout_of(kept, numbers, *every), None if orders is None else tuple(orders)), made)
+    layout = layout_of(kept, numbers, *targets[:5])
+    (plan,) = PACKINGS.of((layout, None if orders is None else tuple(orders)), made)
     if plan is None:
-        _pack_on_cuda(kept, numbers, *wire_sides_of(kept, numbers, *every, orders))
+        _pack_on_cuda(kept, numbers, *wire_sides_of(kept, numbers, *targets))
     else:
         pack_wires_into(kept, numbers, *known_sides(values, meta, values_t, meta_t, orders), plan=plan)
 

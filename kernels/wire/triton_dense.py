@@ -5,7 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_functions import join_columns, kept_pair, load_code, nibbles_of, pair_bits, split_columns
+from ..device_functions import (
+    join_columns,
+    kept_pair,
+    load_code,
+    nibbles_of,
+    pair_bits,
+    split_columns,
+    tiles_of_program,
+)
 from ..launch import interpreted, on_device_of
 from ..pack.triton_sides import PAIRS, TRITON
 from .numbering import NO_PATTERN, pattern_table
@@ -75,10 +83,7 @@ def to_wire_kernel(
     EMULATE_ROUNDING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write ROWS × COLUMNS tiles of a wire with ``written_rows`` rows of them, zeros from ``tile_rows`` on."""
-    blocks = tl.cdiv(tile_columns, COLUMNS)
-    top = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
-    left = (tl.program_id(0) % blocks) * COLUMNS
-    row, column = top + tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
+    _, left, row, column = tiles_of_program(tile_columns, ROWS, COLUMNS)
     inside = (row < tile_rows) & (column < tile_columns)  # [ROWS, COLUMNS] tiles
     written = (row < written_rows) & (column < tile_columns)
     code = load_code(codes + row * tile_columns + column, inside)
@@ -104,10 +109,7 @@ def from_wire_kernel(
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write ROWS × COLUMNS tiles of a dense weight."""
-    blocks = tl.cdiv(tile_columns, COLUMNS)
-    top = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
-    left = (tl.program_id(0) % blocks) * COLUMNS
-    row, column = top + tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
+    _, left, row, column = tiles_of_program(tile_columns, ROWS, COLUMNS)
     inside = (row < tile_rows) & (column < tile_columns)  # [ROWS, COLUMNS] tiles
     code = load_pattern(patterns, numbers + row * tile_columns + column, inside).to(tl.int32)
     element = left * 4 + tl.arange(0, 4 * COLUMNS)[None, :]

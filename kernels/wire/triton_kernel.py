@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device_functions import nibbles_of, tensor_pointer
+from ..device_functions import nibbles_of, tensor_pointer, tiles_of_program
 from ..launch import Launch, launch
 from ..pack import Side
 from ..pack.triton_sides import (
@@ -88,10 +88,7 @@ def pack_wire_kernel(
 ):  # fmt: skip
     """Handle ROWS × COLUMNS tiles of the program's wire: W is packed if FORWARD, Wᵀ if TRANSPOSED."""
     tensor = tl.program_id(1)
-    blocks = tl.cdiv(tile_columns, COLUMNS)
-    top = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
-    left = (tl.program_id(0) % blocks) * COLUMNS
-    row, column = top + tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
+    top, left, row, column = tiles_of_program(tile_columns, ROWS, COLUMNS)
     inside = (row < tile_rows) & (column < tile_columns)  # [ROWS, COLUMNS] tiles
     numbers = tensor_pointer(number_base, number_offsets, tensor, ALIGNED) + row * tile_columns + column
     number = tl.load(numbers, mask=inside, other=0).to(tl.int32)

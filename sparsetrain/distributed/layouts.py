@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .shards import gathered, is_cut, is_spread, local, part_of
+from .shards import gathered, is_cut, is_spread, local, part_of, spread_over
 
 
 class Layout(NamedTuple):
@@ -29,14 +29,7 @@ class Layout(NamedTuple):
 
     def spread(self, part: Tensor) -> Tensor:
         """Return a DTensor of the part that lies here; the part itself if nothing is spread."""
-        if self.mesh is None:
-            return part
-        from torch.distributed.tensor import DTensor
-
-        stride = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(
-            part.contiguous(), self.mesh, self.placements, shape=torch.Size(self.shape), stride=stride
-        )
+        return part if self.mesh is None else spread_over(part.contiguous(), self.mesh, self.placements, self.shape)
 
     def part(self, tensor: Tensor) -> Tensor:
         """Return the part that lies here of a DTensor in any layout, or of a whole tensor.

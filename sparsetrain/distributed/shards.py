@@ -43,12 +43,15 @@ def spread_like(part: Tensor, whole: Tensor, shape: Sequence[int]) -> Tensor:
         whole: A DTensor of as many dimensions.
         shape: Of the result, over all processes.
     """
+    return spread_over(part, whole.device_mesh, whole.placements, shape)  # type: ignore[attr-defined]
+
+
+def spread_over(part: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int]) -> Tensor:
+    """Return a tensor that is spread over a mesh, given this process's part, as :func:`spread_like`."""
     from torch.distributed.tensor import DTensor
 
-    mesh: Any = whole.device_mesh  # type: ignore[attr-defined]
     stride = torch.empty(tuple(shape), device="meta").stride()
-    sizes = torch.Size(shape)
-    return DTensor.from_local(part, mesh, whole.placements, shape=sizes, stride=stride)  # type: ignore[attr-defined]
+    return DTensor.from_local(part, mesh, placements, shape=torch.Size(shape), stride=stride)
 
 
 def replicated_like(whole: Tensor, like: Tensor) -> Tensor:
@@ -67,12 +70,12 @@ def replicated_like(whole: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim)
 
 
-def held(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that lies here, differentiably.
 
     Example:
         >>> weight = torch.zeros(4)
-        >>> held(weight) is weight
+        >>> to_local(weight) is weight
         True
     """
     return cast(Tensor, tensor.to_local()) if is_spread(tensor) else tensor  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..distributed.shards import held
+from ..distributed.shards import to_local
 from ..kernels.tile_codes import unpack_codes
 from ..kernels.torch_internals import explicit_padding, is_transformed
 from ..masks.gradient_rules import GradientRule
@@ -169,7 +169,7 @@ class SparseConvolution(MaskedLayer):
         weight = gathered_weight(self, self.weight, self.gradient)
         added: Tensor | float = 0.0
         if self.adapter is not None:
-            down, up = map(held, as_constants(self.adapter))
+            down, up = map(to_local, as_constants(self.adapter))
             added = weight_of(up @ down, weight.shape)
             weight = weight + added
         codes = gathered_backward_codes(self)

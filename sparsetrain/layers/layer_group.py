@@ -44,7 +44,7 @@ class LayerGroup:
         self._parameters = [layer._parameters for layer in self.each]
         self.weights = list(map(weight_in, self.each))
         self.is_spread = any(layer.shard is not None for layer in self.each)
-        self.parameters = [_parameter_of(layer) for layer in self.each] if self.is_spread else self.weights
+        self.parameters = [layer.owned_weight for layer in self.each] if self.is_spread else self.weights
         """What optimizers know of the weights, which are parts of them where they are spread over processes."""
         self.codes = list(map(_CODES, self.each))
         self.numbers = tuple(zlib.crc32(name.encode()) for name in layers)
@@ -62,11 +62,9 @@ class LayerGroup:
     def is_current(self) -> bool:
         """Say whether the layers still have these weights and codes."""
         # nn.Module would find a weight in half a microsecond or more
-        weights = [parameters.get("weight") for parameters in self._parameters]
+        weights: list[Tensor | None] = [parameters.get("weight") for parameters in self._parameters]
         if self.is_spread or any(layer.shard is not None for layer in self.each):
-            return all(map(is_, self.weights, map(weight_in, self.each))) and all(
-                map(is_, self.codes, map(_CODES, self.each))
-            )
+            weights = list(map(weight_in, self.each))
         return all(map(is_, self.weights, weights)) and all(map(is_, self.codes, map(_CODES, self.each)))
 
     def known(self, moment: object = None) -> Known | None:
@@ -260,10 +258,6 @@ class LayerGroups:
             self._drawn = Operands.generation
         for draws, number in self._draws:
             renumber_(draws, number, clock)
-
-
-def _parameter_of(layer: MaskedLayer) -> Tensor:
-    return layer.weight if layer.shard is None else layer.shard.weight
 
 
 _NUMBERS = itertools.count(1)

@@ -37,21 +37,8 @@ def soft_thresholded(weight: Tensor, codes: Tensor, transposable: bool = False) 
     return ((magnitude - threshold).clamp(min=0) * weight.sign()).masked_fill(~mask, 0)
 
 
-def soft_scale(weight: Tensor, codes: Tensor, transposable: bool = False) -> Tensor:
-    """Return β, the scalar that brings the soft-thresholded weight nearest to the weight: ``⟨W, S⟩ / ⟨S, S⟩``.
-
-    Example:
-        >>> codes = torch.full((1, 1), 0x5A5A, dtype=torch.int16)
-        >>> soft_scale(torch.tensor([[1.0, 3.0, 2.0, -4.0], [3.0, 1.0, 4.0, 2.0]] * 2), codes).item()
-        2.200000047683716
-
-    Source: the same; it is computed once, at the first sparse step, because a moving β makes masks flip.
-    """
-    return scale_of(soft_products(weight, codes, transposable)).to(weight.dtype)
-
-
 def soft_products(weight: Tensor, codes: Tensor, transposable: bool = False) -> Tensor:
-    """Return ``⟨W, S⟩`` and ``⟨S, S⟩``, float64 ``[2]``, of a weight or of a part of one.
+    """Return ``⟨W, S⟩`` and ``⟨S, S⟩``, float64 ``[2]``, of a weight W, or of a part of one, and S left of it.
 
     Example:
         >>> codes = torch.full((1, 1), 0x5A5A, dtype=torch.int16)
@@ -63,11 +50,16 @@ def soft_products(weight: Tensor, codes: Tensor, transposable: bool = False) -> 
 
 
 def scale_of(products: Tensor) -> Tensor:
-    """Return β of what :func:`soft_products` measured; 1 where nothing is left.
+    """Return β, the scalar that brings S nearest to W, ``⟨W, S⟩ / ⟨S, S⟩``; 1 where nothing is left.
+
+    Args:
+        products: What :func:`soft_products` returned, or a sum of that over the parts of a weight.
 
     Example:
         >>> scale_of(torch.tensor([44.0, 20.0])).item(), scale_of(torch.zeros(2)).item()
         (2.200000047683716, 1.0)
+
+    Source: the same; it is computed once, at the first sparse step, because a moving β makes masks flip.
     """
     return torch.where(products[1] > 0, products[0] / products[1], 1.0)
 

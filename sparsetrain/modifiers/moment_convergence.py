@@ -95,8 +95,8 @@ class SecondMoments(Modifier):
             before = optimizer.state.get(weight, {}).get("exp_avg_sq")
             before = None if before is None else local(before)
             change = square if before is None else square - before
-            total = (1 - beta) * change.abs().sum(dtype=torch.float64)
-            self._pending.append((total / copies(weight, count), weight.numel()))
+            share = (1 - beta) / copies(weight, count)
+            self._pending.append((share * change.abs().sum(dtype=torch.float64), weight.numel()))
             window = max(1, round(1 / (1 - beta)))
             if self._changes is None or self._changes.numel() != window:
                 self._changes, self._count = torch.zeros(window, dtype=torch.float64, device=gradient.device), 0

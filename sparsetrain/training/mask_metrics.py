@@ -38,7 +38,7 @@ def mask_metrics(masks: MaskState, per_layer: bool = False) -> dict[str, float |
         "flip_rate": rate,
         "virtual_flip_rate": virtual,
         "flip_rate_ratio": rate / virtual if rate is not None and virtual else None,
-        "age_mean": total(ages) / masks.entries if ages else None,
+        "age_mean": total(ages) / sum(layer.weight.numel() for layer in layers.values()) if ages else None,
     }
     for name, entry in sums.items() if per_layer else ():
         values[f"layer/{name}/flip_rate"] = rate_of(flips, layers, name)

@@ -175,10 +175,10 @@ class MaskState:
         fractions = kept_fractions(maskable)
         return set(sorted(fractions, key=lambda name: (name not in held, -fractions[name]))[:count])
 
-    def flip_rate(self, layer: str | None = None, virtual: bool = False) -> float | None:
-        """Return the last refresh's flips as a fraction of the entries, of one layer or of all; None before one."""
+    def flip_rate(self, virtual: bool = False) -> float | None:
+        """Return the last refresh's flips as a fraction of the entries; None before one."""
         (flips,) = sum_over_parts(self.layers, self.virtual_flips if virtual else self.flips)
-        return rate_of(flips, self.layers, layer)
+        return rate_of(flips, self.layers)
 
     def flip_rate_ratio(self) -> float | None:
         """Return the last flip rate of a sparse phase over that of a dense one, or None."""
@@ -201,11 +201,6 @@ class MaskState:
     def age_sums(self) -> dict[str, Tensor]:
         """Add up the refreshes since entries last flipped, in the part that lies here, if ages are tracked."""
         return {name: age.sum(dtype=torch.int64) for name, age in self.ages.items()}
-
-    @property
-    def entries(self) -> int:
-        """Of all weights."""
-        return sum(layer.weight.numel() for layer in self.layers.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of everything that the next refresh and the metrics depend on.

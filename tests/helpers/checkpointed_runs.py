@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from ranks import failure
-from sharded_runs import batch, blocks, mesh_of, outcome, shard
+from sharded_runs import batch, blocks, mesh_of, outcome, shard, take_step
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_into
@@ -54,11 +54,7 @@ def run(
             save(model, optimizer, training, saves[step])
         if step == kill_at and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             os._exit(1)
-        optimizer.zero_grad()
-        loss = model(batch(step)).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+        losses += take_step(model, optimizer, step)
     return {"losses": losses, **outcome(model, training)}
 
 
@@ -92,9 +88,7 @@ def trained(method: Any, shape: Shape = (), steps: int = 5, **options: Any) -> t
     """Return a model, its optimizer and its run after some steps."""
     model, optimizer, training = made(method, shape, **options)
     for step in range(steps):
-        optimizer.zero_grad()
-        model(batch(step)).square().mean().backward()
-        optimizer.step()
+        take_step(model, optimizer, step)
     return model, optimizer, training
 
 

@@ -26,9 +26,7 @@ OPERATORS = {
     "tile_statistics": statistics.tile_statistics,
     "codes_of_numbers": numbers.codes_of_numbers,
     "numbers_of_codes": numbers.numbers_of_codes,
-    "to_wire": wire.to_wire,
     "to_wire_": wire.to_wire_,
-    "from_wire": wire.from_wire,
     "from_wire_": wire.from_wire_,
     "pack_wires_": pack_wires.pack_wires_,
 }

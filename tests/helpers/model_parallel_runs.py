@@ -10,10 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_runs import batches
-from sharded_runs import blocks, outcome, whole
+from sharded_runs import blocks, outcome, parallelize_block, whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from sparsetrain.callbacks import SparseTrainingCallback
 
@@ -56,8 +55,7 @@ class Blocks(LightningModule):
         data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
         for block in self.net[:-1]:  # type: ignore[index]
             if tensor.size() > 1:
-                plan = {"up": ColwiseParallel(), "gate": ColwiseParallel(), "down": RowwiseParallel()}
-                parallelize_module(block, tensor, plan)
+                parallelize_block(block, tensor)
             if data.size() > 1:
                 fully_shard(block, mesh=data)
         if data.size() > 1:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import failure
-from sharded_runs import STEPS, WIDTH, batch, blocks, mesh_of, outcome, parallelize, whole
+from sharded_runs import STEPS, WIDTH, batch, blocks, mesh_of, outcome, parallelize, parallelize_block, take_step, whole
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -118,8 +118,7 @@ def averaged_by_hand(method: Any, shape: tuple[int, int], **options: Any) -> dic
             part /= shape[0]
 
     for block in list(model.children())[:-1]:
-        plan = {"up": ColwiseParallel(), "gate": ColwiseParallel(), "down": RowwiseParallel()}
-        parallelize_module(block, mesh["tp"], plan)
+        parallelize_block(block, mesh["tp"])
     part = mesh.get_local_rank(0), shape[0]
     return train_part(model, method, part=part, average=average, group=group, **options)
 
@@ -172,8 +171,8 @@ def one_step(model: nn.Module, sparse: bool, x: Tensor, of_tokens: bool = False)
         output = model(DTensor.from_local(x, world_mesh(), [Replicate()]).redistribute(placements=[Shard(1)]))
     else:
         output = model(x)
-    full = output.full_tensor() if isinstance(output, DTensor) else output
-    full.sin().sum().backward()
+    full = _full(output)
+    full.sin().sum().backward()  # type: ignore[no-untyped-call]
     gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
     assert x.grad is not None
     return {"output": full.detach(), "input": x.grad, **gradients}
@@ -201,17 +200,26 @@ class Alike(nn.Module):
         return self.layer(x)  # type: ignore[no-any-return]
 
 
-def replicated() -> tuple[dict[str, Any], str]:
-    """Train with a replicated weight and tokens that are spread; and say what unequal parts are refused with."""
-    torch.manual_seed(0)
-    model = distribute_module(Alike(), world_mesh())
+def _full(output: Tensor) -> Tensor:
+    """Return an output whole, with its graph."""
+    return output.full_tensor() if isinstance(output, DTensor) else output
+
+
+def _train_alike(model: nn.Module, spread: Callable[[Tensor], Tensor] = lambda tokens: tokens) -> st.SparseTraining:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     training = st.SparseTraining(model, optimizer, OBSERVED, 6, verbose=False)
     for step in range(6):
         optimizer.zero_grad()
-        output = model(distribute_tensor(batch(step), world_mesh(), [Shard(0)]))
-        (output.full_tensor().square().mean()).backward()
+        _full(model(spread(batch(step)))).square().mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+    return training
+
+
+def replicated() -> tuple[dict[str, Any], str]:
+    """Train with a replicated weight and tokens that are spread; and say what unequal parts are refused with."""
+    torch.manual_seed(0)
+    model = distribute_module(Alike(), world_mesh())
+    training = _train_alike(model, lambda tokens: distribute_tensor(tokens, world_mesh(), [Shard(0)]))
     found = outcome(model, training)
     generator = torch.Generator().manual_seed(dist.get_rank())
     training.masks.layers["layer"].master.data.mul_(torch.randn(WIDTH, WIDTH, generator=generator))
@@ -222,13 +230,7 @@ def in_one_process() -> dict[str, Any]:
     """Train it where all tokens are."""
     torch.manual_seed(0)
     model = Alike()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    training = st.SparseTraining(model, optimizer, OBSERVED, 6, verbose=False)
-    for step in range(6):
-        optimizer.zero_grad()
-        model(batch(step)).square().mean().backward()
-        optimizer.step()
-    return outcome(model, training)
+    return outcome(model, _train_alike(model))
 
 
 def transposed(cut: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -259,7 +261,7 @@ def as_used() -> dict[str, Any]:
             losses.append(model(batch(100)).square().mean().item())
             model.train()
         optimizer.zero_grad()
-        middle = checkpoint(blocks_of[1], compiled(batch(step)), use_reentrant=False)
+        middle = checkpoint(blocks_of[1], compiled(batch(10 * step)), use_reentrant=False)
         assert isinstance(middle, Tensor)
         loss = blocks_of[2](middle).square().mean()
         loss.backward()
@@ -286,11 +288,7 @@ def used_in_one_process() -> dict[str, Any]:
     for step in range(4):
         with torch.no_grad():
             losses.append(model(batch(100)).square().mean().item())
-        optimizer.zero_grad()
-        loss = model(batch(step)).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+        losses += take_step(model, optimizer, step)
     return {"losses": losses, **outcome(model, training)}
 
 

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import failure
-from sharded_runs import batch, blocks, mesh_of, shard
+from sharded_runs import batch, blocks, by_columns, mesh_of, shard
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import Shard
 from torch.optim import AdamW, Optimizer
 
 import sparsetrain as st
@@ -65,11 +64,6 @@ def two(hidden: int, **options: Any) -> nn.Module:
     return shard(model, shape, **options)
 
 
-def by_columns(model: Callable[..., nn.Module] = blocks, *args: Any) -> nn.Module:
-    """Return a model whose weights are cut by columns."""
-    return model(*args, shard_placement_fn=lambda parameter: Shard(1) if parameter.dim() == 2 else None)
-
-
 def two_dimensional(hidden: int) -> nn.Module:
     """Return a block under tensor parallelism and FSDP2."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -118,7 +112,7 @@ def sharded(**options: Any) -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "rows": lambda: two(20),
     "rows under HSDP": lambda: two(20, shape=(2, 2)),
-    "columns": lambda: by_columns(two, 20),
+    "columns": lambda: two(20, shard_placement_fn=by_columns),
     "both": lambda: two_dimensional(24),
     "own root": own_root,
     "some plain": partly,
@@ -127,7 +121,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "part of the mesh": lambda: sharded(reshard_after_forward=2),
     "fsdp1": fsdp1,
     "sharded": sharded,
-    "by columns": lambda: by_columns(lambda **options: sharded(**options)),
+    "by columns": lambda: sharded(shard_placement_fn=by_columns),
     "plain": blocks,
 }
 
@@ -211,23 +205,6 @@ def loaded(damaged: bool) -> tuple[str, int]:
     if rank:
         state = {**state, **({"codes": {}} if damaged else {"last_refresh": -1})}
     return failure(training.load_state_dict, state), training.clock
-
-
-def finished() -> list[float]:
-    """Return losses of a model that trains on after its run."""
-    model = sharded()
-    optimizer = AdamW(model.parameters(), lr=1e-2)
-    training = run(model, optimizer, method={"preset": "asp_one_shot", "prune_at": 1})
-    losses = []
-    for step in range(6):
-        optimizer.zero_grad()
-        loss = model(batch(step)).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if step == 3:
-            training.finish()
-    return losses
 
 
 def part_of_a_root() -> str:

@@ -7,12 +7,11 @@ import sharded_runs
 import torch
 import torch.distributed as dist
 from ranks import failure
-from sharded_runs import blocks, outcome, shard, take_step
+from sharded_runs import blocks, by_columns, outcome, shard, take_step
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
 from transformers.pytorch_utils import Conv1D
 
 import sparsetrain as st
@@ -114,11 +113,11 @@ def evaluated_in_inference_mode(spread: Callable[[nn.Module], nn.Module], **opti
 
 
 def finished(spread: Callable[[nn.Module], nn.Module], **options: Any) -> dict[str, Any]:
-    """A run that ends sparse, and the plain model after it."""
+    """A run that ends sparse, and the plain model that trains on after it."""
     training, optimizer = begin(spread(blocks()), method="asp_one_shot", **options)
     found = go_on(training, optimizer)
     training.finish()
-    found["losses"].append(training.model(sharded_runs.batch(0)).sum().item())
+    found["losses"] += [loss for step in (0, 1) for loss in take_step(training.model, optimizer, step)]
     found["weights"] = {name: sharded_runs.whole(value) for name, value in training.model.state_dict().items()}
     return found
 
@@ -132,8 +131,7 @@ def recomputed(spread: Callable[[nn.Module], nn.Module], **options: Any) -> dict
 
 MODELS = [
     plain, convolutions, double_pruned_convolutions, transposed, compiled, converted, assigned, sharded_late,
-    gathered_when_searched, evaluated_in_inference_mode,
-    finished, recomputed,
+    gathered_when_searched, evaluated_in_inference_mode, finished, recomputed,
 ]  # fmt: skip
 
 
@@ -145,12 +143,8 @@ def on_shards(name: str, gather: str) -> dict[str, Any]:
 
 def on_columns(gather: str) -> dict[str, Any]:
     """Train blocks whose weights are cut by input features."""
-
-    def spread(model: nn.Module) -> nn.Module:
-        placed = {"shard_placement_fn": lambda parameter: Shard(1) if parameter.dim() == 2 else None}
-        return shard(model, (dist.get_world_size(),), **placed)
-
-    return plain(spread, gather=gather)
+    shape = (dist.get_world_size(),)
+    return plain(lambda model: shard(model, shape, shard_placement_fn=by_columns), gather=gather)
 
 
 def on_one_rank(gather: str, method: Any = METHOD) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from simulated_backend import SimulatedBackend
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sparsetrain as st
@@ -66,18 +68,27 @@ def shard(model: nn.Module, shape: tuple[int, ...], **options: Any) -> nn.Module
     return model
 
 
+def by_columns(parameter: Tensor) -> Shard | None:
+    """Say that a weight is cut by its columns, as a ``shard_placement_fn``."""
+    return Shard(1) if parameter.dim() == 2 else None
+
+
 def parallelize(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     """Apply tensor parallelism to every block over the last dimension of a mesh, then FSDP2 over those before it."""
     names = ("replicate", "shard")[-len(shape) + 1 :] if len(shape) > 1 else ()
     mesh = mesh_of(shape, (*names, "tp"))
     for child in model.children():
         if isinstance(child, Block):
-            plan = {"up": ColwiseParallel(), "gate": ColwiseParallel(), "down": RowwiseParallel()}
-            parallelize_module(child, mesh["tp"], plan)
+            parallelize_block(child, mesh["tp"])
     for module in (*model.children(), model) if names else ():
         if len(list(module.children())):
             fully_shard(module, mesh=mesh[names])
     return model
+
+
+def parallelize_block(block: nn.Module, mesh: DeviceMesh) -> None:
+    """Apply tensor parallelism to a block, whose inner features are cut."""
+    parallelize_module(block, mesh, {"up": ColwiseParallel(), "gate": ColwiseParallel(), "down": RowwiseParallel()})
 
 
 def policy(name: str | None) -> MixedPrecisionPolicy:
@@ -165,11 +176,8 @@ def fsdp(
 
 def simulated(method: Any, gather: str, **options: Any) -> dict[str, Any]:
     """Train blocks under FSDP2 whose products a simulated sparse backend computes."""
-    backend = BACKENDS["simulated"] = SimulatedBackend()
-    try:
+    with patch.dict(BACKENDS, simulated=(backend := SimulatedBackend())):
         found = fsdp(method, (2,), steps=10, gather=gather, backend="simulated", **options)
-    finally:
-        del BACKENDS["simulated"]
     return {**found, "used": backend.calls["product"] > 0}
 
 
@@ -192,14 +200,11 @@ def bytes_sent(dtype: str | None) -> dict[str, dict[str, int]]:
 
 def wires(gather: Any, method: Any = "fst", backend: str = "auto") -> set[str]:
     """Return what a report says of the layers of a run under FSDP2."""
-    BACKENDS["simulated"] = SimulatedBackend()
-    try:
-        model = shard(blocks(), (2,))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model = shard(blocks(), (2,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with patch.dict(BACKENDS, simulated=SimulatedBackend()):
         training = st.SparseTraining(model, optimizer, method, 6, gather=gather, backend=backend, verbose=False)
         return {choice.products.partition("; ")[2] for choice in training.report.sparse}
-    finally:
-        del BACKENDS["simulated"]
 
 
 def clipped_adapters(micro_batches: int, under_fsdp: bool) -> tuple[list[float], list[Tensor]]:

@@ -71,7 +71,7 @@ class Reasons:
             return f"{self._readers[id(layer)]} reads its weight itself"
         if not is_root(layer) and (reason := why_subclass(layer)):
             return reason
-        if getattr(layer, SHARDED_MODULE, False) and type(layer.weight).__name__ != "DTensor":
+        if getattr(layer, SHARDED_MODULE, False) and not is_spread(layer.weight):
             return f"{FSDP1_REASON}: use fully_shard or DistributedDataParallel"
         if layer._parameters.get("weight") is None:
             return "weight is no parameter (weight_norm, spectral_norm or prune): remove that first"

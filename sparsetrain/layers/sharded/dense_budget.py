@@ -9,7 +9,7 @@ from ...distributed.selection import ordered_keys, threshold_of_largest
 from ...distributed.shards import part_like
 from ...masks.dense_budget import costliest, dense_layers, dense_tiles, tile_losses
 from ..masked_layer import MaskedLayer
-from .totals import counts_part, sum_over_mesh, sum_over_parts
+from .totals import counts_part, mesh_of, sum_over_mesh, sum_over_parts
 
 Scores = Mapping[str, Tensor]
 """Layer name to scores ``[O, I]`` of the part that lies here."""
@@ -30,7 +30,7 @@ def score_sum(scores: Tensor) -> Tensor:
 
 def dense_layers_of(layers: Mapping[str, MaskedLayer], scores: Scores, codes: Codes, budget: float) -> list[str]:
     """Choose layers as :func:`sparsetrain.masks.dense_budget.dense_layers` does."""
-    if not _are_spread(layers):
+    if mesh_of(layers) is None:
         return dense_layers(scores, codes, budget)
     losses = tile_losses(scores, codes, _means(layers, scores))
     (totals,) = sum_over_parts(layers, {name: loss.sum() for name, loss in losses.items()})
@@ -40,7 +40,7 @@ def dense_layers_of(layers: Mapping[str, MaskedLayer], scores: Scores, codes: Co
 
 def dense_tiles_of(layers: Mapping[str, MaskedLayer], scores: Scores, codes: Codes, budget: float) -> dict[str, Tensor]:
     """Choose tiles as :func:`sparsetrain.masks.dense_budget.dense_tiles` does; eight histograms are added up."""
-    if not _are_spread(layers):
+    if mesh_of(layers) is None:
         return dense_tiles(scores, codes, budget)
     losses = tile_losses(scores, codes, _means(layers, scores))
     count = round(budget * sum(layers[name].weight.numel() // 16 for name in scores))
@@ -70,7 +70,8 @@ def _places(layers: Mapping[str, MaskedLayer], keys: Mapping[str, Tensor]) -> di
 
 def _counted(layers: Mapping[str, MaskedLayer], keys: Mapping[str, Tensor]) -> Tensor:
     """Return the keys that this process counts, flat: not those that another counts as well."""
-    own = [key.flatten() for name, key in keys.items() if counts_part(layers, name)]
+    mesh = mesh_of(layers)
+    own = [key.flatten() for name, key in keys.items() if counts_part(layers[name], mesh)]
     device = next(iter(keys.values())).device
     return torch.cat(own) if own else torch.empty(0, dtype=torch.int64, device=device)
 
@@ -78,7 +79,3 @@ def _counted(layers: Mapping[str, MaskedLayer], keys: Mapping[str, Tensor]) -> T
 def _means(layers: Mapping[str, MaskedLayer], scores: Scores) -> dict[str, Tensor]:
     (totals,) = sum_over_parts(layers, {name: matrix.double().abs().sum() for name, matrix in scores.items()})
     return {name: totals[name] / layers[name].weight.numel() for name in scores}
-
-
-def _are_spread(layers: Mapping[str, MaskedLayer]) -> bool:
-    return any(layer.shard is not None for layer in layers.values())

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...distributed.shards import held, local
+from ...distributed.shards import local, to_local
 from ...kernels.tile_codes import pack_codes
 from ...masks.gradient_rules import GradientRule
 from ...matmul.autocast import as_autocast
@@ -138,5 +138,5 @@ def gathered_linear(layer: MaskedLayer, input: Tensor) -> Tensor:
     output = multiply_gathered(layer, input, layer.weight, layer.bias)
     if layer.adapter is None:
         return output
-    down, up = map(held, as_constants(layer.adapter))
+    down, up = map(to_local, as_constants(layer.adapter))
     return output + F.linear(F.linear(input, down), up)

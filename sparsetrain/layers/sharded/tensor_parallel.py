@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...distributed.shards import held, is_spread
+from ...distributed.shards import is_spread, to_local
 from ..masked_layer import MaskedLayer
 from ..products import multiply_part
 from .gathered_products import gathered_linear, multiply_gathered
@@ -43,12 +43,12 @@ def parallel_linear(layer: MaskedLayer, input: Tensor) -> Tensor:
     of_tokens = not by_rows and own.is_shard() and own.dim < input.dim() - 1
     part = spread.to_local(grad_placements=(Partial(),) if by_rows else None)
     # where every process has tokens of its own, the gradient of the weight is a sum over them
-    held_weight = weight.to_local(grad_placements=(Partial(),) if of_tokens else None)
+    own_weight = weight.to_local(grad_placements=(Partial(),) if of_tokens else None)
     by_columns = _is_cut(layer, by_rows=False)
     inside = bias is not None and by_rows and is_spread(bias) and bias.placements[0].is_shard(0)
     multiply = multiply_part if weight is layer.shard.weight else multiply_gathered  # type: ignore[union-attr]
     number = mesh.get_local_rank() if by_rows else 0
-    product = multiply(layer, part, held_weight, held(bias) if inside else None, number)
+    product = multiply(layer, part, own_weight, to_local(bias) if inside else None, number)
     if layer.adapter is not None:
         down, up = _adapter_here(layer.adapter, is_sum=by_rows or by_columns or of_tokens)
         down = _from_here(down, 1, part.shape[-1], mesh) if by_columns else down

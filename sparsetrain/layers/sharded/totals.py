@@ -43,7 +43,8 @@ def sum_over_parts(layers: Mapping[str, MaskedLayer], *columns: Column) -> tuple
         own = [(column, name) for column in found for name in names if name in column]
         if not key or not own:
             continue
-        flat = torch.cat([column[name].reshape(-1).to(_device(layers, names), torch.float64) for column, name in own])
+        device = layers[names[0]].master.device
+        flat = torch.cat([column[name].reshape(-1).to(device, torch.float64) for column, name in own])
         for group in key:
             dist.all_reduce(flat, group=group)
         sizes = [column[name].numel() for column, name in own]
@@ -79,18 +80,21 @@ def sum_over_mesh(layers: Mapping[str, MaskedLayer], numbers: Tensor) -> Tensor:
     return numbers
 
 
-def counts_part(layers: Mapping[str, MaskedLayer], name: str) -> bool:
-    """Say whether this process is the first of the mesh that holds its part of a layer's weight, or a whole weight.
+def counts_part(layer: MaskedLayer, mesh: Any) -> bool:
+    """Say whether this process is the first of a mesh that holds its part of a layer's weight, or a whole weight.
+
+    Args:
+        layer: Whose weight it is.
+        mesh: What :func:`mesh_of` returned.
 
     Example:
         >>> from sparsetrain import SparseLinear
-        >>> counts_part({"fc": SparseLinear(8, 4)}, "fc")
+        >>> counts_part(SparseLinear(8, 4), mesh=None)
         True
     """
-    mesh, shard = mesh_of(layers), layers[name].shard
     if mesh is None:
         return True
-    cut = [] if shard is None else groups_of(shard.weight, cut=True)
+    cut = [] if layer.shard is None else groups_of(layer.shard.weight, cut=True)
     dimensions = [dimension for dimension in range(mesh.ndim) if mesh.size(dimension) > 1]
     return all(mesh.get_local_rank(each) == 0 for each in dimensions if mesh.get_group(each) not in cut)
 
@@ -131,7 +135,3 @@ def total(column: Column) -> float:
 def counted_once(layer: MaskedLayer, total: Tensor) -> Tensor:
     """Return a total for this process to hold, so that :func:`sum_over_parts` gives the total again."""
     return total if layer.shard is None or is_first(layer.shard.weight) else torch.zeros_like(total)
-
-
-def _device(layers: Mapping[str, MaskedLayer], names: list[str]) -> torch.device:
-    return layers[names[0]].master.device
