@@ -7,7 +7,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,7 +20,6 @@ from ..layers.masked_layer import MaskedLayer
 from ..layers.options import LayerOptions, check_run_options
 from ..layers.selection.report import SelectionReport
 from ..layers.selection.select_layers import select_layers, sparse_layers
-from ..layers.sharded.gathering import GatherMode
 from ..layers.sparsify import sparsify_
 from ..masks.patterns import resolve_pattern
 from ..methods.method import Method
@@ -41,36 +39,28 @@ def setup_of(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
     method: Method,
-    total_steps: int | None,
     lr_schedulers: Sequence[LRScheduler],
-    teacher: nn.Module | None,
-    logits_from: str,
-    watch_dense: bool,
-    track_age: bool,
-    group: dist.ProcessGroup | None,
-    gather: GatherMode,
+    **options: Any,
 ) -> Setup:
     """Return what a run is to be made of: plain models and optimizers, phases in steps.
+
+    Args:
+        model: As the user has passed it, and so are optimizer and schedulers.
+        optimizer: One or several.
+        method: Of the run.
+        lr_schedulers: That change rates of the optimizers.
+        options: The other fields of a setup, by name.
 
     Raises:
         ValueError: If a value is not allowed.
     """
-    check_run_options(
-        total_steps=total_steps,
-        logits_from=logits_from,
-        teacher=teacher,
-        watch_dense=watch_dense,
-        track_age=track_age,
-        gather=gather,
-        group=group,
-    )
+    check_run_options(**options)
     given = [optimizer] if isinstance(optimizer, Optimizer) or not isinstance(optimizer, Sequence) else optimizer
     require_whole_weights(model)
     require_torch_training(model, given)
     optimizers = [*map(plain_optimizer, given)]
-    timeline = method.schedule.resolve(total_steps)
-    run = total_steps, watch_dense, track_age, group, gather
-    return Setup(plain_model(model), method, timeline, optimizers, lr_schedulers, teacher, logits_from, *run)
+    timeline = method.schedule.resolve(options["total_steps"])
+    return Setup(plain_model(model), method, timeline, optimizers, lr_schedulers, **options)
 
 
 def make_sparse_(setup: Setup, options: LayerOptions, resumes: bool) -> tuple[SelectionReport, dict[str, MaskedLayer]]:

@@ -127,8 +127,8 @@ class SparseTraining(SavedRun):
                 options = LayerOptions(targets, exclude, backend, deterministic, keep_transposed)
                 self.method = resolve_method(method)
                 setup = setup_of(
-                    model, optimizer, self.method, total_steps, lr_schedulers, teacher, logits_from, watch_dense,
-                    track_age, group, gather,
+                    model, optimizer, self.method, lr_schedulers, total_steps=total_steps, teacher=teacher,
+                    logits_from=logits_from, watch_dense=watch_dense, track_age=track_age, group=group, gather=gather,
                 )  # fmt: skip
                 self._verbose = verbose
                 self._start(setup, options, state is not None, undo)
