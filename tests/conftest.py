@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     # must be set before anything imports Triton; tests of compiled kernels use processes of their own
     os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(1)  # as ranks have, with which tests compare: another number adds up in another order
 make_importable()
 
 
