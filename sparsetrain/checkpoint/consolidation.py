@@ -18,12 +18,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from ..kernels.tile_codes import unpack_codes
-from ..kernels.torch_internals import COMPILED_MODULE
 from ..masks.matrices import matrix_of, weight_of
 from ..masks.patterns import TRANSPOSABLE
 from ..masks.soft_threshold import soft_thresholded
 from ..masks.tile_codes import KEEP_ALL
-from .pruned_entries import PLAIN_KEY, PRUNED_KEY, weight_key
+from .pruned_entries import PLAIN_KEY, PRUNED_KEY, plain_key, weight_key
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -73,7 +72,7 @@ class Checkpoint:
         self.state = self._state(plain[0])
         cut = len(model) + 1 if model else 0
         self._saved = {
-            _plain(key[cut:]): key
+            plain_key(key[cut:]): key
             for key, entry in self.entries.items()
             if key.startswith(f"{model}." if model else "") and isinstance(entry, TensorStorageMetadata)
             and not (self._prefix and key.startswith(self._prefix))
@@ -101,7 +100,7 @@ class Checkpoint:
 
     def key(self, layer: str) -> str:
         """Return the name of a layer's weight in the dense model."""
-        return _plain(weight_key(layer))
+        return plain_key(weight_key(layer))
 
     def weight(self, name: str) -> Tensor:
         """Read one of the model's tensors."""
@@ -250,11 +249,6 @@ def _write(path: Path, entries: Mapping[str, TensorStorageMetadata], tensors: It
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-
-
-def _plain(name: str) -> str:
-    """Return the name that a weight has where nothing is compiled; some functions that save models give the other."""
-    return name.replace(f"{COMPILED_MODULE}.", "")
 
 
 def _digest(tensor: Tensor) -> bytes:
