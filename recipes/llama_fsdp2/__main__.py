@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = read_options(sys.argv[1:] if arguments is None else arguments)
             run = set_up(options, start(options))
         except Exception as error:
-            print(f"llama_fsdp2: error: {explain(str(error))}", file=sys.stderr)
+            sys.stderr.write(f"llama_fsdp2: error: {explain(str(error))}\n")  # at once: every rank writes
             return 2
         train(options, run)
         return 0

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sparsetrain.distributed.agreement import together
 from sparsetrain.hardware.extras import require
-from sparsetrain.methods import resolve_method
+from sparsetrain.methods import Method, resolve_method
 from sparsetrain.training import SparseTraining
 
 from ..data.streamed import StreamedBlocks
@@ -46,14 +46,15 @@ def set_up(options: Options, mesh: DeviceMesh) -> Run:
     stream = partial(stream, options.batch_size, rank, world)
     with together((dist.group.WORLD,), "the run") as note:
         note(lambda: asdict(options))
-        check_method(options)
+        method = checked_method(options)
         if options.wandb:
             require("wandb", "wandb", "--wandb")
         make_folder(options.output)
         next(iter(stream()))  # of a stream of its own: positions are those behind batches that were trained on
     model = sharded_model(options, mesh)
     groups = weight_decay_groups(model.parameters(), options.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
+    fused = not (method and method.freeze_second_moments)  # which a fused step does not let
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=fused)
     data, folder, first = stream(), last_checkpoint(options.output), 0
     if folder:
         require_same_run(folder, model, options.method is not None)
@@ -65,14 +66,19 @@ def set_up(options: Options, mesh: DeviceMesh) -> Run:
     return Run(model, optimizer, data, sparse_training(model, optimizer, options, folder), first)
 
 
-def check_method(options: Options) -> None:
-    """Raise ``ValueError`` for a method that cannot be, or whose adapters torch's ``get_state_dict`` does not know."""
+def checked_method(options: Options) -> Method | None:
+    """Return the method, None for a dense run.
+
+    Raises:
+        ValueError: If it cannot be, or has adapters, which torch's ``get_state_dict`` does not know.
+    """
     method = None if options.method is None else resolve_method(options.method)
     if method and method.adapter_rank:
         raise ValueError(
             f"adapter_rank is {method.adapter_rank} but checkpoints in shards have no place for adapters: set "
             "method.adapter_rank to 0."
         )
+    return method
 
 
 def make_folder(output: str) -> None:

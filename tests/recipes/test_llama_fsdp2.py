@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from ranks import ranks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from sparsetrain.methods import PRESETS
 from sparsetrain.recipes.gpt.model import GPT
 from sparsetrain.recipes.llama_fsdp2 import __main__ as recipe
 from sparsetrain.recipes.llama_fsdp2.options import read_options
@@ -148,6 +149,13 @@ def test_a_sparse_run_goes_on_bit_for_bit_and_ends_sparse(folder: Path, tmp_path
     models = [content(folder / name / "model", tmp_path)["model"] for name in ("sparse", "sparse resumed")]
     assert same(*models)
     assert all((value == 0).float().mean() == 0.5 for name, value in models[0].items() if ".mlp." in name)
+
+
+def test_every_preset_without_adapters_can_start(tmp_path: Path) -> None:
+    names = [name for name in PRESETS if name != "slope"]
+    cases = [[*TINY, f"--method={name}", f"--output={tmp_path}"] for name in names]
+    for messages in ranks(2)("recipe_runs.refusals", cases):
+        assert dict(zip(names, messages, strict=True)) == dict.fromkeys(names, "")
 
 
 def test_what_cannot_run_is_said_by_every_rank_before_anything_trains(folder: Path, tmp_path: Path) -> None:
