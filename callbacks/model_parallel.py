@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsetrain.checkpoint import CHECKPOINT_KEY, PRUNED_KEY, weight_key
-from sparsetrain.checkpoint.pruned_entries import PLAIN_KEY, evaluated
+from sparsetrain.checkpoint.pruned_entries import PLAIN_KEY, evaluated, plain_key
 from sparsetrain.checks.rules import TEXT, sequence
 from sparsetrain.checks.states import refuse, require_state
 from sparsetrain.distributed.shards import gathered, is_spread
@@ -41,15 +41,17 @@ def is_model_parallel(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def state_in_parts(training: SparseTraining, weights: MutableMapping[str, Any]) -> Parts:
+def state_in_parts(training: SparseTraining, module: nn.Module, weights: MutableMapping[str, Any]) -> Parts:
     """Return what a checkpoint holds of a run beside the weights; every process has to call this.
 
     Args:
         training: The run.
+        module: That it trains.
         weights: The strategy's state dict of the module, whose masters are replaced by what products see.
     """
     in_shards = any(map(is_spread, weights.values()))  # otherwise rank 0 has them all, and the others have none
-    return _in_shards(training, weights) if in_shards else (_whole(training, weights), {})
+    keys = _keys(training, module, weights)
+    return _in_shards(training, weights, keys) if in_shards else (_whole(training, weights, keys), {})
 
 
 def put_shards_(checkpoint: MutableMapping[str, Any], shards: Mapping[str, Any]) -> None:
@@ -113,30 +115,42 @@ def state_from_shards(trainer: Trainer, training: SparseTraining, state: Mapping
 
 
 @torch.no_grad()
-def _in_shards(training: SparseTraining, weights: MutableMapping[str, Any]) -> Parts:
+def _in_shards(training: SparseTraining, weights: MutableMapping[str, Any], keys: Mapping[str, list[str]]) -> Parts:
     shards = training.sharded_state_dict()
     plain = shards[PLAIN_KEY]  # stays there too, so that the folder can be consolidated
     pruned = _masked(training)
     for name, layer in pruned.items():
-        key = weight_key(name)
-        shards[f"{PRUNED_KEY}.{name}"] = weights[key]
-        weights[key] = evaluated(layer, weights[key], with_adapter=False).to(weights[key].device)
+        shards[f"{PRUNED_KEY}.{name}"] = master = weights[keys[name][0]]
+        weights.update(dict.fromkeys(keys[name], evaluated(layer, master, with_adapter=False).to(master.device)))
     return {SHARDS_KEY: SHARDS, PLAIN_KEY: plain, PRUNED_KEY: [*pruned]}, shards
 
 
 @torch.no_grad()
-def _whole(training: SparseTraining, weights: MutableMapping[str, Any]) -> dict[str, Any]:
+def _whole(
+    training: SparseTraining, weights: MutableMapping[str, Any], keys: Mapping[str, list[str]]
+) -> dict[str, Any]:
     """Return the state with whole tensors; pruned entries are with it where the state dict has weights, on rank 0."""
     state = training.state_dict()
     whole = {path: gathered(tensor).cpu() for path, tensor in tensors_in(state) if is_spread(tensor)}
     pruned = {}
     for name, layer in _masked(training).items():
         kept, seen = gathered(layer.mask), gathered(evaluated(layer, _weight(layer), with_adapter=False))
-        if (key := weight_key(name)) in weights:
-            master = weights[key]
+        if keys[name]:
+            master = weights[keys[name][0]]
             pruned[name] = (master.flatten() if layer.soft_scale is not None else master[~kept.to(master.device)]).cpu()
-            weights[key] = seen.to(master.device)
+            weights.update(dict.fromkeys(keys[name], seen.to(master.device)))
     return {**replaced(state, whole), PRUNED_KEY: pruned}
+
+
+def _keys(training: SparseTraining, module: nn.Module, weights: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the names of a layer's weight in a state dict, by the layer's; a module that is shared has several."""
+    names = {layer: name for name, layer in training.masks.layers.items()}
+    found: dict[str, list[str]] = {name: [] for name in names.values()}
+    for path, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, MaskedLayer) and part in names:
+            key = weight_key(path)
+            found[names[part]] += [known for known in (key, plain_key(key)) if known in weights][:1]
+    return found
 
 
 def _masked(training: SparseTraining) -> dict[str, MaskedLayer]:

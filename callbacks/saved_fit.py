@@ -46,7 +46,7 @@ class SavedFit(SparseRun, Callback):
         if is_model_parallel(trainer):
             weights = trainer.strategy.lightning_module_state_dict()
             copies = {key: value.to("cpu", copy=True) for key, value in weights.items()}
-            state, self._final_shards = self._in_parts(copies)
+            state, self._final_shards = self._in_parts(pl_module, copies)
         else:
             state = self._state(pl_module.state_dict())
         self._final = {CHECKPOINT_KEY: state}
@@ -63,7 +63,7 @@ class SavedFit(SparseRun, Callback):
         elif self.training is None or self.training.finished:
             return
         elif is_model_parallel(trainer):
-            checkpoint[CHECKPOINT_KEY], shards = self._in_parts(checkpoint["state_dict"])
+            checkpoint[CHECKPOINT_KEY], shards = self._in_parts(pl_module, checkpoint["state_dict"])
             put_shards_(checkpoint, shards)
         else:
             masters = checkpoint["state_dict"]
@@ -99,9 +99,9 @@ class SavedFit(SparseRun, Callback):
     def _state(self, masters: Mapping[str, Any]) -> dict[str, Any]:
         return {**super()._state(masters), **self._length_state()}
 
-    def _in_parts(self, weights: dict[str, Any]) -> Parts:
+    def _in_parts(self, module: LightningModule, weights: dict[str, Any]) -> Parts:
         assert self.training is not None
-        state, shards = state_in_parts(self.training, weights)
+        state, shards = state_in_parts(self.training, module, weights)
         return {**state, **self._length_state()}, shards
 
     def _length_state(self) -> dict[str, Any]:

@@ -13,21 +13,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from sparsetrain.hardware.extras import require
-from sparsetrain.training import SparseTraining
 
 from ..cli.messages import explain
-from ..data.streamed import StreamedBlocks
-from ..optimization import WarmupCosine, weight_decay_groups
-from .checkpoints import last_checkpoint, resume_, save_run
+from ..optimization import WarmupCosine
+from .checkpoints import save_run
 from .options import Options, read_options
-from .sharding import make_mesh, sharded_model, whole
+from .sharding import make_mesh, whole
+from .starting import Run, set_up
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,11 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = read_options(sys.argv[1:] if arguments is None else arguments)
-            mesh = start(options)
+            run = set_up(options, start(options))
         except Exception as error:
-            print(f"llama_fsdp2: error: {explain(str(error))}", file=sys.stderr)
+            sys.stderr.write(f"llama_fsdp2: error: {explain(str(error))}\n")  # at once: every rank writes
             return 2
-        train(options, mesh)
+        train(options, run)
         return 0
     finally:
         if dist.is_initialized():
@@ -66,18 +64,9 @@ def start(options: Options) -> DeviceMesh:
     return make_mesh(options)
 
 
-def train(options: Options, mesh: DeviceMesh) -> None:
-    """Run the steps that the last checkpoint in the output folder has not taken."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    model = sharded_model(options, mesh)
-    groups = weight_decay_groups(model.parameters(), options.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
-    data = StreamedBlocks(
-        options.source, options.split, options.text_column, options.context, options.batch_size, rank, world
-    )
-    folder = last_checkpoint(options.output)
-    first = resume_(folder, model, optimizer, data) if folder else 0
-    training = sparse_training(model, optimizer, options, folder)
+def train(options: Options, run: Run) -> None:
+    """Take the steps that a run has not taken before."""
+    model, optimizer, data, training, first = run
     log = Log(options, first)
     rate = WarmupCosine(options.warmup_steps, options.steps, options.min_lr_ratio)
     for step, batch in zip(range(first, options.steps), data, strict=False):
@@ -94,23 +83,6 @@ def train(options: Options, mesh: DeviceMesh) -> None:
         training.finish()
     save({"model": get_model_state_dict(model)}, checkpoint_id=f"{options.output}/model")
     log.finish()
-
-
-def sparse_training(
-    model: nn.Module, optimizer: Optimizer, options: Options, folder: str | None
-) -> SparseTraining | None:
-    """Make a sharded model sparse while it trains, and go on from a checkpoint; None for a dense run."""
-    if options.method is None:
-        return None
-    verbose = dist.get_rank() == 0
-    training = SparseTraining(
-        model, optimizer, options.method, options.steps, options.targets, gather=options.gather, verbose=verbose
-    )
-    if folder:
-        state = {"training": training.sharded_state_dict()}
-        load(state, checkpoint_id=folder)
-        training.load_state_dict(state["training"])
-    return training
 
 
 def train_step(model: nn.Module, optimizer: Optimizer, tokens: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:

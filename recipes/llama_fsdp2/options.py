@@ -1,5 +1,6 @@
 """What the recipe can be told, by a YAML file and on the command line."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -9,6 +10,8 @@ from sparsetrain.hardware.extras import require
 from ..cli.recipe_files import with_recipe_paths
 
 COUNTS = ("width", "depth", "heads", "context", "batch_size", "steps", "replicas", "log_every", "checkpoint_every")
+
+NOT_NEGATIVE = ("learning_rate", "warmup_steps", "min_lr_ratio", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Options:
         wandb: Project at Weights & Biases to log to; null logs nowhere.
 
     Raises:
-        ValueError: If a count is below 1.
+        ValueError: If a count is below 1, or another number is out of range.
     """
 
     method: dict[str, Any] | str | None = "recommended"
@@ -84,6 +87,15 @@ class Options:
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"hidden is {self.hidden}: it must be at least 1, or null.")
+        for name in NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be a number of at least 0.")
+        if not self.min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio is {self.min_lr_ratio}: it must be at most 1.")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}: it must be above 0, or null.")
 
 
 def read_options(arguments: Sequence[str]) -> Options:

@@ -43,7 +43,7 @@ def command_line() -> argparse.ArgumentParser:
         limited.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
         limited.add_argument("--seconds", type=float, help="begin nothing after so long")
     for stored in (search, every, gemm, linear, step, host, sharded):
-        stored.add_argument("--csv", type=Path, help="append the rows to this file")
+        stored.add_argument("--csv", type=scale_inputs.new_file, help="append the rows to this file")
     _figure(commands.add_parser("figure", help="draw the ratio to dense over tokens from the CSV of gemm or linear"))
     return parser
 

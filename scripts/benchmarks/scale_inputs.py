@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -26,6 +27,15 @@ def share(text: str) -> float:
     if not 0 <= (value := _value(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no share: write a number from 0 to 1.")
     return value
+
+
+def new_file(text: str) -> Path:
+    """Read the name of a file that can be written, in a folder that is there or can be made."""
+    path = Path(text)
+    folder = next(one for one in path.absolute().parents if one.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: name a file in a folder that can.")
+    return path
 
 
 def _value(text: str) -> float:
@@ -150,7 +160,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--rows", type=height, nargs="+", default=[*ROWS], help="heights for the table of shards (default: %(default)s)"
     )
-    add("--csv", type=Path, help="write the rows to this file")
+    add("--csv", type=new_file, help="write the rows to this file")
     add("--json", action="store_true", help="print inputs and rows as JSON instead")
 
 

@@ -109,31 +109,46 @@ def _block(width: int) -> nn.Module:
 
 def run(size: Size, ranks: int, repeats: int, device: str, csv: Path | None) -> int:
     """Measure on so many processes, print and store; return the exit code."""
+    if ranks < 2:
+        print(f"--ranks is {ranks}: it must be at least 2, as one alone sends nothing.")
+        return 2
     if device == "cuda" and ranks > torch.cuda.device_count():
         print(f"--ranks is {ranks} but this machine has {torch.cuda.device_count()} GPUs: take fewer.")
         return 2
+    parts = [-(-rows // ranks) for rows in (size.width, 4 * size.width)]
+    if size.width % 4 or any(part % 4 for part in parts):
+        print(
+            f"--width is {size.width}, of which {ranks} ranks have parts of {parts[0]} and {parts[1]} rows: all must "
+            f"be multiples of 4, so take a multiple of {4 * ranks}."
+        )
+        return 2
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_measure, (size, ranks, repeats, device, csv, folder), nprocs=ranks)
+        mp.spawn(_start, (size, ranks, repeats, device, csv, folder), nprocs=ranks)
     return 0
 
 
-def _measure(rank: int, size: Size, ranks: int, repeats: int, device: str, csv: Path | None, folder: str) -> None:
+def _start(rank: int, size: Size, ranks: int, repeats: int, device: str, csv: Path | None, folder: str) -> None:
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
-    rows = []
+    measure(size, repeats, device, csv)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(size: Size, repeats: int, device: str, csv: Path | None) -> None:
+    """Measure on the processes of the default group; the first prints and stores."""
+    rows, ranks = [], dist.get_world_size()
     for wire in WIRES:
         dense, sparse = Trainee(size, device, None), Trainee(size, device, wire)
         pair = taken_in_turn(f"{wire} wire", sparse.timed, dense.timed, repeats, "")
         rows.append((wire, pair, sparse.count_bytes(), dense.count_bytes()))
-    if rank == 0:
+    if dist.get_rank() == 0:
         _print(rows, size, ranks, repeats, device)
         if csv is not None:
             append_csv(csv, [cell for row in rows for cell in _cells(*row, size, ranks)], device)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _print(rows: Sequence[Any], size: Size, ranks: int, repeats: int, device: str) -> None:

@@ -1,10 +1,12 @@
 """A checkpoint folder of ``torch.distributed.checkpoint`` as one dense safetensors file, tensor by tensor."""
 
+import hashlib
 import json
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,12 +18,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from ..kernels.tile_codes import unpack_codes
-from ..kernels.torch_internals import COMPILED_MODULE
 from ..masks.matrices import matrix_of, weight_of
 from ..masks.patterns import TRANSPOSABLE
 from ..masks.soft_threshold import soft_thresholded
 from ..masks.tile_codes import KEEP_ALL
-from .pruned_entries import PLAIN_KEY, PRUNED_KEY, weight_key
+from .pruned_entries import PLAIN_KEY, PRUNED_KEY, plain_key, weight_key
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -69,35 +70,46 @@ class Checkpoint:
             self.refuse("holds no state of sparse training: save training.sharded_state_dict() beside the model")
         self._prefix = plain[0][: -len(PLAIN_KEY)]
         self.state = self._state(plain[0])
-        self._model = f"{model}." if model else ""
-        for name in self.state["active"]:
-            if self._model + self.key(name) not in self.entries:
-                self.refuse(f"has no {self._model + self.key(name)!r}: name the key of the model's state")
+        cut = len(model) + 1 if model else 0
+        self._saved = {
+            plain_key(key[cut:]): key
+            for key, entry in self.entries.items()
+            if key.startswith(f"{model}." if model else "") and isinstance(entry, TensorStorageMetadata)
+            and not (self._prefix and key.startswith(self._prefix))
+        }  # fmt: skip
+        for name in map(self.key, self.state["active"]):
+            if name not in self._saved:
+                self.refuse(f"has no {f'{model}.{name}' if model else name!r}: name the key of the model's state")
 
     @property
     def weights(self) -> dict[str, TensorStorageMetadata]:
-        """The model's tensors: name to what is known without reading them."""
-        cut = len(self._model)
-        return {
-            key[cut:]: entry
-            for key, entry in self.entries.items()
-            if key.startswith(self._model) and isinstance(entry, TensorStorageMetadata)
-            and not (self._prefix and key.startswith(self._prefix))
-        }  # fmt: skip
+        """The model's tensors, by the names of the dense model: what is known without reading them."""
+        return {name: self.entries[key] for name, key in self._saved.items()}
+
+    @cached_property
+    def masked(self) -> dict[str, str]:
+        """Weights whose mask is in force, with their layers; one that equals a master is of a module that is shared."""
+        found = {self.key(layer): layer for layer in self.state["active"]}
+        kinds = {name: (entry.size, entry.properties.dtype) for name, entry in self.weights.items()}
+        like = {kinds[name] for name in found} & {kind for name, kind in kinds.items() if name not in found}
+        masters = {_digest(self.master(layer)): layer for name, layer in found.items() if kinds[name] in like}
+        for name, kind in kinds.items():
+            if kind in like and name not in found and (layer := masters.get(_digest(self.weight(name)))) is not None:
+                found[name] = layer
+        return found
 
     def key(self, layer: str) -> str:
-        """Return the name of a layer's weight; functions of torch that save models leave out what compiling adds."""
-        key = weight_key(layer)
-        return key if self._model + key in self.entries else key.replace(f"{COMPILED_MODULE}.", "")
+        """Return the name of a layer's weight in the dense model."""
+        return plain_key(weight_key(layer))
 
     def weight(self, name: str) -> Tensor:
         """Read one of the model's tensors."""
-        return self._read(self._model + name)
+        return self._read(self._saved[name])
 
     def master(self, layer: str) -> Tensor:
         """Read a layer's dense weight, which Lightning's callback saves apart from the weight that is evaluated."""
         apart = f"{self._prefix}{PRUNED_KEY}.{layer}"
-        return self._read(apart if apart in self.entries else self._model + weight_key(layer))
+        return self._read(apart if apart in self.entries else self._saved[self.key(layer)])
 
     def codes(self, layer: str) -> Tensor:
         """Read the int16 tile codes of a layer."""
@@ -154,17 +166,22 @@ def consolidate(folder: str | Path, path: str | Path, model: str = "model") -> l
 
     Raises:
         ValueError: If the folder cannot be read, holds no state of sparse training, or its model has adapters in use;
-            or if a weight is not what its mask says. No file is left then.
+            or if the file cannot be written, or a weight is not what its mask says. No file is left then.
     """
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        what = "it is a folder" if path.is_dir() else f"there is no folder {str(path.parent)!r}"
+        raise ValueError(f"output is {str(path)!r}, but {what}: name a file in a folder that is there.")
     saved = Checkpoint(folder, model)
     if saved.state["modifiers"].get("adapters"):
         saved.refuse("is of a method with adapters, which fill what masks prune: load it, and use sparse_state_dict")
-    target = Path(path)
-    written = target.with_name(target.name + ".part")
+    written = path.with_name(path.name + ".part")
     try:
         _write(written, saved.weights, _evaluated(saved))
         found = _checked(written, saved)
-        written.replace(target)
+        written.replace(path)
+    except OSError as error:
+        raise ValueError(f"output {str(path)!r} cannot be written: {error.strerror}; name another file.") from error
     finally:
         written.unlink(missing_ok=True)
     return found
@@ -172,16 +189,17 @@ def consolidate(folder: str | Path, path: str | Path, model: str = "model") -> l
 
 def _evaluated(saved: Checkpoint) -> Iterator[Tensor]:
     """Yield the model's tensors as they are evaluated."""
-    state, masked = saved.state, {saved.key(name): name for name in saved.state["active"]}
-    for key in saved.weights:
-        if key not in masked:
-            yield saved.weight(key)
+    state = saved.state
+    for name in saved.weights:
+        if name not in saved.masked:
+            yield saved.weight(name)
             continue
-        layer = masked[key]
+        layer = saved.masked[name]
         weight = saved.master(layer)
         matrix, codes = matrix_of(weight, layer in state["transposed"]), saved.codes(layer)
         if tuple(codes.shape) != (matrix.shape[0] // 4, matrix.shape[1] // 4):
-            saved.refuse(f"is damaged: codes of layer {layer!r} have shape {tuple(codes.shape)}")
+            shapes = f"{tuple(codes.shape)}, its weight {tuple(weight.shape)}"
+            saved.refuse(f"is damaged: codes of layer {layer!r} have shape {shapes}")
         scale = state["modifiers"].get("soft_scales", {}).get(layer)
         if scale is not None:
             soft = soft_thresholded(matrix, codes, state["pattern"] == TRANSPOSABLE.name)
@@ -195,9 +213,8 @@ def _checked(path: Path, saved: Checkpoint) -> list[Consolidated]:
     with safe_open(path, framework="pt") as file:
         if set(file.keys()) != set(saved.weights):
             saved.refuse("was not written as a whole: try again")
-        for layer in state["active"]:
-            key, codes = saved.key(layer), saved.codes(layer)
-            weight = file.get_tensor(key)
+        for key, layer in saved.masked.items():
+            codes, weight = saved.codes(layer), file.get_tensor(key)
             matrix, pruned = matrix_of(weight, layer in state["transposed"]), ~unpack_codes(codes)
             most = _most_kept(matrix, codes, state["pattern"] == TRANSPOSABLE.name)
             if most > state["kept"] or bool(matrix[pruned].any()):
@@ -232,3 +249,7 @@ def _write(path: Path, entries: Mapping[str, TensorStorageMetadata], tensors: It
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()

@@ -18,7 +18,7 @@ from ..checks.states import refuse, tensor
 from ..distributed.layouts import layout_of, matrix_layout
 from ..distributed.shards import gathered, is_spread, local, spread_like
 from ..kernels.tile_codes import unpack_codes
-from ..kernels.torch_internals import RECOMPUTED_MODULE
+from ..kernels.torch_internals import COMPILED_MODULE, RECOMPUTED_MODULE
 from ..layers.masked_layer import MaskedLayer
 from ..masks.matrices import weight_of
 
@@ -248,6 +248,16 @@ def weight_key(name: str) -> str:
         ('fc.weight', 'weight')
     """
     return f"{name.replace(f'{RECOMPUTED_MODULE}.', '')}.weight" if name else "weight"
+
+
+def plain_key(key: str) -> str:
+    """Return the name of a weight where nothing is compiled, as some functions of torch that save models give it.
+
+    Example:
+        >>> plain_key("blocks.0._orig_mod.fc.weight")
+        'blocks.0.fc.weight'
+    """
+    return key.replace(f"{COMPILED_MODULE}.", "")
 
 
 def read_masks(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

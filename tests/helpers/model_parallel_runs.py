@@ -38,22 +38,36 @@ class StandingRanks(LightningEnvironment):
 
 
 class Blocks(LightningModule):
-    """Blocks that are built and sharded in ``configure_model``, over the dimensions of the mesh that are there."""
+    """Blocks that are built and sharded in ``configure_model``, over the dimensions of the mesh that are there.
 
-    def __init__(self) -> None:
+    Args:
+        form: "shared" if the second block is the first, "compiled" if the first is wrapped by ``torch.compile``.
+    """
+
+    def __init__(self, form: str = "") -> None:
         super().__init__()
+        self.form = form
         self.net: nn.Module | None = None
         self.losses: list[float] = []
 
     def configure_model(self) -> None:
         if self.net is not None:
             return
-        self.net = blocks()
+        net: Any = blocks()
+        self.net = net
+        if self.form == "shared":
+            net[1] = net[0]
+        self._shard()
+        if self.form == "compiled":
+            net[0] = torch.compile(net[0], backend="eager")
+
+    def _shard(self) -> None:
         mesh = self.device_mesh
         if mesh is None:
             return
+        assert self.net is not None
         data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
-        for block in self.net[:-1]:  # type: ignore[index]
+        for block in dict.fromkeys(self.net[:-1]):  # type: ignore[index]
             if tensor.size() > 1:
                 parallelize_block(block, tensor)
             if data.size() > 1:
@@ -132,6 +146,7 @@ def fit(
     ends: tuple[int, ...] = (1,),
     in_shards: bool = True,
     validates: str = "",
+    form: str = "",
     **options: Any,
 ) -> dict[str, Any]:
     """Fit, from a checkpoint if there is a source, and return what there is to compare.
@@ -144,9 +159,10 @@ def fit(
         ends: Epochs at which fits end, one after the other.
         in_shards: How is saved.
         validates: Checkpoint that a trainer without the callback validates in the end.
+        form: Of the blocks.
         options: Of the callback.
     """
-    module, callback, rows = Blocks(), SparseTrainingCallback(method, exclude=".*2$", **options), Rows()
+    module, callback, rows = Blocks(form), SparseTrainingCallback(method, exclude=".*2$", **options), Rows()
     watch = Watch(callback, saves)
     trainer = trainer_of(shape, callback, watch, in_shards=in_shards, logger=rows, val_check_interval=3)
     for end in ends:

@@ -1,5 +1,6 @@
 """``sparsetrain consolidate``: a sharded checkpoint as one dense file that computes what the sparse model did."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ import torch
 from ranks import ranks
 from safetensors.torch import load_file
 from sharded_runs import batch, blocks
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+import sparsetrain as st
+from sparsetrain.checkpoint.consolidation import consolidate
 from sparsetrain.recipes.cli.main import main
 
 HALF = {
@@ -50,6 +55,75 @@ def test_a_checkpoint_of_shards_gives_the_file_of_one_process(tmp_path: Path) ->
     sharded, whole = (load_file(tmp_path / f"{name}.safetensors") for name in ("sharded", "whole"))
     assert sharded.keys() == whole.keys()
     assert all(torch.equal(sharded[name], whole[name]) for name in whole)
+
+
+class Shared(nn.Module):
+    """A block that is used twice, under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = blocks()[0]  # type: ignore[index]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.second(self.first(x))
+        return hidden
+
+
+def compiled_block() -> nn.Module:
+    model = blocks()
+    model[0] = torch.compile(model[0], backend="eager")  # type: ignore[index, operator]
+    return model
+
+
+@pytest.mark.parametrize("by_torch", [True, False], ids=["get_model_state_dict", "state_dict"])
+@pytest.mark.parametrize(
+    ("made", "plain", "pruned"),
+    [
+        (compiled_block, blocks, 7),
+        (lambda: torch.compile(blocks(), backend="eager"), blocks, 7),
+        (Shared, Shared, 6),
+        (lambda: blocks().bfloat16(), lambda: blocks().bfloat16(), 7),
+    ],
+    ids=["compiled block", "compiled model", "shared module", "bfloat16"],
+)
+def test_the_file_has_the_names_of_the_dense_model_and_no_master(
+    tmp_path: Path, made: Any, plain: Any, pruned: int, by_torch: bool
+) -> None:
+    model, dense = made(), plain()
+    x = batch(0).to(next(dense.parameters()).dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    training = st.SparseTraining(model, optimizer, {"preset": "fst", "warmup": 1}, 12, verbose=False)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        optimizer.step()
+    weights = get_model_state_dict(model) if by_torch else model.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpointed_runs.save_all(
+            {"model": weights, "training": training.sharded_state_dict()}, checkpoint_id=tmp_path / "saved"
+        )
+    path = tmp_path / "model.safetensors"
+    assert len(consolidate(tmp_path / "saved", path)) == pruned
+    dense.load_state_dict(load_file(path))
+    assert torch.equal(dense(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("", "but it is a folder"),
+        ("no/model", "but there is no folder"),
+        ("/proc/model", "cannot be written: No such file"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_said_in_a_sentence(
+    tmp_path: Path, output: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path / "saved")
+    assert main(["consolidate", str(tmp_path / "saved"), "--output", str(tmp_path / output)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
 
 
 def test_a_dense_run_gives_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

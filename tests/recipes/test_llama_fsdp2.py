@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ranks import ranks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from sparsetrain.methods import PRESETS
 from sparsetrain.recipes.gpt.model import GPT
 from sparsetrain.recipes.llama_fsdp2 import __main__ as recipe
 from sparsetrain.recipes.llama_fsdp2.options import read_options
@@ -105,8 +107,8 @@ def test_the_start_is_the_same_on_any_number_of_ranks(folder: Path, tmp_path: Pa
         if parameter.dim() > 1:
             std = 0.02 / 2 if name.endswith(("out.weight", "down.weight")) else 0.02
             parameter.data.normal_(std=std, generator=generator)
-    for ranks in ("one", "two"):
-        found = content(folder / f"{ranks} at rest" / "model", tmp_path)["model"]
+    for world in ("one", "two"):
+        found = content(folder / f"{world} at rest" / "model", tmp_path)["model"]
         assert list(found) == list(model.state_dict())
         for name, value in model.state_dict().items():
             assert torch.equal(found[name], value), name
@@ -149,11 +151,60 @@ def test_a_sparse_run_goes_on_bit_for_bit_and_ends_sparse(folder: Path, tmp_path
     assert all((value == 0).float().mean() == 0.5 for name, value in models[0].items() if ".mlp." in name)
 
 
+def test_every_preset_without_adapters_can_start(tmp_path: Path) -> None:
+    names = [name for name in PRESETS if name != "slope"]
+    cases = [[*TINY, f"--method={name}", f"--output={tmp_path}"] for name in names]
+    for messages in ranks(2)("recipe_runs.refusals", cases):
+        assert dict(zip(names, messages, strict=True)) == dict.fromkeys(names, "")
+
+
+def test_what_cannot_run_is_said_by_every_rank_before_anything_trains(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("too few words")
+    (tmp_path / "rows.jsonl").write_text('{"body": "a"}\n' * 99)
+    started = {name: f"--output={folder / name}" for name in ("straight", "sparse")}
+    cases = {
+        "method is 'nosuch'": ["--method=nosuch"],
+        "adapter_rank is 16 but checkpoints in shards": ["--method=slope"],
+        "refresh_every is 0": ["--method.refresh_every=0"],
+        "targets: 'nosuch' matches no layer": ["--targets=nosuch"],
+        "width is 34: it must be a multiple of 2 * heads = 4": ["--width=34"],
+        "source '/no/such' is no local path": ["--source=/no/such"],
+        "text_column is 'text': it must name strings": [f"--source={tmp_path / 'rows.jsonl'}"],
+        "has less than a batch for this rank": [f"--source={tmp_path / 'few.txt'}"],
+        "output is '/proc/no/such', which cannot be made": ["--output=/proc/no/such"],
+        "seed is 0 on rank 0 but 1 on rank 1: processes that train together": ["--seed={rank}"],
+        "'embedding.weight' is (256, 32) there and (256, 64) here": [
+            "--width=64",
+            "--method=null",
+            started["straight"],
+        ],
+        "'blocks.1.attention.out.weight' is only in the checkpoint": [
+            "--depth=1",
+            "--method=null",
+            started["straight"],
+        ],
+        "steps is 5, but": ["--steps=5", "--method=null", started["straight"]],
+        "method makes this run sparse, but": [started["straight"]],
+        "method makes this run dense, but": ["--method=null", started["sparse"]],
+    }
+    fresh = f"--output={tmp_path / 'fresh'}"
+    found = ranks(2)("recipe_runs.refusals", [[*TINY, fresh, *arguments] for arguments in cases.values()])
+    for messages in found:
+        for words, message in zip(cases, messages, strict=True):
+            assert words in message, f"{words}\n{message}"
+            assert "\n" not in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "world", "words"),
     [
         ([], None, "LOCAL_RANK is not set: start the recipe by torchrun"),
         (["--steps=0"], None, "steps is 0: it must be at least 1."),
+        (["--hidden=-1"], None, "hidden is -1: it must be at least 1, or null."),
+        (["--warmup_steps=-1"], None, "warmup_steps is -1: it must be a number of at least 0."),
+        (["--learning_rate=.nan"], None, "learning_rate is nan: it must be a number of at least 0."),
+        (["--min_lr_ratio=2"], None, "min_lr_ratio is 2.0: it must be at most 1."),
+        (["--clip=0"], None, "clip is 0.0: it must be above 0, or null."),
         (["--device=tpu"], None, "device is 'tpu'"),
         (["--widht=3"], None, "--widht"),
         (["--replicas=2"], 1, "replicas is 2: it must divide the 1 ranks."),
