@@ -48,7 +48,7 @@ class Adapters(Modifier):
     def __init__(
         self, layers: Mapping[str, MaskedLayer], optimizers: Sequence[Optimizer], rank: int, peers: Peers = ALONE
     ) -> None:
-        self._peers, self._new = peers, set[int]()
+        self._peers, self._new, self._is_on = peers, set[int](), False
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}
         self._layers = dict(layers)
         for name, layer in self._layers.items():
@@ -78,7 +78,7 @@ class Adapters(Modifier):
 
     def before_step(self, run: Run, step: Step) -> None:
         """Give adapters that begin now a state."""
-        if self._late.joined:
+        if self._is_on:
             self._late.start_state(step.optimizer)
 
     def after_step(self, run: Run) -> None:
@@ -96,6 +96,7 @@ class Adapters(Modifier):
 
     def switch(self, on: bool) -> None:
         """Put adapters into the layers' forward, or take them out."""
+        self._is_on = on
         for name, layer in self._layers.items():
             layer.adapter = self.parts[name] if on else None
 

@@ -90,8 +90,10 @@ class LateParameters:
         """Give those that begin now the state that an optimizer would not make for them.
 
         A fused SGD wants momentum of all parameters or of none; Adagrad, before torch 2.13, makes its sums when it is
-        constructed, for the parameters that it has then.
+        constructed, for the parameters that it has then. Those whose gradients no backward brought join here.
         """
+        if not self.joined and self._has_gradients():
+            self.join()
         for group in optimizer.param_groups:
             if isinstance(optimizer, Adagrad):
                 for part in group["params"]:
@@ -156,8 +158,11 @@ class LateParameters:
 
     def _leave_without_gradients(self, optimizer: Optimizer) -> None:
         """Leave where a step was skipped, so that nothing was left after it."""
-        if self.joined and all(part.grad is None for pair in self._parts.values() for part in pair):
+        if not self._has_gradients():
             self.leave()
+
+    def _has_gradients(self) -> bool:
+        return any(part.grad is not None for pair in self._parts.values() for part in pair)
 
     def _left_out(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
         """Have an optimizer save the state of a run without them, while they have gradients too."""

@@ -125,6 +125,17 @@ def test_a_step_that_a_scaler_skips_leaves_optimizers_that_save_and_load_by_name
     assert all(norm < 100 for number, norm in enumerate(norms) if number != 5)  # adapters' gradients were unscaled
 
 
+def test_gradients_that_are_assigned_are_followed() -> None:
+    model, made, training = start()
+    step(model, made, 0, 4)
+    before = [part.detach().clone() for part in parts_of(training)]
+    for parameter in [*model.parameters(), *parts_of(training)]:
+        parameter.grad = torch.ones_like(parameter)
+    made[0].step()
+    assert not any(map(torch.equal, before, parts_of(training)))
+    assert list(map(len, owned(made))) == [2, 2]
+
+
 def test_a_run_that_is_finished_between_two_backwards_leaves_a_plain_optimizer() -> None:
     model, made, training = start()
     step(model, made, 0, 4)
