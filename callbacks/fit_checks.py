@@ -8,9 +8,6 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsetrain.checkpoint import require_same_weights
 from sparsetrain.kernels.torch_internals import may_rename_keys
-from sparsetrain.methods import Method
-
-from .model_parallel import is_model_parallel
 
 REFUSED = {
     "FSDPStrategy": "FSDP1 cuts flat parameters anywhere, through the tiles of masks",
@@ -19,13 +16,12 @@ REFUSED = {
 """Strategies of which there are no masks, and why."""
 
 
-def check_trainer(trainer: Trainer, callback: type[Callback], method: Method) -> None:
+def check_trainer(trainer: Trainer, callback: type[Callback]) -> None:
     """Raise an error if a trainer cannot train with sparse masks.
 
     Args:
         trainer: In ``setup``.
         callback: The class of the callback, of which there may be one.
-        method: That it trains by.
 
     Raises:
         MisconfigurationException: If there are more, or the trainer shards weights in a way that masks cannot follow.
@@ -41,11 +37,6 @@ def check_trainer(trainer: Trainer, callback: type[Callback], method: Method) ->
                 f"strategy is {name}, but {REFUSED[name]}: use ModelParallelStrategy, and fully_shard in the module's "
                 "configure_model() (docs/scaling.md has the lines)."
             )
-    if is_model_parallel(trainer) and method.adapter_rank:
-        raise MisconfigurationException(
-            f"adapter_rank is {method.adapter_rank} but ModelParallelStrategy saves optimizers by the names of the "
-            "module's parameters, of which adapters are none: set adapter_rank=0, or use 'ddp' or one device."
-        )
 
 
 def refuse_foreign_weights(module: LightningModule) -> RemovableHandle:

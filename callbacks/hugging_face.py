@@ -5,12 +5,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from sparsetrain.checkpoint import PRUNED_KEY, weight_key
-from sparsetrain.checkpoint.carried_state import CarriedState, load_apart, take_carried
+from sparsetrain.checkpoint.carried_state import CarriedState, take_carried
 from sparsetrain.checkpoint.sparse_weights import evaluated_in_state_dicts
 from sparsetrain.distributed.shards import is_spread
 from sparsetrain.distributed.wrappers import plain_optimizer
@@ -135,10 +135,7 @@ class HuggingFaceSparseTraining(SparseRun, TrainerCallback):
         self._hooks.close()
         self._logged_clock = -1
         training = self._begin(model, optimizer, self._length(state, carried), [kwargs["lr_scheduler"]], carried)
-        adapters = [part for pair in training.adapters().values() for part in pair]
-        if carried is not None:
-            self._resume(optimizer, carried, adapters)
-        self._hooks.callback(CarriedState(optimizer, self._carry, adapters).remove)
+        self._hooks.callback(CarriedState(optimizer, self._carry).remove)
         layers = training.masks.layers.values()
         self._hooks.enter_context(evaluated_in_state_dicts(layers, self.method.adapter_merge))
         self._hooks.callback(model.register_load_state_dict_post_hook(self._note_load).remove)
@@ -234,15 +231,6 @@ class HuggingFaceSparseTraining(SparseRun, TrainerCallback):
             )
         clock = 0 if carried is None else carried.get("clock")  # which steps that were skipped are not in
         return self.total_steps or (left + clock if self.method.needs_total and isinstance(clock, int) else None)
-
-    def _resume(self, optimizer: Optimizer, carried: dict[str, Any], adapters: list[Tensor]) -> None:
-        """Give the optimizer what its file in the checkpoint lacks, or leave the model plain."""
-        assert self.training is not None
-        try:
-            load_apart(optimizer, carried, adapters)
-        except BaseException:
-            self.training.finish(zeros=False)
-            raise
 
     def _carry(self) -> dict[str, Any]:
         assert self.training is not None

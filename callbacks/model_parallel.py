@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import nn
 
 from sparsetrain.checkpoint import CHECKPOINT_KEY, PRUNED_KEY, weight_key
 from sparsetrain.checkpoint.pruned_entries import PLAIN_KEY, evaluated, plain_key
@@ -105,7 +105,7 @@ def state_from_shards(trainer: Trainer, training: SparseTraining, state: Mapping
             refuse(f"checkpoint holds pruned values of {name!r}, which is no sparse layer here")
     there = [".".join(map(str, path)) for path in state[PLAIN_KEY][0]["tensors"]]
     tensors = {key: known[key] for key in there if key in known}
-    masters = {name: torch.empty_like(_weight(layers[name])) for name in state[PRUNED_KEY]}
+    masters = {name: torch.empty_like(layers[name].parameter) for name in state[PRUNED_KEY]}
     wanted = {**tensors, **{f"{PRUNED_KEY}.{name}": master for name, master in masters.items()}}
     if wanted:
         path = trainer.strategy.broadcast(trainer.ckpt_path)
@@ -116,12 +116,12 @@ def state_from_shards(trainer: Trainer, training: SparseTraining, state: Mapping
 
 @torch.no_grad()
 def _in_shards(training: SparseTraining, weights: MutableMapping[str, Any], keys: Mapping[str, list[str]]) -> Parts:
-    shards = training.sharded_state_dict()
+    shards, merges = training.sharded_state_dict(), training.method.adapter_merge
     plain = shards[PLAIN_KEY]  # stays there too, so that the folder can be consolidated
     pruned = _masked(training)
     for name, layer in pruned.items():
         shards[f"{PRUNED_KEY}.{name}"] = master = weights[keys[name][0]]
-        weights.update(dict.fromkeys(keys[name], evaluated(layer, master, with_adapter=False).to(master.device)))
+        weights.update(dict.fromkeys(keys[name], evaluated(layer, master, merges).to(master.device)))
     return {SHARDS_KEY: SHARDS, PLAIN_KEY: plain, PRUNED_KEY: [*pruned]}, shards
 
 
@@ -130,14 +130,15 @@ def _whole(
     training: SparseTraining, weights: MutableMapping[str, Any], keys: Mapping[str, list[str]]
 ) -> dict[str, Any]:
     """Return the state with whole tensors; pruned entries are with it where the state dict has weights, on rank 0."""
-    state = training.state_dict()
+    state, merges = training.state_dict(), training.method.adapter_merge
     whole = {path: gathered(tensor).cpu() for path, tensor in tensors_in(state) if is_spread(tensor)}
     pruned = {}
     for name, layer in _masked(training).items():
-        kept, seen = gathered(layer.mask), gathered(evaluated(layer, _weight(layer), with_adapter=False))
+        kept, seen = gathered(layer.mask), gathered(evaluated(layer, layer.parameter, merges))
         if keys[name]:
             master = weights[keys[name][0]]
-            pruned[name] = (master.flatten() if layer.soft_scale is not None else master[~kept.to(master.device)]).cpu()
+            changed = layer.soft_scale is not None or (merges and layer.adapter is not None)
+            pruned[name] = (master.flatten() if changed else master[~kept.to(master.device)]).cpu()
             weights.update(dict.fromkeys(keys[name], seen.to(master.device)))
     return {**replaced(state, whole), PRUNED_KEY: pruned}
 
@@ -155,7 +156,3 @@ def _keys(training: SparseTraining, module: nn.Module, weights: Mapping[str, Any
 
 def _masked(training: SparseTraining) -> dict[str, MaskedLayer]:
     return {name: layer for name, layer in training.masks.layers.items() if layer.is_masked}
-
-
-def _weight(layer: MaskedLayer) -> Tensor:
-    return layer.weight if layer.shard is None else layer.shard.weight

@@ -11,7 +11,6 @@ from sparsetrain.checkpoint import CHECKPOINT_KEY, PRUNED_KEY, require_pruned
 from sparsetrain.checkpoint.sparse_weights import sparse_state_dict
 
 from .model_parallel import (
-    OPTIMIZERS,
     Parts,
     is_in_shards,
     is_model_parallel,
@@ -50,15 +49,12 @@ class SavedFit(SparseRun, Callback):
         else:
             state = self._state(pl_module.state_dict())
         self._final = {CHECKPOINT_KEY: state}
-        if self.training.adapters():  # which leave the optimizers now, but belong to what a later fit goes on from
-            self._final[OPTIMIZERS] = [trainer.strategy.optimizer_state(entry) for entry in trainer.optimizers]
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the sparse model into ``state_dict`` and everything else under ``checkpoint["sparsetrain"]``."""
         if self._final is not None:
-            parts = self._final.items()
-            checkpoint.update({key: part for key, part in parts if key != OPTIMIZERS or key in checkpoint})
+            checkpoint.update(self._final)
             put_shards_(checkpoint, self._final_shards)
         elif self.training is None or self.training.finished:
             return

@@ -120,7 +120,7 @@ class SparseTrainingCallback(SavedFit):
         """Refuse what cannot work, before anything is built."""
         if stage != "fit":
             return
-        check_trainer(trainer, SparseTrainingCallback, self.method)
+        check_trainer(trainer, SparseTrainingCallback)
         for said in self._take_over(pl_module):
             rank_zero_info(said)
         self._forget()

@@ -112,7 +112,7 @@ def pruned_here(layer: MaskedLayer, codes: Any, values: Any) -> Any:
         codes: Those under which they were pruned: whole, a DTensor, or of the part.
         values: As :func:`detach_pruned` returned them, here or in a run of any other number of processes.
     """
-    weight = layer.weight if layer.shard is None else layer.shard.weight
+    weight = layer.parameter
     layout = layout_of(weight)
     if not isinstance(values, Tensor):
         return values
@@ -231,7 +231,7 @@ def require_as_in_model(key: str, value: Tensor, layer: MaskedLayer) -> None:
         >>> from sparsetrain import SparseLinear
         >>> require_as_in_model("fc.weight", torch.ones(4, 8), SparseLinear(8, 4))
     """
-    weight = layer.weight if layer.shard is None else layer.shard.weight
+    weight = layer.parameter
     if layout_of(value)[2:] != layout_of(weight)[2:]:
         found, own = ("a DTensor" if is_spread(one) else "whole" for one in (value, weight))
         raise ValueError(

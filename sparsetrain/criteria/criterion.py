@@ -23,6 +23,9 @@ class Criterion:
     name: ClassVar[str] = "custom"
     needs: ClassVar[frozenset[str]] = frozenset()
     """Any of ``"gradient"`` and ``"input"``; what is not needed is not computed."""
+    of_shape: ClassVar[bool] = False
+    """Whether scores follow from the weight's shape, the layer and the clock alone, as numbers that are drawn do; of a
+    weight that is spread over processes, the whole shape is scored, and each takes its part."""
 
     def scores(self, weight: Tensor, *, layer: str, clock: int) -> Tensor:
         """Score a weight.

@@ -44,6 +44,7 @@ class Random(Criterion):
     """
 
     name: ClassVar[str] = "random"
+    of_shape: ClassVar[bool] = True
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ class LayerGroup:
         self._parameters = [layer._parameters for layer in self.each]
         self.weights = list(map(weight_in, self.each))
         self.is_spread = any(layer.shard is not None for layer in self.each)
-        self.parameters = [layer.owned_weight for layer in self.each] if self.is_spread else self.weights
+        self.parameters = [layer.parameter for layer in self.each] if self.is_spread else self.weights
         """What optimizers know of the weights, which are parts of them where they are spread over processes."""
         self.codes = list(map(_CODES, self.each))
         self.numbers = tuple(zlib.crc32(name.encode()) for name in layers)

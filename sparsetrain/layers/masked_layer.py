@@ -59,11 +59,6 @@ class MaskedLayer(MatrixLayer):
     eager_call: object  # what the last quick product has found out
 
     @property
-    def owned_weight(self) -> Tensor:
-        """The weight that optimizers own, also while FSDP2 has put a gathered one into its place."""
-        return self.weight if self.shard is None else self.shard.weight
-
-    @property
     def mask(self) -> Tensor:
         """The mask as bool, shaped and spread like the weight, whether or not it is in force."""
         mask = self.as_weight(unpack_codes(self.mask_codes))

@@ -19,6 +19,11 @@ class MatrixLayer(nn.Module):
     shard: Shard | None = None  # of a weight that is spread over processes
 
     @property
+    def parameter(self) -> Tensor:
+        """The weight that optimizers own, also where FSDP2 has put what it gathered into its place."""
+        return self.weight if self.shard is None else self.shard.weight
+
+    @property
     def master(self) -> Tensor:
         """The weight, or the part of it that lies in this process."""
         if self.shard is not None:
@@ -35,7 +40,7 @@ class MatrixLayer(nn.Module):
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """O and K of the whole weight."""
-        weight = self.weight if self.shard is None else self.shard.weight
+        weight = self.parameter
         rows = weight.shape[1 if self.transposed else 0]
         return rows, weight.numel() // rows
 

@@ -12,7 +12,6 @@ from ..backends import BACKENDS
 from ..backends.interface import SPARSE_DTYPES
 from ..checks.rules import FLAG, one_of, require
 from ..criteria import Criterion, resolve_criterion
-from ..criteria.criterion import scores_of
 from ..distributed.wrappers import require_whole_weights
 from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.patterns import resolve_pattern
@@ -23,6 +22,7 @@ from .convolution import is_pointwise
 from .fused_encoders import settle_fused_encoders_
 from .masked_layer import MaskedLayer
 from .options import MODULE, LayerOptions
+from .scores import scores_of_layer
 from .selection.select_layers import SelectionReport, select_layers, sparse_layers
 from .sharded.gathering import release_wires_
 from .transposed_linear import TransposedLinear
@@ -105,7 +105,7 @@ def sparsify_(
             done.append(to_sparse_(layer, phase, executions[name]))
             done[-1].gradient = rule
             if phase != "dense":
-                scores = scores_of(criterion, done[-1].matrix.detach(), layer=name, clock=0)
+                scores = scores_of_layer(criterion, done[-1], name=name, clock=0)
                 done[-1].set_codes_(search.search(scores, 2))
         settle_fused_encoders_(model)
     if verbose:

@@ -1,31 +1,30 @@
 """Low-rank adapters beside frozen sparse weights, trained in the last steps: ``Y = X·(W⊙M)ᵀ + X·Dᵀ·Uᵀ``."""
 
-import itertools
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adagrad, Optimizer
+from torch.optim import Optimizer
 
-from ..checks.rules import each
+from ..checks.rules import each, mapping
 from ..checks.states import by_layer, require_part, tensor
 from ..distributed.layouts import Layout, layout_of
 from ..distributed.peers import ALONE, Peers
 from ..distributed.shards import gradient_here, is_spread, local, replicated_like
-from ..distributed.wrappers import is_zero
 from ..kernels.torch_internals import after_backward
 from ..layers.masked_layer import MaskedLayer
 from ..masks.matrices import by_device
 from .base import Entry, Modifier, Resumed, Run, Setup, Step
+from .late_parameters import LateParameters, require_late_start
 
 
 class Adapters(Modifier):
-    """Adapters of all layers. They are in the optimizers from the start, so that optimizer states always fit.
+    """Adapters of all layers, which optimizers own from their gradients' arrival until these are cleared.
 
-    Outside of the model's parameters: ``state_dict`` keys stay those of the dense model, values are in the run's own
-    state, and gradients are averaged over data-parallel ranks here.
+    Outside of the model's parameters: ``state_dict`` keys stay those of the dense model, values and moments are in the
+    run's own state, and gradients are averaged over data-parallel ranks here.
 
     Args:
         layers: Layer name to layer.
@@ -39,7 +38,7 @@ class Adapters(Modifier):
         >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         >>> adapters = Adapters({"fc": layer}, [optimizer], rank=2)
         >>> [tuple(part.shape) for part in adapters.parts["fc"]], len(optimizer.param_groups[0]["params"])
-        ([(2, 8), (4, 2)], 4)
+        ([(2, 8), (4, 2)], 2)
 
     Source: Mozaffari et al., "SLoPe", ICLR 2025, arXiv 2405.16325.
     """
@@ -49,9 +48,9 @@ class Adapters(Modifier):
     def __init__(
         self, layers: Mapping[str, MaskedLayer], optimizers: Sequence[Optimizer], rank: int, peers: Peers = ALONE
     ) -> None:
-        self._peers, self._new = peers, set[int]()
+        self._peers, self._new, self._is_on = peers, set[int](), False
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}
-        self._layers, self._optimizers = dict(layers), list(optimizers)
+        self._layers = dict(layers)
         for name, layer in self._layers.items():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))  # the same on every rank
             rows, columns = layer.matrix_shape
@@ -60,14 +59,10 @@ class Adapters(Modifier):
             up = torch.zeros(rows, size)
             made = tuple(nn.Parameter(replicated_like(part.to(layer.master), layer.weight)) for part in (down, up))
             self.parts[name] = (made[0], made[1])
-            group = self._group_of(layer.weight)
-            if group is not None:
-                group["params"].extend(made)
+        self._late = LateParameters(optimizers, self._layers, self.parts)
         every = [part for pair in self.parts.values() for part in pair]
-        self._own = {id(part) for part in every}
-        self._handles = [entry.register_load_state_dict_pre_hook(self._make_room) for entry in self._optimizers]
-        if peers.size > 1 or any(map(is_spread, every)):
-            self._handles += [part.register_post_accumulate_grad_hook(self._arrived) for part in every]  # type: ignore[no-untyped-call]
+        averages = peers.size > 1 or any(map(is_spread, every))
+        self._handles = [part.register_post_accumulate_grad_hook(self._arrived) for part in every if averages]  # type: ignore[no-untyped-call]
 
     @classmethod
     def check(cls, setup: Setup) -> None:
@@ -83,11 +78,13 @@ class Adapters(Modifier):
 
     def before_step(self, run: Run, step: Step) -> None:
         """Give adapters that begin now a state."""
-        self.start_state(step.optimizer)
+        if self._is_on:
+            self._late.start_state(step.optimizer)
 
     def after_step(self, run: Run) -> None:
         """Begin when it is time."""
         self.clear_gradients()
+        self._late.leave()
         self._switch_in(run)
 
     def enter_phase(self, run: Run, entry: Entry) -> None:
@@ -99,6 +96,7 @@ class Adapters(Modifier):
 
     def switch(self, on: bool) -> None:
         """Put adapters into the layers' forward, or take them out."""
+        self._is_on = on
         for name, layer in self._layers.items():
             layer.adapter = self.parts[name] if on else None
 
@@ -132,26 +130,6 @@ class Adapters(Modifier):
             for part in pair:
                 part.grad = None
 
-    def start_state(self, optimizer: Optimizer) -> None:
-        """Give adapters that begin now the state that an optimizer would not make for them.
-
-        A fused SGD wants momentum of all parameters or of none; Adagrad, before torch 2.13, makes its sums when it is
-        constructed, for the parameters that it has then.
-        """
-        for group in optimizer.param_groups:
-            if isinstance(optimizer, Adagrad):
-                for part in group["params"]:
-                    if id(part) in self._own and part.grad is not None and not optimizer.state.get(part):
-                        device = part.device if group.get("fused") else None
-                        optimizer.state[part]["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                        optimizer.state[part]["sum"] = torch.full_like(part, group["initial_accumulator_value"])
-            if not (group.get("fused") and group.get("momentum")):
-                continue
-            states = {entry: optimizer.state.get(entry, {}) for entry in group["params"] if entry.grad is not None}
-            if any(state.get("momentum_buffer") is not None for state in states.values()):
-                for part in (entry for entry in states if id(entry) in self._own and not states[entry]):
-                    optimizer.state[part]["momentum_buffer"] = torch.zeros_like(part)
-
     def adapters(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Return down ``[r, I]`` and up ``[O, r]`` of every layer."""
         return self.parts
@@ -173,22 +151,19 @@ class Adapters(Modifier):
     def detach(self) -> None:
         """Take the adapters out of layers and optimizers."""
         self.switch(False)
+        self._late.remove()
         for handle in self._handles:
             handle.remove()
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["params"][:] = [entry for entry in group["params"] if id(entry) not in self._own]
-            for parameter in [entry for entry in optimizer.state if id(entry) in self._own]:
-                del optimizer.state[parameter]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the values."""
-        return {name: [local(part).detach().cpu().clone() for part in pair] for name, pair in self.parts.items()}
+        """Return copies of the values and of what optimizers know of them."""
+        values = {name: [local(part).detach().cpu().clone() for part in pair] for name, pair in self.parts.items()}
+        return {"values": values, "optimizer": self._late.state_dict()}
 
     def layouts(self) -> Mapping[tuple[str | int, ...], Layout]:
         """Return that every process has them."""
         pairs = ((name, index, part) for name, pair in self.parts.items() for index, part in enumerate(pair))
-        return {(name, index): layout_of(local(part)) for name, index, part in pairs}
+        return {("values", name, index): layout_of(local(part)) for name, index, part in pairs}
 
     def check_state(self, state: Any, resumed: Resumed) -> None:
         """Raise ``ValueError`` if a state is damaged or of other adapters; changes nothing."""
@@ -199,52 +174,13 @@ class Adapters(Modifier):
         rules = {
             name: each([tensor(None, part.shape, finite=True) for part in pair]) for name, pair in self.parts.items()
         }
-        require_part(self.name, state, by_layer(rules, needed=None))
+        both = {"values": by_layer(rules, needed=None), "optimizer": self._late.rule}
+        require_part(self.name, state, mapping(both))
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         for name, pair in self.parts.items():
-            for part, saved in zip(pair, state[name], strict=True):
+            for part, saved in zip(pair, state["values"][name], strict=True):
                 local(part).copy_(saved)
-
-    def _make_room(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
-        """Have a state that an optimizer saved without adapters load, as that of a dense run."""
-        groups = state["param_groups"]
-        added = [sum(id(entry) in self._own for entry in group["params"]) for group in optimizer.param_groups]
-        expected = [len(group["params"]) - count for group, count in zip(optimizer.param_groups, added, strict=True)]
-        if [len(group["params"]) for group in groups] != expected:
-            return None
-        free = itertools.count(max((number for group in groups for number in group["params"]), default=-1) + 1)
-        wider = [
-            {**group, "params": [*group["params"], *itertools.islice(free, count)]}
-            for group, count in zip(groups, added, strict=True)
-        ]
-        return {**state, "param_groups": wider}
-
-    def _group_of(self, weight: Tensor) -> dict[str, Any] | None:
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                if any(parameter is weight for parameter in group["params"]):
-                    return group
-        return None
-
-
-def require_late_start(optimizers: Sequence[Optimizer]) -> None:
-    """Raise ``ValueError`` unless parameters that begin in mid-run are updated as from the start.
-
-    Example:
-        >>> require_late_start([torch.optim.SGD([nn.Parameter(torch.zeros(1))], momentum=0.9, fused=True)])
-    """
-    for optimizer in optimizers:
-        if is_zero(optimizer):
-            raise ValueError(
-                "optimizer is ZeroRedundancyOptimizer but adapters join its parameters later than it deals them out: "
-                "use the optimizer inside itself, or adapter_rank=0."
-            )
-        for group in optimizer.param_groups:
-            if group.get("fused") and group.get("momentum") and group.get("dampening"):
-                raise ValueError(
-                    f"optimizer is {type(optimizer).__name__} with fused=True and dampening={group['dampening']} but "
-                    "adapters begin in mid-run, without momentum: set fused=False, dampening=0 or adapter_rank=0."
-                )
+        self._late.load_state_dict(state["optimizer"])

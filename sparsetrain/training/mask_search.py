@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ..criteria import Criterion, Magnitude
-from ..criteria.criterion import scores_of
 from ..kernels.tile_codes import unpack_codes
 from ..layers.masked_layer import MaskedLayer
 from ..layers.one_pass import fits_one_pass
+from ..layers.scores import scores_of_layer
 from ..layers.sharded.dense_budget import dense_tiles_of, score_sum
 from ..layers.sharded.totals import sum_over_parts
 from ..masks.patterns import TRANSPOSABLE, Pattern
@@ -67,7 +67,7 @@ class MaskSearch:
 
     def scores(self, name: str, layer: MaskedLayer, clock: int, bonus: Tensor | None = None) -> Tensor:
         """Return the criterion's scores of a layer's matrix ``[O, I]``, with a bonus for what its mask keeps."""
-        scores = scores_of(self.criterion, layer.matrix, layer=name, clock=clock)
+        scores = scores_of_layer(self.criterion, layer, name=name, clock=clock)
         if bonus is None:
             return scores
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # a small bonus is lost in 16 bits

@@ -49,11 +49,6 @@ UNPROVEN: tuple[Unproven, ...] = (
         lambda setup, layers: "input" in _criterion(setup).needs and _gathers_columns(setup, layers),
         "weights are cut by columns, of whose inputs each process sees all: cut rows, or use 'magnitude'",
     ),
-    Unproven(
-        lambda setup: "criterion is 'random'",
-        lambda setup, layers: _criterion(setup).name == "random",
-        "its numbers are drawn for whole weights: use 'magnitude'",
-    ),
 )
 
 

@@ -30,7 +30,7 @@ def layouts_in(phases: Phases) -> dict[Path, Layout]:
     masks, found = phases.masks, dict[Path, Layout]()
     criterion = masks.criterion
     for name, layer in masks.layers.items():
-        codes, weight = _matrix(layer, torch.int16, 4), layout_of(layer.owned_weight)
+        codes, weight = _matrix(layer, torch.int16, 4), layout_of(layer.parameter)
         found["codes", name] = codes
         if masks.pattern.search_backward is not None:
             found["backward_codes", name] = codes
@@ -70,7 +70,7 @@ def required_layouts(state: Any, phases: Phases) -> dict[Path, Layout]:
     for name, layer in phases.masks.layers.items():
         pruned = tensor_at(state, (PRUNED_KEY, name))
         if pruned is not None and pruned.dim() > 1:  # masters
-            layouts[PRUNED_KEY, name] = layout_of(layer.owned_weight)
+            layouts[PRUNED_KEY, name] = layout_of(layer.parameter)
     found = {}
     for path, layout in layouts.items():
         value = tensor_at(state, path)
@@ -163,4 +163,4 @@ def _of_statistics(state: Any, layers: Mapping[str, MaskedLayer], here: bool) ->
 
 
 def _matrix(layer: MaskedLayer, dtype: torch.dtype, tile: int = 1) -> Layout:
-    return matrix_layout(layer.owned_weight, dtype, layer.transposed, tile)
+    return matrix_layout(layer.parameter, dtype, layer.transposed, tile)

@@ -45,13 +45,22 @@ def _from_4(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in state.items() if name not in PARTS}, "modifiers": parts}
 
 
+def _from_5(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Optimizers owned adapters always then, and had what they know of them, or a trainer's checkpoint had it apart."""
+    require_keys(state, ("modifiers",))
+    parts = state["modifiers"]
+    if isinstance(parts, Mapping) and parts.get("adapters") is not None:
+        parts = {**parts, "adapters": {"values": parts["adapters"], "optimizer": state.get("apart")}}
+    return {**state, "modifiers": parts}
+
+
 def _with_going(entries: Any) -> Any:
     if not isinstance(entries, list):
         return entries
     return [{"correction": entry, "going": None} if isinstance(entry, float) else entry for entry in entries]
 
 
-NEXT: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4}
+NEXT: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4, 5: _from_5}
 """By version, what brings a state into the form of the one after it."""
 
 STATE_VERSION = max(NEXT) + 1

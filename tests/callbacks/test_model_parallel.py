@@ -10,7 +10,7 @@ from typing import Any
 import model_parallel_runs as runs
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from model_parallel_runs import Shape
 from ranks import ranks
@@ -20,9 +20,11 @@ from sharded_runs import require_equal
 from sparsetrain.callbacks import SparseTrainingCallback
 from sparsetrain.callbacks.fit_checks import check_trainer
 from sparsetrain.checkpoint.consolidation import Checkpoint, consolidate
-from sparsetrain.methods import PRESETS, resolve_method
+from sparsetrain.methods import PRESETS
 
 MOVING = {"preset": "fst", "refresh_every": 4, "decay": 0.01, "dense_tail": 0, "warmup": 2}
+
+SLOPE = {"preset": "slope", "adapter_start": 2, "adapter_rank": 2}
 
 SAVED, LOSSES_BEFORE = 5, 7
 """Step inside a period of masks, and losses until then, those of validation too."""
@@ -157,28 +159,43 @@ def test_a_second_fit_and_what_is_saved_in_it_and_after_it_is_as_in_one_process(
     require_same(found_again, again)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("method", [name for name in PRESETS if name != "slope"])
-def test_every_preset_goes_on_as_in_one_process(tmp_path: Path, method: str) -> None:
-    wanted = runs.fit(method)
-    require_same(fit(method, FSDP, saves={4: str(tmp_path / "shards")}), wanted)
-    saved = Checkpoint(tmp_path / "shards", "state_dict")
-    require_consolidated(tmp_path / "shards", {name: saved.weight(name) for name in saved.weights})
-    require_same(fit(method, FSDP, source=str(tmp_path / "shards")), wanted, skip=6)
+@pytest.mark.parametrize(
+    "method", [SLOPE, *(pytest.param(name, marks=pytest.mark.sweep) for name in PRESETS if name != "slope")], ids=str
+)
+def test_every_preset_goes_on_as_in_one_process(tmp_path: Path, method: Any) -> None:
+    shards, file = tmp_path / "shards", str(tmp_path / "alone.ckpt")
+    wanted = runs.fit(method, saves={4: file})
+    require_same(fit(method, FSDP, saves={4: str(shards)}), wanted)
+    saved, weights = Checkpoint(shards, "state_dict"), torch.load(file, weights_only=True)["state_dict"]
+    assert all(torch.equal(saved.weight(name), weights[name]) for name in {*saved.weights, *weights})
+    if method is SLOPE:
+        with pytest.raises(ValueError, match="is of a method with adapters"):
+            consolidate(shards, tmp_path / "model.safetensors", "state_dict")
+    else:
+        require_consolidated(shards, weights)
+    require_same(fit(method, FSDP, source=str(shards)), wanted, skip=6)
+
+
+def test_a_file_of_two_shards_with_adapters_goes_on_in_one_process(tmp_path: Path) -> None:
+    alone, path = str(tmp_path / "alone.ckpt"), str(tmp_path / "file.ckpt")
+    wanted = runs.fit(SLOPE, saves={4: alone})
+    fit(SLOPE, FSDP, saves={4: path}, in_shards=False)
+    weights, others = (torch.load(one, weights_only=True)["state_dict"] for one in (path, alone))
+    assert all(torch.equal(weights[name], others[name]) for name in {*weights, *others})
+    require_same([runs.fit(SLOPE, source=path)], wanted, skip=6)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "method", "message"),
+    ("strategy", "message"),
     [
-        (FSDPStrategy(), "fst", "^strategy is FSDPStrategy, but FSDP1 cuts .*: use ModelParallelStrategy, and fully_s"),
-        (type("DeepSpeedStrategy", (), {})(), "fst", "^strategy is DeepSpeedStrategy, .* use ModelParallelStrategy"),
-        (ModelParallelStrategy(), "slope", "^adapter_rank is .* set adapter_rank=0"),
+        (FSDPStrategy(), "^strategy is FSDPStrategy, but FSDP1 cuts .*: use ModelParallelStrategy, and fully_s"),
+        (type("DeepSpeedStrategy", (), {})(), "^strategy is DeepSpeedStrategy, .* use ModelParallelStrategy"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused(strategy: Any, method: str, message: str) -> None:
+def test_what_cannot_be_sharded_is_refused(strategy: Any, message: str) -> None:
     trainer: Any = SimpleNamespace(callbacks=[], strategy=strategy)
     with pytest.raises(MisconfigurationException, match=message):
-        check_trainer(trainer, SparseTrainingCallback, resolve_method(method))
+        check_trainer(trainer, SparseTrainingCallback)
 
 
 def test_what_is_gathered_is_checked_at_once() -> None:

@@ -128,7 +128,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "distillation": {"method": {"preset": "dense_to_sparse_finetune", "distillation": 0.5}},
     "wanda": {"method": {"preset": "asp_one_shot", "criterion": "wanda"}},
-    "random": {"method": {"preset": "fst", "criterion": "random"}},
     "length": {"total_steps": lambda rank: 12 + rank},
     "method": {"method": lambda rank: {"preset": "fst", "refresh_every": 4 + rank}},
     "layers": {"exclude": lambda rank: ["1.gate"] if rank else []},

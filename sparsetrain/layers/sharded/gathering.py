@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...backends import BACKENDS
 from ...backends.interface import SPARSE_DTYPES
@@ -126,7 +126,7 @@ def why_not_packed(layer: MaskedLayer, gather: GatherMode) -> str | None:
         >>> why_not_packed(SparseLinear(8, 4), "masked")
         "gather is 'masked'"
     """
-    weight: Tensor = layer.weight if layer.shard is None else layer.shard.weight
+    weight = layer.parameter
     if gather == "masked":
         return "gather is 'masked'"
     if not layer.execution.transposable or layer.backward_codes is not None:

@@ -49,7 +49,6 @@ def test_a_model_that_is_sharded_during_its_run_is_refused_at_the_next_step(mode
             r"distillation is 0.5 and teacher is None but weights are sharded, .* pass a teacher",
         ),
         ("by columns", "wanda", r"criterion is 'wanda' but weights are sharded, and weights are cut by columns"),
-        ("sharded", "random", r"criterion is 'random' but weights are sharded, .*: use 'magnitude'"),
     ],
 )
 def test_what_is_not_proven_on_shards_is_refused(model: str, options: str, message: str) -> None:

@@ -15,7 +15,10 @@ from sparsetrain.methods import PRESETS
 SAVED_AT = (1, 4, 7, 11)
 """In a dense head, sparse in mid-period, and frozen or in a dense tail, for one preset or another."""
 
-WITHOUT_ADAPTERS = [name for name in PRESETS if name != "slope"]  # whose moments torch's get_state_dict cannot name
+METHODS: dict[str, Any] = {
+    **{name: name for name in PRESETS},
+    "slope": {"preset": "slope", "adapter_start": 5, "adapter_rank": 2},
+}
 
 TRANSITIONS: list[tuple[str, Shape, int, Shape]] = [
     ("fst", (2,), 4, ()),
@@ -24,21 +27,23 @@ TRANSITIONS: list[tuple[str, Shape, int, Shape]] = [
     ("asp_one_shot", (2,), 7, (2, 2)),
     ("fst", (), 1, (2,)),
     ("iterative", (2, 2), 11, (2,)),
+    ("slope", (2,), 7, ()),
+    ("slope", (2,), 7, (4,)),
 ]
 """Preset, mesh that saves, step, mesh that goes on."""
 
 
 @functools.cache
 def in_one_process(method: str) -> dict[str, Any]:
-    return checkpointed_runs.run(method)
+    return checkpointed_runs.run(METHODS[method])
 
 
 def on(shape: Shape, method: str, **options: Any) -> list[dict[str, Any]]:
     """Run on a mesh, or in this process."""
     if not shape:
-        return [checkpointed_runs.run(method, **options)]
+        return [checkpointed_runs.run(METHODS[method], **options)]
     world = functools.reduce(int.__mul__, shape)
-    found: list[dict[str, Any]] = ranks(world)("checkpointed_runs.run", method, shape, **options)
+    found: list[dict[str, Any]] = ranks(world)("checkpointed_runs.run", METHODS[method], shape, **options)
     return found
 
 
@@ -57,7 +62,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("method", WITHOUT_ADAPTERS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("before", [(2,), (4,), (2, 2)])
 def test_every_preset_goes_on_from_every_phase_on_every_mesh(tmp_path: Path, method: str, before: Shape) -> None:
     folders = {step: str(tmp_path / str(step)) for step in SAVED_AT}

@@ -16,6 +16,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "wanda": {"method": {"preset": "asp_one_shot", "criterion": "wanda"}},
     "fisher": {"method": {"preset": "fst", "warmup": 4, "criterion": "fisher", "refresh_every": 2}},
     "movement": {"method": {"preset": "asp_one_shot", "criterion": "movement"}},
+    "random": {"method": {"preset": "fst", "criterion": "random", "refresh_every": 2, "hysteresis": 0.3}},
     "mvue": {"method": {"preset": "fst", "mvue": True, "refresh_every": 2}},
     "transposable s_ste": {"method": {"preset": "s_ste", "mvue": True, "pattern": "transposable"}},
     "automatic decay": {"method": {"preset": "fst", "decay": "auto", "warmup": 8, "refresh_every": 2}},

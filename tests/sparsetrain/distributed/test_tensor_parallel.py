@@ -26,6 +26,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"preset": "sr_ste", "decay": 0.01, "warmup": 1, "criterion": "weight_gradient"},
         {"optimizer": SparseAdamW, "track_age": True},
     ),
+    "random": ({"preset": "fst", "refresh_every": 3, "warmup": 2, "criterion": "random"}, {}),
     "automatic decay": ({"preset": "fst", "refresh_every": 2, "warmup": 4, "dense_tail": 0, "decay": "auto"}, {}),
     "frozen": ({"preset": "recommended", "warmup": 2, "refresh_every": 2, "decay": 0.01, "freeze": 6}, {}),
     "soft, transposable": ({"preset": "s_ste", "pattern": "transposable", "warmup": 2}, {}),
@@ -41,7 +42,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Methods and options beside the presets as they are."""
 
-GATHERED = ("adapters", "double-pruned", "weight_gradient", "dense tiles", "packed")
+GATHERED = ("adapters", "random", "double-pruned", "weight_gradient", "dense tiles", "packed")
 """Those that are also tried where FSDP2 gathers what tensor parallelism leaves here."""
 
 

@@ -196,7 +196,7 @@ def damaged(state: dict[str, Any], *path: Any, value: Any) -> dict[str, Any]:
     return changed
 
 
-DECAY, ADAPTER = ("modifiers", "decay", "value"), ("modifiers", "adapters", "0")
+DECAY, ADAPTERS = ("modifiers", "decay", "value"), ("modifiers", "adapters")
 SENTENCES: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("fst", lambda s: None, "state is None: it must be what SparseTraining.state_dict() returned."),
     ("fst", lambda s: [s], "state is a list of 1: it must be what SparseTraining.state_dict() returned."),
@@ -209,7 +209,8 @@ SENTENCES: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("fst", lambda s: damaged(s, "flips", value={"0": 3}), "state['flips'] has no '2'; the checkpoint is damaged."),
     ("wanda", lambda s: damaged(s, "criterion", "criterion", value="wand"), "is of 'wand' but the method's is "),
     ("wanda", lambda s: damaged(s, "criterion", "running", "0", value=torch.zeros(8)), "it must be a torch.float32"),
-    ("slope", lambda s: damaged(s, *ADAPTER, value=s["modifiers"]["adapters"]["0"][:1]), "it must be a list of 2;"),
+    ("slope", lambda s: damaged(s, *ADAPTERS, "values", "0", value=[torch.zeros(2, 16)]), "it must be a list of 2;"),
+    ("slope", lambda s: damaged(s, *ADAPTERS, "optimizer", "0", 1, "step", value=torch.tensor(2.0)), "a list of 2 st"),
     ("slope", lambda s: damaged(s, "backward_codes", "0", value=s["codes"]["0"]), "do not keep two of four along out_"),
     ("s_ste", lambda s: damaged(s, "modifiers", "soft_scales", value={}), "['soft_scales'] has no '0'; the checkpoint"),
     ("step", lambda s: damaged(s, "modifiers", "frozen_moments", value=None), "has no 'frozen_moments' but the method"),

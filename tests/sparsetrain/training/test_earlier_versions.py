@@ -19,7 +19,7 @@ def written(version: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("version", [3, 4, 5])
 def test_a_run_goes_on_as_it_did_there(version: int, name: str) -> None:
     entry = written(version)[name]
     assert entry["saved"]["training"]["version"] == version
@@ -37,8 +37,20 @@ def test_a_run_goes_on_as_it_did_there(version: int, name: str) -> None:
 def test_a_run_does_what_it_did_there_from_the_beginning(name: str) -> None:
     run = Run(name)
     run.go_on(0, STOP + AFTER)
-    for ours, theirs in zip(run.weights(), written(4)[name]["weights"], strict=True):
+    for ours, theirs in zip(run.weights(), written(5)[name]["weights"], strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("version", [3, 4, 5])
+def test_what_an_optimizer_knew_of_adapters_that_it_owned_always_is_kept(version: int) -> None:
+    saved = written(version)["slope"]["saved"]
+    run = Run("slope", saved)
+    assert run.optimizer.state_dict()["state"].keys() == {0, 1, 2, 3}
+    states = run.training.state_dict()["modifiers"]["adapters"]["optimizer"]
+    known = [own for name in ("0", "2") for own in states[name]]
+    for own, wanted in zip(known, [saved["optimizer"]["state"][number] for number in (4, 5, 6, 7)], strict=True):
+        assert own.keys() == wanted.keys()
+        assert all(torch.equal(own[key], wanted[key]) for key in own)
 
 
 @pytest.mark.parametrize("missing", ["decay", "adapters", "soft_scales"])
