@@ -42,7 +42,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Methods and options beside the presets as they are."""
 
-GATHERED = ("adapters", "random", "double-pruned", "weight_gradient", "dense tiles", "packed")
+GATHERED = ("adapters", "random", "weight_gradient", "dense tiles", "packed")
 """Those that are also tried where FSDP2 gathers what tensor parallelism leaves here."""
 
 
