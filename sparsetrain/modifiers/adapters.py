@@ -15,9 +15,9 @@ from ..distributed.peers import ALONE, Peers
 from ..distributed.shards import gradient_here, is_spread, local, replicated_like
 from ..kernels.torch_internals import after_backward
 from ..layers.masked_layer import MaskedLayer
-from ..masks.matrices import by_device
 from .base import Entry, Modifier, Resumed, Run, Setup, Step
 from .late_parameters import LateParameters, require_late_start
+from .sums import summed
 
 
 class Adapters(Modifier):
@@ -115,14 +115,10 @@ class Adapters(Modifier):
         every = [part for pair in self.parts.values() for part in pair if id(part) in self._new]
         self._new.clear()
         gradients = [gradient for part in every if (gradient := gradient_here(part)) is not None]
-        if self._peers.size == 1:
-            return
-        for own in by_device(dict(enumerate(gradients))):
-            flat = torch.cat([gradients[number].flatten() for number in own])
-            self._peers.sum_(flat.div_(self._peers.size))
-            sizes = [gradients[number].numel() for number in own]
-            for number, averaged in zip(own, torch.split(flat, sizes), strict=True):
-                gradients[number].copy_(averaged.view_as(gradients[number]))
+        if self._peers.size > 1:
+            shares = [gradient / self._peers.size for gradient in gradients]
+            for gradient, averaged in zip(gradients, summed(shares, self._peers), strict=True):
+                gradient.copy_(averaged)
 
     def clear_gradients(self) -> None:
         """Do what ``zero_grad()`` of the model does for its own parameters: trainers may call no other."""

@@ -23,8 +23,8 @@ from ..distributed.shards import is_spread, local
 from ..layers.masked_layer import MaskedLayer
 from ..layers.sharded.alignment import parallel_too_late
 from ..layers.sharded.tensor_parallel import prepared
-from ..masks.matrices import by_device
 from .base import Modifier, Run, Setup, Step
+from .sums import summed
 
 
 class Observer(Modifier):
@@ -159,7 +159,7 @@ class Observer(Modifier):
     def _hand_over(self, names: Iterable[str], peers: Peers) -> None:
         names = [name for name in names if name in self._passing]
         totals = [self._gathered[name] + self._passing[name] for name in names]
-        for name, total in zip(names, _summed(totals, peers), strict=True):
+        for name, total in zip(names, summed(totals, peers), strict=True):
             self.criterion.observe_input(name, total)
             self._gathered[name].zero_()
             self._passing[name].zero_()
@@ -220,15 +220,3 @@ def _summary(criterion: Criterion, layer: MaskedLayer, input: Tensor) -> Tensor:
     if spread.placements[0].is_shard() and spread.placements[0].dim < input.dim() - 1:
         dist.all_reduce(summary, group=spread.device_mesh.get_group())
     return summary
-
-
-def _summed(totals: list[Tensor], peers: Peers) -> list[Tensor]:
-    if peers.size == 1:
-        return totals
-    found: dict[int, Tensor] = {}
-    for here in by_device(dict(enumerate(totals))):
-        flat = torch.cat([total.flatten() for total in here.values()])  # one message a device
-        peers.sum_(flat)
-        parts = torch.split(flat, [total.numel() for total in here.values()])
-        found.update({i: part.view_as(total) for (i, total), part in zip(here.items(), parts, strict=True)})
-    return [found[index] for index in range(len(totals))]
