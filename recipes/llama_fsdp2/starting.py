@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sparsetrain.distributed.agreement import together
 from sparsetrain.hardware.extras import require
-from sparsetrain.methods import Method, resolve_method
+from sparsetrain.methods import resolve_method
 from sparsetrain.training import SparseTraining
 
 from ..data.streamed import StreamedBlocks
@@ -46,14 +46,14 @@ def set_up(options: Options, mesh: DeviceMesh) -> Run:
     stream = partial(stream, options.batch_size, rank, world)
     with together((dist.group.WORLD,), "the run") as note:
         note(lambda: asdict(options))
-        method = checked_method(options)
+        method = None if options.method is None else resolve_method(options.method)
         if options.wandb:
             require("wandb", "wandb", "--wandb")
         make_folder(options.output)
         next(iter(stream()))  # of a stream of its own: positions are those behind batches that were trained on
     model = sharded_model(options, mesh)
     groups = weight_decay_groups(model.parameters(), options.weight_decay)
-    fused = not (method and method.freeze_second_moments)  # which a fused step does not let
+    fused = not (method and method.freeze_second_moments)  # a fused step writes second moments itself
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=fused)
     data, folder, first = stream(), last_checkpoint(options.output), 0
     if folder:
@@ -64,21 +64,6 @@ def set_up(options: Options, mesh: DeviceMesh) -> Run:
                 f"steps is {options.steps}, but {folder} has taken {first}: raise it, or name another output."
             )
     return Run(model, optimizer, data, sparse_training(model, optimizer, options, folder), first)
-
-
-def checked_method(options: Options) -> Method | None:
-    """Return the method, None for a dense run.
-
-    Raises:
-        ValueError: If it cannot be, or has adapters, which torch's ``get_state_dict`` does not know.
-    """
-    method = None if options.method is None else resolve_method(options.method)
-    if method and method.adapter_rank:
-        raise ValueError(
-            f"adapter_rank is {method.adapter_rank} but checkpoints in shards have no place for adapters: set "
-            "method.adapter_rank to 0."
-        )
-    return method
 
 
 def make_folder(output: str) -> None:

@@ -27,6 +27,7 @@ TINY = [
     "--config=llama_fsdp2.yaml", "--device=cpu", "--precision=float32", "--width=32", "--depth=2", "--heads=2",
     "--context=16", "--batch_size=2", "--steps=6", "--checkpoint_every=3", "--log_every=1", "--warmup_steps=2",
 ]  # fmt: skip
+ADAPTERS = ["--method=slope", "--method.adapter_start=2", "--method.adapter_rank=2"]
 RUNS = {
     "straight": (2, ["--method=null"]),
     "replicas": (2, ["--method=null", "--replicas=2", "--activation_checkpointing=true", "--reshard=false"]),
@@ -35,6 +36,8 @@ RUNS = {
     "fewer ranks": (1, ["--method=null"]),  # from a checkpoint of two
     "sparse": (2, ["--method=sr_ste", "--gather=packed"]),
     "sparse resumed": (2, ["--method=sr_ste", "--gather=packed"]),
+    "adapters": (2, ADAPTERS),
+    "adapters resumed": (2, ADAPTERS),
 }
 """Ranks and arguments."""
 
@@ -47,8 +50,8 @@ def _worker(rank: int, folder: str, ports: list[int]) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         output = Path(folder, name)
-        before = {"fewer ranks": "straight", "sparse resumed": "sparse"}.get(name)
-        if before and rank == 0:
+        before = "straight" if name == "fewer ranks" else name.removesuffix(" resumed")
+        if before != name and rank == 0:
             shutil.copytree(Path(folder, before, "step-00000003"), output / "step-00000003")
         with Path(folder, f"{name}.{rank}.txt").open("w") as file, contextlib.redirect_stdout(file):
             assert recipe.main([*TINY, *arguments, f"--output={output}"]) == 0
@@ -151,11 +154,18 @@ def test_a_sparse_run_goes_on_bit_for_bit_and_ends_sparse(folder: Path, tmp_path
     assert all((value == 0).float().mean() == 0.5 for name, value in models[0].items() if ".mlp." in name)
 
 
-def test_every_preset_without_adapters_can_start(tmp_path: Path) -> None:
-    names = [name for name in PRESETS if name != "slope"]
-    cases = [[*TINY, f"--method={name}", f"--output={tmp_path}"] for name in names]
+def test_a_run_with_adapters_goes_on_bit_for_bit_and_ends_dense(folder: Path, tmp_path: Path) -> None:
+    whole, resumed = ((folder / f"{name}.0.txt").read_text() for name in ("adapters", "adapters resumed"))
+    assert losses(resumed) == losses(whole)[3:]
+    models = [content(folder / name / "model", tmp_path)["model"] for name in ("adapters", "adapters resumed")]
+    assert same(*models)
+    assert not any((value == 0).any() for name, value in models[0].items() if ".mlp." in name)
+
+
+def test_every_preset_can_start(tmp_path: Path) -> None:
+    cases = [[*TINY, f"--method={name}", f"--output={tmp_path}"] for name in PRESETS]
     for messages in ranks(2)("recipe_runs.refusals", cases):
-        assert dict(zip(names, messages, strict=True)) == dict.fromkeys(names, "")
+        assert dict(zip(PRESETS, messages, strict=True)) == dict.fromkeys(PRESETS, "")
 
 
 def test_what_cannot_run_is_said_by_every_rank_before_anything_trains(folder: Path, tmp_path: Path) -> None:
@@ -164,7 +174,6 @@ def test_what_cannot_run_is_said_by_every_rank_before_anything_trains(folder: Pa
     started = {name: f"--output={folder / name}" for name in ("straight", "sparse")}
     cases = {
         "method is 'nosuch'": ["--method=nosuch"],
-        "adapter_rank is 16 but checkpoints in shards": ["--method=slope"],
         "refresh_every is 0": ["--method.refresh_every=0"],
         "targets: 'nosuch' matches no layer": ["--targets=nosuch"],
         "width is 34: it must be a multiple of 2 * heads = 4": ["--width=34"],
