@@ -1,11 +1,13 @@
 """Kinds of models, and what is done to a model around its sharding, train as in one process."""
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
 import sharded_models
 import sharded_runs
+from crosses import crossed
 from ranks import ranks
 
 MODELS = [model.__name__ for model in sharded_models.MODELS]
@@ -22,10 +24,14 @@ def in_one_process(model: str, **options: Any) -> dict[str, Any]:
 NEVER_PACKED = ("convolutions", "double_pruned_convolutions", "transposed")
 """Whose weights travel masked in any case."""
 
-ALL = [(model, gather) for model in MODELS for gather in GATHERS if model not in NEVER_PACKED or gather == "masked"]
 
-
-@pytest.mark.parametrize(("model", "gather"), ALL)
+@pytest.mark.parametrize(
+    ("model", "gather"),
+    crossed(
+        itertools.product(MODELS, GATHERS),
+        lambda model, gather: gather == "masked" or model not in (*NEVER_PACKED, "compiled"),
+    ),
+)
 def test_a_model_on_shards_trains_as_in_one_process(model: str, gather: str) -> None:
     for found in ranks(2)("sharded_models.on_shards", model, gather):
         sharded_runs.require_equal(found, in_one_process("plain" if model == "compiled" else model))

@@ -1,10 +1,12 @@
 """What a method can switch on trains on shards as in one process."""
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
 import sharded_runs
+from crosses import crossed
 from ranks import ranks
 
 import sparsetrain as st
@@ -31,15 +33,14 @@ def in_one_process(option: str) -> dict[str, Any]:
     return sharded_runs.train(sharded_runs.blocks(), steps=16, **OPTIONS[option])
 
 
-OVER_REPLICAS = ("hysteresis", "tile budget", "wanda", "automatic decay", "adapters")
+OVER_REPLICAS = ("hysteresis", "tile budget", "wanda", "automatic decay")
 """What is added up, and has to leave replicas out."""
 
-CASES = [((2,), option) for option in OPTIONS] + [
-    pytest.param((2, 2), option, marks=[] if option in OVER_REPLICAS else pytest.mark.sweep) for option in OPTIONS
-]
 
-
-@pytest.mark.parametrize(("shape", "option"), CASES)
+@pytest.mark.parametrize(
+    ("shape", "option"),
+    crossed(itertools.product([(2,), (2, 2)], OPTIONS), lambda shape, option: shape == (2,) or option in OVER_REPLICAS),
+)
 def test_an_option_on_shards_trains_as_in_one_process(shape: tuple[int, ...], option: str) -> None:
     for found in ranks(2 * len(shape))("sharded_runs.fsdp", shape=shape, steps=16, **OPTIONS[option]):
         sharded_runs.require_equal(found, in_one_process(option))

@@ -1,10 +1,12 @@
 """Shards of unequal size, and ranks that hold nothing of a layer, train as one process does."""
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
 import sharded_runs
+from crosses import crossed
 from ranks import ranks
 
 METHODS: dict[str, Any] = {
@@ -26,11 +28,7 @@ def in_one_process(method: str, hidden: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("hidden", "method"),
-    [
-        pytest.param(hidden, method, marks=[] if hidden == 16 or method == "fst" else pytest.mark.sweep)
-        for hidden in HIDDEN
-        for method in METHODS
-    ],
+    crossed(itertools.product(HIDDEN, METHODS), lambda hidden, method: hidden == 16 or method == "fst"),
 )
 def test_shards_of_unequal_size_change_nothing(hidden: int, method: str) -> None:
     for found in ranks(5)("pipelines.uneven", hidden, METHODS[method]):
