@@ -60,7 +60,7 @@ def explain(message: str, options: Collection[str] = ()) -> str:
     text = found.text
     if match := re.search(r"(?:does not accept option|[Oo]ption) '(.+?)'(?: is not accepted)?$", text):
         return _not_accepted(match[1], found, options)
-    if match := re.match(r"unrecognized arguments: (--?)([^\s=]+)", text):
+    if not text.endswith(".") and (match := re.match(r"unrecognized arguments: (--?)([^\s=]+)", text)):
         near = did_you_mean(match[2], options).replace("mean '", f"mean '{match[1]}")
         return f"{text}{near}."
     if match := re.match(r"module '(.+?)' has no attribute '(.+?)'$", text):

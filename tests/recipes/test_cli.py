@@ -107,6 +107,7 @@ def test_a_wrong_input_is_one_sentence_and_exit_code_2(arguments, words, capsys:
     assert all(word in message for word in words), message
     (sentence,) = [line for line in message.splitlines() if line.startswith("sparsetrain: error: ")]
     assert len(sentence) < 400
+    assert not sentence.endswith("..")
     assert "Traceback" not in message
     with pytest.raises(Exception):  # noqa: B017, PT011 - any error that is not swallowed will do
         main(["--debug", *arguments])

@@ -237,6 +237,7 @@ def test_a_wrong_input_is_one_sentence(arguments, world, words, monkeypatch, cap
     assert words in message
     assert message.startswith("llama_fsdp2: error: ")
     assert message.count("\n") == 1
+    assert not message.endswith("..\n")
 
 
 def test_the_file_s_method_may_be_changed_value_by_value() -> None:

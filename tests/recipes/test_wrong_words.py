@@ -86,6 +86,7 @@ def test_a_typo_on_the_command_line(arguments: list[str], words: list[str], caps
     ]  # fmt: skip
     line = refusal(capsys, *arguments, *(tiny if "--trainer.callbacks.backend=maskd" in arguments else []))
     assert all(word in line for word in words), line
+    assert not line.endswith("..")
 
 
 @pytest.mark.parametrize(
