@@ -3,7 +3,9 @@
 import functools
 from typing import Any
 
+import parallel_runs
 import pytest
+import sharded_loops
 import sharded_runs
 from ranks import ranks
 
@@ -107,3 +109,20 @@ def test_a_packed_weight_has_no_second_gradient() -> None:
 def test_a_model_that_is_sharded_late_is_gathered_packed_from_its_second_step() -> None:
     for found in ranks(2)("sharded_runs.wires_of_a_model_sharded_late"):
         assert found == [{"MaskedWire"}, {"PackedWire"}]
+
+
+@pytest.mark.parametrize(("gather", "shards_teacher"), [("masked", True), ("packed", False)])
+def test_a_student_is_distilled_as_in_one_process(gather: str, shards_teacher: bool) -> None:
+    method = {"preset": "dense_to_sparse_finetune", "freeze_at": 9, "refresh_every": 2, "distillation": 0.3}
+    teacher = sharded_loops.trained_teacher()
+    wanted = parallel_runs.train_part(sharded_runs.blocks(), method, teacher=teacher)
+    assert wanted["metrics"]["distillation"] > 0
+    for found in ranks(2)("sharded_loops.distilled", method, gather, shards_teacher):
+        sharded_runs.require_equal(found, wanted)
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_a_step_between_searches_sends_what_a_dense_one_does_and_metrics_one_message(gather: str) -> None:
+    for found in ranks(2)("sharded_loops.messages", {"preset": "fst", "refresh_every": 4}, gather):
+        assert found["sparse"] == found["dense"] != {}
+        assert sum(found["metrics"].values()) == 1
