@@ -48,7 +48,7 @@ class Shard:
         return local(self.weight)
 
     def attach(self) -> bool:
-        """Hang on the local tensor, which conversions replace, for the wire as it is now; return False if it does."""
+        """Hang on the local tensor, which conversions replace, for the wire as it is now; return whether it had to."""
         part: Any = self.part
         send = part.__dict__.get("fsdp_pre_all_gather")
         wanted = Send if self._size else SendToldSize
