@@ -182,7 +182,7 @@ def _update_by_reference(
 
 
 def _factor(rule: str, decay: float, lr: float) -> float:
-    return -decay * lr if rule == "decay_weight" else decay
+    return {"decay_weight": -decay * lr, "shrink_weight": -decay}.get(rule, decay)
 
 
 def _suits_kernel(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:

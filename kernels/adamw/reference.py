@@ -7,10 +7,11 @@ from torch import Tensor
 
 from ..masked_update.reference import add_masked_decay_, apply_mask_
 
-Rule = Literal["none", "decay_gradient", "decay_weight", "mask_gradient"]
-"""What the mask does before the update: nothing, ``g += λ·(1-M)⊙W``, ``W -= lr·λ·(1-M)⊙W``, or ``g ⊙= M``."""
+Rule = Literal["none", "decay_gradient", "decay_weight", "mask_gradient", "shrink_weight"]
+"""What the mask does before the update: nothing, ``g += λ·(1-M)⊙W``, ``W -= lr·λ·(1-M)⊙W``, ``g ⊙= M``, or
+``W -= λ·(1-M)⊙W``."""
 
-RULES: tuple[Rule, ...] = ("none", "decay_gradient", "decay_weight", "mask_gradient")
+RULES: tuple[Rule, ...] = ("none", "decay_gradient", "decay_weight", "mask_gradient", "shrink_weight")
 
 
 class Factors(NamedTuple):
@@ -73,7 +74,7 @@ def adamw_(
         codes: int16 ``[O/4, I/4]``.
         numbers: Of the step.
         rule: What the mask does before the update.
-        decay: What the rule adds times pruned weights: λ to gradients, ``-lr·λ`` to weights.
+        decay: What the rule adds times pruned weights: λ to gradients, ``-lr·λ`` or ``-λ`` to weights.
         zeros: Write zeros into what is pruned of the weight, after the update.
         maximize: Follow the gradient upwards.
         number: Of the layer, with ``clock`` the counter of the random numbers that round a decay in 16 bits.
@@ -113,7 +114,7 @@ def follow_rule_(
     """
     if rule == "decay_gradient":
         return add_masked_decay_(gradient.clone(), weight, codes, decay, number, clock)
-    if rule == "decay_weight":
+    if rule in ("decay_weight", "shrink_weight"):
         add_masked_decay_(weight, weight, codes, decay, number, clock)
     elif rule == "mask_gradient":
         return apply_mask_(gradient.clone(), codes)

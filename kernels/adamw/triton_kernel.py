@@ -74,7 +74,8 @@ def _launch(
             table(tuple(numbers), weight.device), clock & 0xFFFFFFFF, *map(float, sums), float(decay), tile_rows,
             tile_columns, triton.cdiv(tile_rows, 4), triton.cdiv(tile_columns, 4), weight.stride(0),
             gradient.stride(0), moment.stride(0), DTYPE=TRITON[packed.values[0].dtype if packed else weight.dtype],
-            RULE=RULES.index(rule), ZEROS=zeros, MAXIMIZE=maximize, FROM_END=sums.share >= 0.5,
+            RULE=RULES.index("decay_weight" if rule == "shrink_weight" else rule),  # one sum, with another factor
+            ZEROS=zeros, MAXIMIZE=maximize, FROM_END=sums.share >= 0.5,
             FORWARD=side is not None, TRANSPOSED=side_t is not None, ORDER=int(side.orders[0]) if side else 0,
             ORDER_T=int(side_t.orders[0]) if side_t else 0, ALIGNED=are_aligned(*lists, *outputs),
             EMULATE_ROUNDING=interpreted(), ROWS=rows, COLUMNS=columns, num_warps=warps,

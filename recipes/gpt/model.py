@@ -42,6 +42,8 @@ class GPT(nn.Module):
             a multiple of 32.
         tied: Share the head's weight with the token embedding.
         dropout: Share of attention weights and of each branch's output that is zeroed while training.
+        kv_heads: Heads of keys and values, each for ``heads / kv_heads`` of the queries (grouped-query attention); None
+            is one for every head.
         fused_activation: Compute the MLP's activation by the operator ``gated_activation``: one kernel, rounded once,
             that keeps its inputs alone for the backward. GELU without a gate has none.
 
@@ -67,6 +69,7 @@ class GPT(nn.Module):
         tied: bool = True,
         dropout: float = 0.0,
         fused_activation: bool = False,
+        kv_heads: int | None = None,
     ) -> None:
         super().__init__()
         if width % (2 * heads):
@@ -75,6 +78,8 @@ class GPT(nn.Module):
             )
         if positions not in ("rope", "learned"):
             raise ValueError(f"positions is {positions!r}: it must be 'rope' or 'learned'.")
+        if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+            raise ValueError(f"kv_heads is {kv_heads}: it must divide heads = {heads}, or be None, so change it.")
         _check_activation(mlp, fused_activation)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1.")
@@ -82,7 +87,8 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width) if positions == "learned" else None
         self.blocks = nn.ModuleList(
-            Block(width, heads, hidden, mlp, positions == "rope", dropout, fused_activation) for _ in range(depth)
+            Block(width, heads, hidden, mlp, positions == "rope", dropout, fused_activation, kv_heads)
+            for _ in range(depth)
         )
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
@@ -151,10 +157,11 @@ class Block(nn.Module):
         rotary: bool,
         dropout: float = 0.0,
         fused_activation: bool = False,
+        kv_heads: int | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
-        self.attention = Attention(width, heads, rotary, dropout)
+        self.attention = Attention(width, heads, rotary, dropout, kv_heads)
         self.mlp_norm = nn.RMSNorm(width)
         self.mlp = MLP(width, hidden, activation, fused_activation)
         self.dropout = dropout
@@ -167,22 +174,27 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention."""
+    """Causal self-attention, of all heads alike or with keys and values that several queries share."""
 
-    def __init__(self, width: int, heads: int, rotary: bool, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, rotary: bool, dropout: float = 0.0, kv_heads: int | None = None) -> None:
         super().__init__()
         self.heads = heads
+        self.kv_heads = kv_heads or heads
         self.rotary = rotary
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = nn.Linear(width, width + 2 * self.kv_heads * (width // heads), bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix positions: ``[batch, time, width]`` to the same."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [batch, heads, time, size]
+        heads = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, -1)).transpose(1, 2)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)  # [batch, heads, time, size]
         if self.rotary:
             q, k = rotate(q), rotate(k)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True,
+            enable_gqa=self.kv_heads < self.heads,
+        )  # fmt: skip
         mixed: Tensor = self.out(y.transpose(1, 2).flatten(-2))
         return mixed
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from ..muon import muon_with_adamw
 from ..optimization import WarmupCosine, require_lr_cycle, weight_decay_groups, with_warmup_cosine
 from .model import GPT, ActivationName
 
@@ -17,7 +18,7 @@ TOKEN_KEYS = ("tokens", "input_ids")
 
 
 class GPTModule(LightningModule):
-    """A GPT with AdamW and a learning rate that warms up and decays along a cosine.
+    """A GPT with AdamW or Muon and a learning rate that warms up and decays along a cosine.
 
     Args:
         vocabulary: Number of tokens.
@@ -37,9 +38,11 @@ class GPTModule(LightningModule):
         betas: Of AdamW.
         dropout: Share of attention weights and of each branch's output that is zeroed while training.
         fused_activation: Compute the MLP's activation by one kernel, see :class:`.GPT`.
+        kv_heads: Heads of keys and values; None is one for every head.
+        optimizer: ``"adamw"``, or ``"muon"`` for the matrices of the blocks beside AdamW for the rest.
 
     Raises:
-        ValueError: If a size does not fit, or the learning rate is to decay over a run without an end.
+        ValueError: If a value does not fit, or the learning rate is to decay over a run without an end.
 
     Example:
         >>> GPTModule(width=32, depth=1, heads=2, context=8).loss(torch.zeros(2, 9, dtype=torch.long)).dim()
@@ -65,12 +68,16 @@ class GPTModule(LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         dropout: float = 0.0,
         fused_activation: bool = False,
+        kv_heads: int | None = None,
+        optimizer: Literal["adamw", "muon"] = "adamw",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer is {optimizer!r}: it must be 'adamw' or 'muon'.")
         require_lr_cycle(lr_cycle)
         self.model = GPT(
-            vocabulary, width, depth, heads, context, positions, mlp, hidden, tied, dropout, fused_activation
+            vocabulary, width, depth, heads, context, positions, mlp, hidden, tied, dropout, fused_activation, kv_heads
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -94,10 +101,14 @@ class GPTModule(LightningModule):
         self.log("val/loss", self.loss(batch), prog_bar=True, batch_size=len(_tokens(batch)), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW and its per-step schedule."""
+        """Return the optimizer and its per-step schedule."""
         options = self.hparams
-        groups = weight_decay_groups(self.parameters(), options["weight_decay"])
-        optimizer = torch.optim.AdamW(groups, lr=options["learning_rate"], betas=tuple(options["betas"]))
+        rate, decay, betas = options["learning_rate"], options["weight_decay"], tuple(options["betas"])
+        optimizer: torch.optim.Optimizer
+        if options["optimizer"] == "muon":
+            optimizer = muon_with_adamw(self.model, rate, decay, betas)
+        else:
+            optimizer = torch.optim.AdamW(weight_decay_groups(self.parameters(), decay), lr=rate, betas=betas)
         total = self.trainer.estimated_stepping_batches
         return with_warmup_cosine(
             optimizer, total, options["warmup_steps"], options["min_lr_ratio"], options["lr_cycle"]

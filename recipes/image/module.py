@@ -1,4 +1,4 @@
-"""``ImageModule``: classification with a :class:`ConvNet` in Lightning."""
+"""``ImageModule``: classification with a :class:`ConvNet` or a :class:`VisionTransformer` in Lightning."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -6,25 +6,26 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..optimization import require_lr_cycle, weight_decay_groups, with_warmup_cosine
 from .model import IMAGE_CHANNELS, ConvNet, normalise
+from .transformer import VisionTransformer
 
 Batch = Mapping[str, Tensor]
 
 
 class ImageModule(LightningModule):
-    """A ConvNet with AdamW or SGD and a learning rate that warms up and decays along a cosine.
+    """A ConvNet or a vision transformer with AdamW or SGD and a learning rate that warms up and decays along a cosine.
 
     It logs ``train/loss``, ``validation/loss`` (nats per image) and ``validation/accuracy`` (between 0 and 1).
 
     Args:
         classes: Number of classes.
-        widths: Channels of each stage, multiples of 16.
-        blocks: Residual blocks of a stage.
-        norm: ``"group"`` or ``"batch"``.
-        hidden: Size of the MLP's hidden layer; None is 4 times the last stage's channels.
+        widths: Channels of each stage, multiples of 16; of a transformer the one width.
+        blocks: Residual blocks of a stage, or of the transformer.
+        norm: ``"group"`` or ``"batch"``, of the ConvNet.
+        hidden: Size of an MLP's hidden layer; None is 4 times the last stage's channels.
         optimizer: ``"adamw"``, or ``"sgd"`` with Nesterov momentum.
         learning_rate: Peak learning rate.
         min_lr_ratio: Final learning rate as a fraction of the peak.
@@ -36,6 +37,8 @@ class ImageModule(LightningModule):
         mean: Mean of each channel, of pixel values between 0 and 1.
         std: Standard deviation of each channel, likewise.
         channels_last: Keep convolutions and images in memory as ``[batch, height, width, channels]``.
+        heads: Attention heads of a transformer's block; None is the ConvNet.
+        size: Side of a transformer's images in pixels.
 
     Raises:
         ValueError: If a value does not fit, the data have more classes, or the learning rate is to decay over a run
@@ -69,6 +72,8 @@ class ImageModule(LightningModule):
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[float, float, float] = (0.25, 0.25, 0.25),
         channels_last: bool = False,
+        heads: int | None = None,
+        size: int = 32,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -79,7 +84,7 @@ class ImageModule(LightningModule):
             raise ValueError(
                 f"mean is {mean} and std {std}: both must hold {IMAGE_CHANNELS} numbers, those of std above 0."
             )
-        self.model = ConvNet(classes, widths, blocks, norm, hidden)
+        self.model = _model(classes, widths, blocks, norm, hidden, heads, size)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
@@ -137,3 +142,19 @@ class ImageModule(LightningModule):
         return with_warmup_cosine(
             optimizer, total, options["warmup_steps"], options["min_lr_ratio"], options["lr_cycle"]
         )
+
+
+def _model(
+    classes: int,
+    widths: tuple[int, ...],
+    blocks: int,
+    norm: Literal["group", "batch"],
+    hidden: int | None,
+    heads: int | None,
+    size: int,
+) -> nn.Module:
+    if heads is None:
+        return ConvNet(classes, widths, blocks, norm, hidden)
+    if len(widths) != 1:
+        raise ValueError(f"widths is {list(widths)}: a transformer (heads={heads}) has one width, so give one.")
+    return VisionTransformer(classes, widths[0], blocks, heads, size, hidden)

@@ -34,7 +34,7 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
     for name in options.task:
         if options.model not in TASKS[name]:
             parser.error(f"--model is {options.model}: task {name} has {', '.join(TASKS[name])}.")
-    options.method = list(dict.fromkeys([DENSE, *options.method] if options.method else METHODS))
+    options.method = list(dict.fromkeys([DENSE, *options.method])) if options.method else []
     try:
         ratio_of(options)
     except (OSError, ValueError) as error:
@@ -65,7 +65,7 @@ def command_of(options: argparse.Namespace) -> str:
     words = ["scripts/reproduce_methods", *(f"--task {name}" for name in options.task), f"--model {options.model}"]
     words += [f"--steps {options.steps}"] if options.steps else []
     words += [f"--seeds {options.seeds}"]
-    if options.method != list(METHODS):
+    if options.method:
         words += [f"--method {shlex.quote(method)}" for method in options.method]
     return " ".join(words)
 
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=_count, help="optimizer steps of each run (default: by task)")
     parser.add_argument("--seeds", type=_count, default=3, help="runs of each method (default: %(default)s)")
     parser.add_argument(
-        "--method", action="append", choices=METHODS, metavar="NAME", help="one below; repeatable (default: all)"
+        "--method", action="append", choices=METHODS, metavar="NAME", help="one below; repeatable (default: by task)"
     )
     ratio = parser.add_mutually_exclusive_group()
     ratio.add_argument(
@@ -98,7 +98,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of torch in each process (default: 1 without a GPU, else torch's)",
     )
     parser.add_argument("--jobs", type=_count, default=1, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="train finished runs again")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--fresh", action="store_true", help="train finished runs again")
+    again.add_argument(
+        "--any-commit", action="store_true", help="take finished runs of other commits too; rows say of which"
+    )
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/reproduce_methods"), help="finished runs (default: %(default)s)"
     )

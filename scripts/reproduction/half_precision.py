@@ -104,7 +104,7 @@ def run(rounding: str, decay: float, seed: int, steps: int) -> tuple[float, floa
     training_data, held_out = data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :]
     model = GPT(width=32, depth=2, context=CONTEXT).to(use(rounding))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    method = {"preset": "recommended", "decay": decay, "refresh_every": 10}
+    method = {"preset": "fst", "warmup": 0.15, "dense_tail": 0.0, "decay": decay, "refresh_every": 10}
     training = SparseTraining(model, optimizer, method, steps, "mlp", verbose=False)
     for step in range(steps):
         optimizer.zero_grad()

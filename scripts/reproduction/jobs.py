@@ -32,6 +32,7 @@ class Job:
     def key(self, conditions: str) -> str:
         """Return a digest of everything its numbers depend on; ``conditions`` are the sources and the environment."""
         parts = [self.task.describe(), build(self.entry).describe(), self.seed, conditions]
+        parts += [self.entry[key] for key in ("moments_frozen_at",) if key in self.entry]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
 
 
@@ -59,19 +60,20 @@ class Finished:
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
                 values = json.loads(line)
-                key = values.pop("key")
+                keys = values.pop("key"), values.pop("any_sources", "")
                 values["validations"] = [Validation(*entry) for entry in values["validations"]]
-                runs[key] = Run(**values)
+                runs.update(dict.fromkeys(filter(None, keys), Run(**values)))
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue
         return runs
 
-    def add(self, key: str, run: Run) -> None:
-        """Append a run."""
+    def add(self, key: str, run: Run, any_sources: str = "") -> None:
+        """Append a run under its key, and under the one that says nothing of the sources."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
         with self.path.open("a") as file:
-            file.write(("" if whole else "\n") + json.dumps({"key": key, **asdict(run)}) + "\n")
+            line = json.dumps({"key": key, "any_sources": any_sources, **asdict(run)})
+            file.write(("" if whole else "\n") + line + "\n")
 
 
 def run_all(
@@ -82,6 +84,7 @@ def run_all(
     threads: int,
     stamp: Callable[[Run], Run] = lambda run: run,
     fresh: bool = False,
+    any_sources: str | None = None,
 ) -> tuple[list[Run], list[Failure]]:
     """Make the runs that are not finished; returns all of them in the order of the jobs, and those that failed.
 
@@ -93,10 +96,13 @@ def run_all(
         threads: Of torch in each process; 0 leaves torch's default.
         stamp: Puts environment and commit on a new run.
         fresh: Make finished ones again.
+        any_sources: The environment alone, to take runs of other sources where there are none of these.
     """
     keys = [job.key(conditions) for job in jobs]
+    loose = ["" if any_sources is None else job.key(any_sources) for job in jobs]
     known = {} if fresh else finished.read()
-    runs = {number: known[key] for number, key in enumerate(keys) if key in known}
+    found = (next((known[key] for key in pair if key in known), None) for pair in zip(keys, loose, strict=True))
+    runs = {number: run for number, run in enumerate(found) if run is not None}
     if runs:
         print(f"{len(runs)} of {len(jobs)} runs are in {finished.path}.", file=sys.stderr, flush=True)
     failures = []
@@ -105,7 +111,7 @@ def run_all(
         counted = f"[{done}/{len(jobs)}] {jobs[number]}"
         if isinstance(result, Run):
             runs[number] = stamp(result)
-            finished.add(keys[number], runs[number])
+            finished.add(keys[number], runs[number], loose[number] or jobs[number].key(runs[number].environment))
             print(f"{counted}: {result.final:.4f} in {result.seconds:.0f} s", file=sys.stderr, flush=True)
         else:
             failures.append(Failure(jobs[number], result))
@@ -141,7 +147,7 @@ def _results(jobs: Mapping[int, Job], workers: int, threads: int) -> Iterator[tu
 
 
 def _run(job: Job) -> Run:
-    return train(job.task, job.method, build(job.entry), job.seed)
+    return train(job.task, job.method, build(job.entry), job.seed, job.entry.get("moments_frozen_at"))
 
 
 def _set_threads(threads: int) -> None:

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = [
         Job(task, method, METHODS[method], seed)
         for task in tasks
-        for method in options.method
+        for method in options.method or task.rows or METHODS
         for seed in range(options.seeds)
     ]
     here, now = environment(options.threads), commit()
@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     finished = Finished(options.runs / "runs.jsonl")
     digest = f"{sources_digest()}, {here}"
-    runs, failures = run_all(jobs, finished, digest, options.jobs, options.threads, stamp, options.fresh)
+    earlier = here if options.any_commit else None
+    runs, failures = run_all(jobs, finished, digest, options.jobs, options.threads, stamp, options.fresh, earlier)
     summaries = [(task, summarise([run for run in runs if run.task == task.name], ratio.value)) for task in tasks]
     tables: dict[str, tuple[Task, list[Row]]] = {task.name: (task, rows) for task, rows in summaries if rows}
     seeds = f"{options.seeds} seed{'s' if options.seeds > 1 else ''}"

@@ -9,15 +9,22 @@ from sparsetrain.methods.schedule import Phase, Schedule
 
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"schedule": [{"kind": "dense"}]},
+    "dense, second moments frozen half-way": {"schedule": [{"kind": "dense"}], "moments_frozen_at": 0.5},
     "recommended": {"preset": "recommended"},
     "recommended, dense tail 1/6": {"preset": "recommended", "dense_tail": 1 / 6},
     "recommended, last quarter frozen": {"preset": "recommended", "freeze": 0.25},
-    "recommended, λ 1e-3": {"preset": "recommended", "decay": 1e-3},
-    "recommended, λ 4e-3": {"preset": "recommended", "decay": 4e-3},
-    "recommended, head 5 %": {"preset": "recommended", "warmup": 0.05},
-    "recommended, head 25 %": {"preset": "recommended", "warmup": 0.25},
-    "recommended, masks every 10 steps": {"preset": "recommended", "refresh_every": 10},
-    "recommended, masks every 80 steps": {"preset": "recommended", "refresh_every": 80},
+    "recommended, share 0.1": {"preset": "recommended", "decay": 0.1},
+    "recommended, full share from the start": {"preset": "recommended", "decay_ramp": 0},
+    "recommended, no pull in the head": {"preset": "recommended", "decay_in_head": False, "decay_ramp": 0},
+    "recommended, no head": {"preset": "recommended", "warmup": 0.0},
+    "recommended, head 10 %": {"preset": "recommended", "warmup": 0.1},
+    "recommended, masks every 40 steps": {"preset": "recommended", "refresh_every": 40},
+    "fst, head 15 %, λ 2e-3, no tail": {
+        "preset": "fst",
+        "warmup": 0.15,
+        "dense_tail": 0.0,
+        "decay": 2e-3,
+    },
     "fst, as published": {"preset": "fst"},
     "fst, head 15 %, automatic λ": {"preset": "fst", "warmup": 0.15, "decay": "auto", "refresh_every": 10},
     "fst, head 15 %, λ 2e-3, mvue": {"preset": "fst", "warmup": 0.15, "decay": 2e-3, "mvue": True},
@@ -48,9 +55,9 @@ def build(entry: Mapping[str, Any]) -> Method:
 
     Args:
         entry: What :func:`sparsetrain.methods.resolve_method` takes, and ``after_dense``: the share of the steps that
-            are dense before the method, whose own fractions then are of the rest.
+            are dense before the method, whose own fractions then are of the rest. ``moments_frozen_at`` is passed over.
     """
-    arguments = dict(entry)
+    arguments = {key: value for key, value in entry.items() if key != "moments_frozen_at"}
     share = arguments.pop("after_dense", 0.0)
     method = resolve_method(arguments)
     return after_dense(method, share) if share else method

@@ -17,7 +17,7 @@ from .training import Run
 FIELDS = ("task", "method", "seed", "step", "loss", "accuracy", "share_of_sparse_flops_so_far",
           "share_of_sparse_steps_so_far", "violations", "ends", "seconds", "environment", "commit")  # fmt: skip
 HEADER = ("method", "validation loss", "gap to dense", "accuracy", "sparse steps", "sparse FLOPs", "estimated time",
-          "dense loss reached at", "ends", "violations")  # fmt: skip
+          "dense loss reached at", "ends", "violations", "steps", "seeds", "commit")  # fmt: skip
 ACCURACY = HEADER.index("accuracy")
 
 
@@ -64,7 +64,18 @@ def cells(row: Row) -> list[str]:
         _reached(row),
         " or ".join(sorted({run.ends for run in row.runs})),
         str(row.violations),
+        _counts([run.steps for run in row.runs]),
+        _counts([run.seed for run in row.runs]),
+        ", ".join(sorted({run.commit for run in row.runs})),
     ]
+
+
+def _counts(values: Sequence[int]) -> str:
+    """Return different whole numbers, the consecutive ones as ``first-last``."""
+    found = sorted(set(values))
+    if len(found) > 1 and found[-1] - found[0] == len(found) - 1:
+        return f"{found[0]}-{found[-1]}"
+    return ", ".join(map(str, found))
 
 
 def spread(values: Sequence[float], form: str, unit: str = "") -> str:
@@ -128,8 +139,8 @@ def _words(ratio: Ratio, environment: str) -> list[str]:
         "Convolutions larger than 1×1 count as dense, and every layer as if it had as many tokens.",
         "*Dense loss reached at* is when the dense run's final loss was reached at every seed, in dense steps of",
         "estimated time. *Ends* is what the finished model's weights are, and *violations* the most groups of four",
-        "with a wrong mask at any mask search. These are short runs of small models: a good λ or head here need not be",
-        "one at scale.",
+        "with a wrong mask at any mask search; *commit* is what a row's runs were made with. These are short runs of",
+        "small models: a good number here need not be one at scale.",
     ]
 
 

@@ -1,7 +1,7 @@
 """Tasks: what is trained, on which data, which layers are sparse, for how long, and what is measured."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -9,6 +9,19 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from sparsetrain.recipes.data import ImageDataModule, TextDataModule
 from sparsetrain.recipes.gpt import GPTModule
 from sparsetrain.recipes.image import ImageModule
+
+from .encoder import EncoderModule, PackageDataModule
+from .last_blocks import HiddenStateDataModule, LastBlocksModule
+from .scaled import ScaledGPTModule
+
+MAIN_ROWS = (
+    "dense", "recommended", "recommended, dense tail 1/6", "asp_one_shot", "s_ste, transposable",
+    "sr_ste, transposable, λ 2e-3",
+)  # fmt: skip
+"""Of tasks beside the first ones."""
+
+ROBUST_ROWS = ("dense", "recommended", "asp_one_shot")
+"""Of tasks that change one number of another."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,7 @@ class Task:
         steps: Optimizer steps of a run.
         accuracy: The logged metric that is the accuracy; empty if there is none.
         precision: Of the trainer.
+        rows: The methods that are compared unless others are named; empty for all.
     """
 
     name: str
@@ -38,6 +52,7 @@ class Task:
     steps: int
     accuracy: str = ""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    rows: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """Return what a run's numbers depend on as plain values."""
@@ -85,6 +100,30 @@ def _gpt(
     )
 
 
+def _llama(
+    model: str, width: int, depth: int, heads: int, context: int, batch: int, max_bytes: int, steps: int
+) -> Task:
+    return replace(
+        _gpt(model, width, depth, heads, context, batch, max_bytes, steps, kv_heads=heads // 2),
+        name=f"Llama {model}",
+        subject=f"Byte-level Llama of width {width} with {depth} blocks, two queries to a key, on Python source code, "
+        f"{batch} × {context} bytes a step, AdamW",
+        targets="mlp",
+    )
+
+
+def _vit(model: str, width: int, depth: int, heads: int, images: int, size: int, batch: int, steps: int) -> Task:
+    return replace(
+        _image(model, (width,), images, size, batch, steps),
+        name=f"ViT {model}",
+        subject=f"Vision transformer of width {width} with {depth} blocks on patches of 4 × 4 pixels of "
+        f"{images:,} generated images of {size} × {size} pixels in ten classes, a tenth of them held out, {batch} "
+        "images a step, AdamW",
+        module_options={"widths": (width,), "blocks": depth, "heads": heads, "size": size},
+        targets="all-linear",
+    )
+
+
 def _image(model: str, widths: tuple[int, ...], images: int, size: int, batch: int, steps: int) -> Task:
     channels = "-".join(map(str, widths))
     return Task(
@@ -101,6 +140,49 @@ def _image(model: str, widths: tuple[int, ...], images: int, size: int, batch: i
     )
 
 
+def _encoder(model: str, steps: int, **options: Any) -> Task:
+    return Task(
+        name=f"encoder {model}",
+        subject="Sentence encoder MiniLM-L6, fine-tuned to tell from which of the ten largest packages of Python's "
+        "standard library 64 tokens of source code come, 16 pieces a step, AdamW",
+        module=EncoderModule,
+        module_options={"pretrained": not options},
+        data=PackageDataModule,
+        data_options={**options, "pretrained": not options},
+        targets="all-linear",
+        steps=steps,
+        accuracy="val/accuracy",
+        rows=MAIN_ROWS,
+    )
+
+
+def _last_blocks(model: str, blocks: int, steps: int, **options: Any) -> Task:
+    return Task(
+        name=f"last blocks {model}",
+        subject=f"The last {blocks} blocks of SmolLM2-135M, fine-tuned on Python source code, 4 × 128 tokens a step, "
+        "AdamW",
+        module=LastBlocksModule,
+        module_options={"blocks": blocks, "pretrained": not options},
+        data=HiddenStateDataModule,
+        data_options={"blocks": blocks, **options, "pretrained": not options},
+        targets="all-linear",
+        steps=steps,
+        rows=MAIN_ROWS,
+    )
+
+
+def _small_gpt(words: str, rows: tuple[str, ...], **changes: Any) -> Task:
+    """Return the small GPT with options of its own, a factor of its steps, or a factor of the loss."""
+    options = {"width": 128, "batch": 16, "steps": 300, **changes}
+    factor = options.pop("loss_factor", None)
+    width, batch, steps = (options.pop(name) for name in ("width", "batch", "steps"))
+    task = _gpt("small", width, 4, 4, 128, batch, 8_000_000, steps, **options)
+    task = replace(task, name=f"GPT small, {words}", subject=f"{task.subject}, {words}", rows=rows)
+    if factor is None:
+        return task
+    return replace(task, module=ScaledGPTModule, module_options={**task.module_options, "loss_factor": factor})
+
+
 TASKS: dict[str, dict[str, Task]] = {
     "gpt": {
         "tiny": _gpt("tiny", 32, 2, 2, 32, 4, 300_000, steps=40, validation_blocks=16),
@@ -110,10 +192,54 @@ TASKS: dict[str, dict[str, Task]] = {
             learning_rate=6e-4, warmup_steps=100,
         ),
     },
+    "llama": {
+        "tiny": _llama("tiny", 32, 2, 2, 32, 4, 300_000, steps=40),
+        "small": _llama("small", 128, 4, 4, 128, 16, 8_000_000, steps=300),
+    },
     "image": {
         "tiny": _image("tiny", (16,), 200, 16, 16, steps=40),
         "small": _image("small", (32, 64, 128), 20_000, 32, 64, steps=600),
     },
+    "vit": {
+        "tiny": _vit("tiny", 32, 2, 2, 200, 16, 16, steps=40),
+        "small": _vit("small", 64, 4, 4, 20_000, 32, 32, steps=600),
+    },
+    "encoder": {
+        "tiny": _encoder("tiny", 30, pieces=60, context=16),
+        "small": _encoder("small", 150),
+    },
+    "last-blocks": {
+        "tiny": _last_blocks("tiny", 1, 20, sequences=48, context=16),
+        "small": _last_blocks("small", 4, 80),
+    },
+    "gpt-long": {"small": _small_gpt("×5 steps", MAIN_ROWS, steps=1500)},
+    "llama-long": {
+        "small": replace(
+            _llama("small", 128, 4, 4, 128, 16, 8_000_000, steps=1500), name="Llama small, ×5 steps", rows=MAIN_ROWS
+        )
+    },
+    "llama-short": {
+        "small": replace(
+            _llama("small", 128, 4, 4, 128, 16, 8_000_000, steps=150), name="Llama small, ×½ steps", rows=MAIN_ROWS
+        )
+    },
+    "llama-all-linear": {
+        "small": replace(
+            _llama("small", 128, 4, 4, 128, 16, 8_000_000, steps=300),
+            name="Llama small, attention too", targets="all-linear", rows=MAIN_ROWS,
+        )
+    },
+    "gpt-muon": {
+        "small": _small_gpt("Muon", MAIN_ROWS, optimizer="muon"),
+    },
+    "gpt-loss-x10": {"small": _small_gpt("loss ×10", ROBUST_ROWS, loss_factor=10.0)},
+    "gpt-loss-x0.1": {"small": _small_gpt("loss ×0.1", ROBUST_ROWS, loss_factor=0.1)},
+    "gpt-lr-x2": {"small": _small_gpt("learning rate ×2", ROBUST_ROWS, learning_rate=4e-3)},
+    "gpt-lr-x0.5": {"small": _small_gpt("learning rate ×½", ROBUST_ROWS, learning_rate=1e-3)},
+    "gpt-batch-x2": {"small": _small_gpt("batch ×2", ROBUST_ROWS, batch=32)},
+    "gpt-batch-x0.5": {"small": _small_gpt("batch ×½", ROBUST_ROWS, batch=8)},
+    "gpt-width-x2": {"small": _small_gpt("width ×2", ROBUST_ROWS, width=256)},
+    "gpt-width-x0.5": {"small": _small_gpt("width ×½", ROBUST_ROWS, width=64)},
 }  # fmt: skip
 """By name and by the model's size: tiny is for tests, 124M for a GPU, on all there is to read."""
 

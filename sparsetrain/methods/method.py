@@ -15,6 +15,7 @@ RULES = {
     "refresh_every": whole(1, of="optimizer steps"),
     "decay": either(NOT_NEGATIVE, Rule("'auto'", lambda value: isinstance(value, str) and value == "auto")),
     "decay_on": one_of(get_args(DecayTarget)),
+    "decay_in_head": FLAG,
     "hysteresis": NOT_NEGATIVE,
     "forward": one_of(["hard", "soft"], allowed="'hard' or 'soft'"),
     "dense_budget": number("at least 0 and below 1", lambda value: 0 <= value < 1),
@@ -46,9 +47,12 @@ class Method:
             masks flip 0.60 to 0.95 times as often as they would in the run's dense phase; it needs one. What it adds to
             16-bit gradients or weights is rounded at random, so that its mean is right however small it is.
         decay_on: ``"gradient"``: ``g += λ·(1-M)⊙W``; ``"weight"``: ``W -= lr·λ·(1-M)⊙W``; ``"by_optimizer"``: on
-            weights with SGD, on gradients otherwise.
+            weights with SGD, on gradients otherwise; ``"share"``: ``W -= λ·(1-M)⊙W``, with λ at most 1, the same pull
+            for every optimizer, learning rate and scale of the loss.
         decay_ramp: In which λ grows from 0 to its value in a sparse phase, in steps (int) or as a fraction of the run
             (float).
+        decay_in_head: The decay begins with the run, in a dense head too: products are dense there, but what masks
+            would prune is near zero when they come into force. The ramp is counted from the first step then.
         hysteresis: Bonus of entries that are kept now, as a fraction of the layer's mean score: masks flip less.
         forward: ``"hard"``: products see ``W⊙M``; ``"soft"``: kept entries shrink by what is pruned beside them, times
             a factor that is fixed at the first sparse step.
@@ -101,6 +105,7 @@ class Method:
     decay: float | Literal["auto"] = 0.0
     decay_on: DecayTarget = "gradient"
     decay_ramp: int | float = 0
+    decay_in_head: bool = False
     hysteresis: float = 0.0
     forward: Literal["hard", "soft"] = "hard"
     dense_budget: float = 0.0
@@ -127,6 +132,16 @@ class Method:
         require_length("adapter_start", self.adapter_start)
         for name, rule in RULES.items():
             require(name, getattr(self, name), rule)
+        if self.decay == "auto" and (self.decay_in_head or self.decay_on == "share"):
+            raise ValueError(
+                "decay is 'auto', which compares flips with those of a dense head and changes a λ on gradients or "
+                "weights: with decay_in_head or decay_on='share', give a number."
+            )
+        if self.decay_on == "share" and self.decay > 1:  # type: ignore[operator]
+            raise ValueError(
+                f"decay is {self.decay} with decay_on='share': it must be at most 1 (the share of a pruned weight that "
+                "goes in a step), so lower it."
+            )
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule is {self.schedule!r}: it must be a Schedule.")
         if resolve_pattern(self.pattern).search_backward is not None and (

@@ -1,8 +1,6 @@
 """Presets by name: functions that return a :class:`Method` with the published defaults."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Literal
 
 from ..criteria import Criterion
 from .method import Method
@@ -12,31 +10,40 @@ from .schedule import from_scratch
 
 
 def recommended(
-    warmup: int | float = 0.15,
-    decay: float | Literal["auto"] = 2e-3,
+    warmup: int | float = 0.2,
+    decay: float = 0.5,
     freeze: int | float = 0.0,
     dense_tail: int | float = 0.0,
-    refresh_every: int = 40,
+    refresh_every: int = 20,
     criterion: str | Criterion = "magnitude",
 ) -> Method:
-    """Where to begin: a dense head, then moving transposable masks that a strong decay lets settle; it ends 2:4.
+    """Where to begin: a dense head in which a growing pull empties what masks prune, then moving masks; it ends 2:4.
 
     Args:
         warmup: Length of the dense head, in steps (int) or as a fraction (float).
-        decay: λ of the masked decay on gradients; about the peak learning rate.
-        freeze: For how long masks are frozen before the tail or the end, likewise.
+        decay: Share of a pruned weight that goes in a step; it grows from 0 to this in the head.
+        freeze: For how long masks are frozen before the tail or the end, in steps (int) or as a fraction (float).
         dense_tail: Length of a dense tail, likewise, if the model may end dense.
         refresh_every: Optimizer steps between two mask searches.
         criterion: What ranks the entries.
 
     Example:
         >>> recommended().schedule.resolve(1000).starts
-        (0, 150)
+        (0, 200)
 
-    Source: :func:`fst`, with the numbers that did best in ``docs/results/methods.md``, on a small model.
+    Source: the numbers that did best in ``docs/results/methods.md``; a penalty that grows before what it empties is
+    taken away: Wang et al., "Neural Pruning via Growing Regularization", ICLR 2021, arXiv 2012.09243.
     """
-    method = fst(refresh_every, decay, warmup, dense_tail, criterion=criterion)
-    return replace(method, name="recommended", schedule=from_scratch(warmup, dense_tail, freeze))
+    return Method(
+        name="recommended",
+        criterion=criterion,
+        schedule=from_scratch(warmup, dense_tail, freeze),
+        refresh_every=refresh_every,
+        decay=decay,
+        decay_on="share",
+        decay_ramp=warmup,
+        decay_in_head=True,
+    )
 
 
 PRESETS: dict[str, Callable[..., Method]] = {

@@ -55,6 +55,7 @@ class Run:
         phase_start: The clock when it began.
         phase_index: Which of the timeline's it is; -1 before the first.
         active: Names of the layers whose mask is in force.
+        pulled: Names of those whose masks pull at dense weights, in a head with a decay.
     """
 
     method: Method
@@ -70,6 +71,20 @@ class Run:
     phase_start: int = 0
     phase_index: int = -1
     active: frozenset[str] = frozenset()
+    pulled: frozenset[str] = frozenset()
+
+    @property
+    def in_decayed_head(self) -> bool:
+        """Whether the clock is in a dense head in which the method's decay acts."""
+        if self.phase != "dense" or not (self.method.decay_in_head and self.method.decay):
+            return False
+        head = self.timeline.head
+        return head is not None and self.clock < head
+
+    @property
+    def decay_age(self) -> int:
+        """Steps since the masked decay began."""
+        return self.clock if self.method.decay_in_head else self.age
 
     @property
     def age(self) -> int:

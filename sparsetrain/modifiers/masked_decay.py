@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from ..distributed.wrappers import state_holder
+from ..kernels.adamw import Rule
 from ..layers.layer_group import LayerGroup
 from ..types import DecayTarget
 
@@ -59,6 +60,12 @@ class MaskedDecay:
         if self.automatic and ratio is not None:
             self.value *= FACTOR if ratio > BAND[1] else 1 / FACTOR if ratio < BAND[0] else 1.0
 
+    def rule_of(self, optimizer: Optimizer) -> Rule:
+        """Return what an optimizer that decays weights itself has to do."""
+        if self._target == "share":
+            return "shrink_weight"
+        return "decay_gradient" if self.is_on_gradients(optimizer) else "decay_weight"
+
     def apply_(
         self,
         optimizer: Optimizer,
@@ -90,6 +97,9 @@ class MaskedDecay:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             decay = decay * (found_inf.to(device) == 0)  # a step that will be skipped
+        if self._target == "share":
+            group.decay_(group.weights, -decay, clock)
+            return
         rates = {id(parameter): entry["lr"] for entry in optimizer.param_groups for parameter in entry["params"]}
         for own in group.split([id(rates[id(weight)]) for weight in group.parameters]):
             own.decay_(own.weights, -decay * rates[id(own.parameters[0])], clock)

@@ -48,16 +48,18 @@ class MaskedUpdates(Modifier):
 
     def before_step(self, run: Run, step: Step) -> None:
         """Do to weights or final gradients what comes before the update, or have the optimizer do it."""
-        if run.phase == "dense":
+        in_head = run.phase == "dense"
+        names = run.pulled if in_head else run.active
+        if not names:
             return
-        active = run.active if step.gradients.keys() >= run.active else run.active & step.gradients.keys()
+        active = names if step.gradients.keys() >= names else names & step.gradients.keys()
         layers = run.groups.chosen(run.layers, active)
-        inside = self._inside(run, step.optimizer, layers)
+        inside = {} if in_head else self._inside(run, step.optimizer, layers)
         outside = {name: layer for name, layer in layers.items() if name not in inside} if inside else layers
         for group in run.groups.of(outside):
             own = [step.gradients[name] for name in group.layers]
-            if run.phase == "sparse":
-                self._decay.apply_(step.optimizer, group, own, run.age, run.clock, step.scale)
+            if run.phase == "sparse" or in_head:
+                self._decay.apply_(step.optimizer, group, own, run.decay_age, run.clock, step.scale)
             elif self._masks_gradient:
                 group.apply_masks_(own)
 
@@ -95,7 +97,7 @@ class MaskedUpdates(Modifier):
         if not isinstance(optimizer, TakesMaskedSteps):
             return {}
         inside = {name: layer for name, layer in layers.items() if optimizer.takes(layer)}
-        decay = self._decay.at(run.age) if run.phase == "sparse" else 0.0
+        decay = self._decay.at(run.decay_age) if run.phase == "sparse" else 0.0
         zeros = run.phase == "frozen" and self._method.frozen_in_place
         rule, settled = self._rule(optimizer, run.phase, decay), not run.moves_at(run.clock + 1)
         optimizer.masked_step = MaskedStep(inside, rule, decay, run.clock, zeros, settled) if inside else None
@@ -106,4 +108,4 @@ class MaskedUpdates(Modifier):
             return "mask_gradient" if self._masks_gradient else "none"
         if not decay:
             return "none"
-        return "decay_gradient" if self._decay.is_on_gradients(optimizer) else "decay_weight"
+        return self._decay.rule_of(optimizer)

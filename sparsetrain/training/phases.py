@@ -67,6 +67,7 @@ class Phases:
             layer.operands.managed = True
             if layer.phase == "dense" or not layer.is_2_4:
                 layer.operands.release()
+        self._pull()
         self.tell(entry)
         self.settle_wires()
 
@@ -109,8 +110,8 @@ class Phases:
 
     @property
     def is_watched(self) -> bool:
-        """Whether masks are searched in dense phases, and the criterion has what it ranks by."""
-        return self.watch_dense and self.masks.is_observed
+        """Whether masks are searched in the dense phase of the clock, and the criterion has what it ranks by."""
+        return (self.watch_dense or self.run.in_decayed_head) and self.masks.is_observed
 
     @property
     def wires(self) -> dict[str, str]:
@@ -124,8 +125,17 @@ class Phases:
         with nullcontext() if self.timer is None else self.timer.part("refresh"):
             masks.refresh(run.clock, virtual=run.phase == "dense", names=names)
         self.last_refresh = run.clock
+        self._pull()
         for modifier in self.modifiers if counted else ():  # not at a phase's first, whose flips are the dense one's
             modifier.after_search(masks.flip_rate_ratio)
+
+    def _pull(self) -> None:
+        """Let masks that were searched in a head pull at its weights, if the method says so."""
+        run, masks = self.run, self.masks
+        pulls = masks.exists and run.in_decayed_head
+        if pulls and masks.dense is None:
+            self._choose_active(set())  # what stays dense is not to be pulled
+        run.pulled = frozenset(masks.maskable) if pulls else frozenset()
 
     def apply_masks_(self, names: frozenset[str], moment: object = None) -> None:
         """Write zeros into what these layers' masks prune, if the method freezes weights in place."""

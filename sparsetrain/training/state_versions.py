@@ -16,7 +16,7 @@ def in_this_version(state: Any) -> Any:
         ValueError: If a key of that version is missing.
 
     Example:
-        >>> in_this_version({"version": 3, "clock": 7, **dict.fromkeys(PARTS)})["modifiers"]
+        >>> in_this_version({"version": 3, "clock": 7, "method": {}, **dict.fromkeys(PARTS)})["modifiers"]
         {}
     """
     while isinstance(state, Mapping):
@@ -54,13 +54,20 @@ def _from_5(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, "modifiers": parts}
 
 
+def _from_6(state: Mapping[str, Any]) -> dict[str, Any]:
+    """No decay began before masks were in force."""
+    require_keys(state, ("method",))
+    method = state["method"]
+    return {**state, "method": {**method, "decay_in_head": False} if isinstance(method, Mapping) else method}
+
+
 def _with_going(entries: Any) -> Any:
     if not isinstance(entries, list):
         return entries
     return [{"correction": entry, "going": None} if isinstance(entry, float) else entry for entry in entries]
 
 
-NEXT: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4, 5: _from_5}
+NEXT: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4, 5: _from_5, 6: _from_6}
 """By version, what brings a state into the form of the one after it."""
 
 STATE_VERSION = max(NEXT) + 1

@@ -51,6 +51,8 @@ class ByTorch:
             gradient = gradient + pruned * DECAY
         elif self.rule == "decay_weight":
             self.weight.data += pruned * (-DECAY * self.options["lr"])
+        elif self.rule == "shrink_weight":
+            self.weight.data += pruned * -DECAY
         elif self.rule == "mask_gradient":
             gradient = gradient * self.mask
         self.weight.grad = gradient.to(self.weight.dtype)
@@ -82,7 +84,7 @@ class Ours:
 
     def kernel_step(self, gradient: Tensor, device: str) -> None:
         self.count += 1
-        decay = -DECAY * self.numbers[0] if self.rule == "decay_weight" else DECAY
+        decay = {"decay_weight": -DECAY * self.numbers[0], "shrink_weight": -DECAY}.get(self.rule, DECAY)
         on_device = [[one.to(device)] for one in (self.state[0], gradient, *self.state[1:], self.codes)]
         weights, gradients, averages, squares, codes = on_device
         lr, beta1, beta2, eps, weight_decay = self.numbers
@@ -268,7 +270,7 @@ CODE = torch.full((1, 1), 0x5A5A, dtype=torch.int16)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rule": "l2"}, "rule is 'l2': it must be one of 'none', 'decay_gradient', 'decay_weight', 'mask_gradient'"),
+        ({"rule": "l2"}, "rule is 'l2': it must be one of 'none', 'decay_gradient', 'decay_weight', 'mask_gradient', "),
         ({"gradients": []}, "gradients has 0 entries but weights has 1"),
         ({"numbers": [1, 2]}, "numbers has 2 entries but weights has 1"),
         ({"exp_avgs": [torch.ones(4, 8)]}, r"exp_avgs\[0\] is torch.float32 \(4, 8\)"),

@@ -68,7 +68,7 @@ def test_every_preset_is_compared(load: Load) -> None:
     entries = load("methods").METHODS
     assert {entry.get("preset") for entry in entries.values()} == {*PRESETS, None}
     assert entries["dense"] == {"schedule": [{"kind": "dense"}]}
-    methods = [load("methods").build(entry) for entry in entries.values()]
+    methods = [load("methods").build(entry) for entry in entries.values() if "moments_frozen_at" not in entry]
     described = [json.dumps(method.describe() | {"name": ""}, sort_keys=True) for method in methods]
     assert len(set(described)) == len(described)  # no two rows train the same
     for method in methods:
@@ -96,7 +96,7 @@ def test_all_methods_train_both_models_and_a_failing_run_is_told(
 ) -> None:
     load("methods").METHODS[FAILS] = {"preset": "fst", "criterion": "wanda"}
     names = tuple(load("methods").METHODS)
-    assert load("main").main(arguments(tmp_path, methods=names)) == 1
+    assert load("main").main(arguments(tmp_path, "--task", "gpt", "--task", "image", methods=names)) == 1
     printed = capsys.readouterr()
     failed = [line for line in printed.err.splitlines() if line.startswith("[") and " fails: " in line]
     assert sorted(line.partition("] ")[2].partition(" fails")[0] for line in failed) == sorted(
@@ -127,11 +127,11 @@ def test_an_interrupted_comparison_goes_on_without_training_again(
     jobs, main = load("jobs"), load("main")
     real, trained = jobs.train, []
 
-    def train(task: Any, name: str, method: Any, seed: int) -> Any:
+    def train(task: Any, name: str, method: Any, seed: int, *rest: Any) -> Any:
         trained.append((task.name, name))
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return real(task, name, method, seed)
+        return real(task, name, method, seed, *rest)
 
     monkeypatch.setattr(jobs, "train", train)
     with pytest.raises(KeyboardInterrupt):
@@ -151,6 +151,28 @@ def test_an_interrupted_comparison_goes_on_without_training_again(
     assert main.main(arguments(tmp_path, "--task", "image", "--fresh")) == 0
     assert len(trained) == 7
     assert numbers(rows_of(tmp_path)) == numbers(before)
+
+
+def test_runs_of_other_commits_are_taken_if_that_is_said(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, jobs = load("main"), load("jobs")
+    real, trained = jobs.train, []
+
+    def train(*given: Any) -> Any:
+        trained.append(given[1])
+        return real(*given)
+
+    monkeypatch.setattr(jobs, "train", train)
+    for digest, commit, words, count in (
+        ("one", "aaa", [], 2), ("two", "bbb", ["--any-commit"], 2), ("two", "bbb", [], 4), ("two", "ccc", [], 4),
+    ):  # fmt: skip
+        monkeypatch.setattr(main, "sources_digest", lambda digest=digest: digest)
+        monkeypatch.setattr(main, "commit", lambda commit=commit: commit)
+        assert main.main(arguments(tmp_path, "--task", "gpt", *words)) == 0
+        assert len(trained) == count
+        assert {row["commit"] for row in rows_of(tmp_path)} == {"aaa" if count == 2 else "bbb"}
+        assert f"| 2 | 0 | {'aaa' if count == 2 else 'bbb'} |" in (tmp_path / "results" / "methods.md").read_text()
 
 
 def test_a_run_is_known_by_all_that_its_numbers_depend_on(load: Load) -> None:
@@ -182,7 +204,7 @@ def test_two_processes_give_the_numbers_of_one(load: Load, tmp_path: Path) -> No
 def test_wrong_masks_are_an_exit_status(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = load("jobs")
 
-    def train(task: Any, name: str, method: Any, seed: int) -> Any:
+    def train(task: Any, name: str, method: Any, seed: int, *rest: Any) -> Any:
         wrong = 0 if name == "dense" else 3
         return replace(a_run(load, name, seed, [2.0, 1.0], [0.0, 0.5]), violations=wrong)
 

@@ -27,6 +27,23 @@ def test_a_later_token_never_changes_earlier_logits(positions: str, mlp: str) ->
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 
 
+def test_shared_keys_and_values_are_those_of_each_head_repeated() -> None:
+    torch.manual_seed(0)
+    sizes = {**SMALL, "heads": 4}
+    shared, whole = GPT(**sizes, kv_heads=2), GPT(**sizes)
+    state = shared.state_dict()
+    for name, weight in state.items():
+        if name.endswith("qkv.weight"):
+            q, k, v = weight.view(8, 8, 32).split([4, 2, 2])
+            state[name] = torch.cat([q, k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)]).view(96, 32)
+    whole.load_state_dict(state)
+    tokens = torch.randint(0, 256, (2, 16))
+    torch.testing.assert_close(shared(tokens), whole(tokens))
+    assert shared.blocks[0].get_submodule("attention.qkv").weight.shape == (64, 32)
+    with pytest.raises(ValueError, match="kv_heads is 3: it must divide heads = 4, or be None"):
+        GPT(**sizes, kv_heads=3)
+
+
 def test_rope_scores_depend_on_distance_alone() -> None:
     from sparsetrain.recipes.gpt.model import rotate
 

@@ -70,6 +70,34 @@ def test_inner_layers_have_sizes_for_sparsity_and_the_mlp_is_found() -> None:
     assert ConvNet(widths=(16,), hidden=48).mlp.up.weight.shape == (48, 16)
 
 
+def test_a_vision_transformer_has_positions_and_sparse_layers() -> None:
+    module = ImageModule(widths=(32,), blocks=2, heads=2, size=16)
+    module.eval()
+    images = batch()["image"]
+    logits = module(images)
+    assert logits.shape == (4, 10)
+    moved = images.roll(8, dims=3)
+    assert not torch.allclose(module(moved), logits)
+    names = [choice.name for choice in select_layers(module.model, "mlp").sparse]
+    assert names == [f"blocks.layers.{block}.linear{turn}" for block in (0, 1) for turn in (1, 2)]
+    assert module.model.get_parameter("position").shape == (16, 32)
+    blocks = [module.model.get_parameter(f"blocks.layers.{block}.linear1.weight") for block in (0, 1)]
+    assert not torch.equal(*blocks)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"widths": (32, 32), "heads": 2}, r"widths is \[32, 32\]: a transformer \(heads=2\) has one width"),
+        ({"widths": (36,), "heads": 4}, r"width is 36: it must be a multiple of 2 \* heads = 8"),
+        ({"widths": (32,), "heads": 2, "size": 18}, "size is 18: it must be a multiple of 4 pixels"),
+    ],
+)
+def test_transformers_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageModule(**options)
+
+
 def test_an_image_never_changes_the_logits_of_another() -> None:
     module = ImageModule(**SMALL)
     images = batch()["image"]

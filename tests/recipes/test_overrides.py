@@ -24,12 +24,12 @@ CALLBACK = "sparsetrain.callbacks.SparseTrainingCallback"
 QUIET = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.enable_checkpointing=false"]
 SHIPPED = {
     "gpt_dense_prune_retrain.yaml": (asp_one_shot, {"prune_at": 0.5, "pattern": "transposable", "restart_lr": False}),
-    "gpt_from_scratch.yaml": (recommended, {"warmup": 0.15, "dense_tail": 0.0, "refresh_every": 40, "decay": 0.002}),
+    "gpt_from_scratch.yaml": (recommended, {"warmup": 0.2, "dense_tail": 0.0, "refresh_every": 20, "decay": 0.5}),
     "image_dense_prune_retrain.yaml": (
         asp_one_shot,
         {"prune_at": 0.5, "pattern": "transposable", "restart_lr": False},
     ),
-    "image_from_scratch.yaml": (recommended, {"warmup": 0.15, "dense_tail": 0.0, "refresh_every": 40, "decay": 0.002}),
+    "image_from_scratch.yaml": (recommended, {"warmup": 0.2, "dense_tail": 0.0, "refresh_every": 20, "decay": 0.5}),
 }
 
 

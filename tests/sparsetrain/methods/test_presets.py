@@ -198,10 +198,3 @@ def test_it_survives_yaml(name: str) -> None:
     assert resolve_method(yaml.safe_load(yaml.safe_dump(written))) == resolve_method(written)
     described = resolve_method(written).describe()
     assert yaml.safe_load(yaml.safe_dump(described)) == described
-
-
-def test_recommended_is_fst_with_other_numbers() -> None:
-    found, expected = resolve_method("recommended"), resolve_method(
-        {"preset": "fst", "warmup": 0.15, "decay": 2e-3, "dense_tail": 0.0}
-    )  # fmt: skip
-    assert {**found.describe(), "name": "fst"} == expected.describe()

@@ -125,7 +125,7 @@ def test_rounded_phases_of_a_whole_run_fit_into_it() -> None:
 
 STOPPED = {
     "before masks freeze at step 26": (asp_one_shot(), 13, 52, [4, 4], "ends dense: "),
-    "before masks come into force at step 8": (recommended(), 5, 52, [4, 4], "ends dense: "),
+    "before masks come into force at step 10": (recommended(), 5, 52, [4, 4], "ends dense: "),
     "before its dense phase at step 43": (fst(), 13, 52, [2, 2], "ends 2:4: 50.0 % zeros in 2 layers; "),
     "before masks keep 2 of four at step 23": (
         iterative(by="density"), 15, 52, [3, 3], "ends 3:4: 25.0 % zeros in 2 layers; ",
