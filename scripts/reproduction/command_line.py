@@ -35,6 +35,8 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
         if options.model not in TASKS[name]:
             parser.error(f"--model is {options.model}: task {name} has {', '.join(TASKS[name])}.")
     options.method = list(dict.fromkeys([DENSE, *options.method])) if options.method else []
+    if options.keep and not options.out.with_suffix(".csv").exists():
+        parser.error(f"--keep needs a table, but there is no {options.out.with_suffix('.csv')}: leave it away.")
     try:
         ratio_of(options)
     except (OSError, ValueError) as error:
@@ -67,6 +69,7 @@ def command_of(options: argparse.Namespace) -> str:
     words += [f"--seeds {options.seeds}"]
     if options.method:
         words += [f"--method {shlex.quote(method)}" for method in options.method]
+    words += ["--keep"] if options.keep else []
     return " ".join(words)
 
 
@@ -98,10 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of torch in each process (default: 1 without a GPU, else torch's)",
     )
     parser.add_argument("--jobs", type=_count, default=1, help="runs at a time (default: %(default)s)")
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--fresh", action="store_true", help="train finished runs again")
-    again.add_argument(
-        "--any-commit", action="store_true", help="take finished runs of other commits too; rows say of which"
+    parser.add_argument("--fresh", action="store_true", help="train finished runs again")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the rows of the table at --out that are not among the runs"
     )
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/reproduce_methods"), help="finished runs (default: %(default)s)"

@@ -60,20 +60,19 @@ class Finished:
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
                 values = json.loads(line)
-                keys = values.pop("key"), values.pop("any_sources", "")
+                key = values.pop("key")
                 values["validations"] = [Validation(*entry) for entry in values["validations"]]
-                runs.update(dict.fromkeys(filter(None, keys), Run(**values)))
+                runs[key] = Run(**values)
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue
         return runs
 
-    def add(self, key: str, run: Run, any_sources: str = "") -> None:
-        """Append a run under its key, and under the one that says nothing of the sources."""
+    def add(self, key: str, run: Run) -> None:
+        """Append a run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
         with self.path.open("a") as file:
-            line = json.dumps({"key": key, "any_sources": any_sources, **asdict(run)})
-            file.write(("" if whole else "\n") + line + "\n")
+            file.write(("" if whole else "\n") + json.dumps({"key": key, **asdict(run)}) + "\n")
 
 
 def run_all(
@@ -84,7 +83,6 @@ def run_all(
     threads: int,
     stamp: Callable[[Run], Run] = lambda run: run,
     fresh: bool = False,
-    any_sources: str | None = None,
 ) -> tuple[list[Run], list[Failure]]:
     """Make the runs that are not finished; returns all of them in the order of the jobs, and those that failed.
 
@@ -96,13 +94,10 @@ def run_all(
         threads: Of torch in each process; 0 leaves torch's default.
         stamp: Puts environment and commit on a new run.
         fresh: Make finished ones again.
-        any_sources: The environment alone, to take runs of other sources where there are none of these.
     """
     keys = [job.key(conditions) for job in jobs]
-    loose = ["" if any_sources is None else job.key(any_sources) for job in jobs]
     known = {} if fresh else finished.read()
-    found = (next((known[key] for key in pair if key in known), None) for pair in zip(keys, loose, strict=True))
-    runs = {number: run for number, run in enumerate(found) if run is not None}
+    runs = {number: known[key] for number, key in enumerate(keys) if key in known}
     if runs:
         print(f"{len(runs)} of {len(jobs)} runs are in {finished.path}.", file=sys.stderr, flush=True)
     failures = []
@@ -111,7 +106,7 @@ def run_all(
         counted = f"[{done}/{len(jobs)}] {jobs[number]}"
         if isinstance(result, Run):
             runs[number] = stamp(result)
-            finished.add(keys[number], runs[number], loose[number] or jobs[number].key(runs[number].environment))
+            finished.add(keys[number], runs[number])
             print(f"{counted}: {result.final:.4f} in {result.seconds:.0f} s", file=sys.stderr, flush=True)
         else:
             failures.append(Failure(jobs[number], result))

@@ -2,16 +2,16 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from .command_line import command_of, ratio_of, read, tasks_of
 from .figure import plot
 from .jobs import Finished, Job, run_all
 from .methods import METHODS
 from .provenance import commit, environment, sources_digest
-from .report import show, write_csv, write_markdown
+from .report import show, write_markdown
 from .summary import Row, summarise
-from .tasks import Task
+from .table import read_csv, together, write_csv
+from .tasks import TASKS, Task
 from .training import Run
 
 
@@ -32,10 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     finished = Finished(options.runs / "runs.jsonl")
     digest = f"{sources_digest()}, {here}"
-    earlier = here if options.any_commit else None
-    runs, failures = run_all(jobs, finished, digest, options.jobs, options.threads, stamp, options.fresh, earlier)
-    summaries = [(task, summarise([run for run in runs if run.task == task.name], ratio.value)) for task in tasks]
-    tables: dict[str, tuple[Task, list[Row]]] = {task.name: (task, rows) for task, rows in summaries if rows}
+    runs, failures = run_all(jobs, finished, digest, options.jobs, options.threads, stamp, options.fresh)
+    table, picture, text = (options.out.with_suffix(suffix) for suffix in (".csv", ".png", ".md"))
+    runs = together(runs, read_csv(table)) if options.keep else runs
+    known = {task.name: task for models in TASKS.values() for task in models.values()}
+    known |= {task.name: task for task in tasks}
+    names = [name for name in known if any(run.task == name for run in runs)]
+    summaries = [(name, summarise([run for run in runs if run.task == name], ratio.value)) for name in names]
+    tables: dict[str, tuple[Task, list[Row]]] = {name: (known[name], rows) for name, rows in summaries}
     seeds = f"{options.seeds} seed{'s' if options.seeds > 1 else ''}"
     for task, rows in tables.values():
         show(rows, task, f"{task.name}, {task.steps} steps, {seeds}; {ratio.source} ratio {ratio.value:g}")
@@ -43,8 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{failure.job} fails: {failure.reason}", file=sys.stderr)
     if not tables:
         return 1
-    out: Path = options.out
-    table, picture, text = (out.with_suffix(suffix) for suffix in (".csv", ".png", ".md"))
     write_csv(table, runs)
     plot(picture, {name: rows for name, (_, rows) in tables.items()}, ratio, f"{seeds}; {here}")
     write_markdown(text, command_of(options), tables, failures, seeds, ratio, here, picture.name)

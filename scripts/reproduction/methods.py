@@ -19,6 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "recommended, no head": {"preset": "recommended", "warmup": 0.0},
     "recommended, head 10 %": {"preset": "recommended", "warmup": 0.1},
     "recommended, masks every 40 steps": {"preset": "recommended", "refresh_every": 40},
+    "fst, head 15 %, λ 2e-3": {"preset": "fst", "warmup": 0.15, "decay": 2e-3},
     "fst, head 15 %, λ 2e-3, no tail": {
         "preset": "fst",
         "warmup": 0.15,

@@ -1,6 +1,5 @@
-"""The CSV and the tables of a comparison."""
+"""The tables of a comparison."""
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,40 +11,10 @@ from .jobs import Failure
 from .ratios import Ratio
 from .summary import DENSE, Row, first_to_reach, mean_and_deviation
 from .tasks import Task
-from .training import Run
 
-FIELDS = ("task", "method", "seed", "step", "loss", "accuracy", "share_of_sparse_flops_so_far",
-          "share_of_sparse_steps_so_far", "violations", "ends", "seconds", "environment", "commit")  # fmt: skip
 HEADER = ("method", "validation loss", "gap to dense", "accuracy", "sparse steps", "sparse FLOPs", "estimated time",
           "dense loss reached at", "ends", "violations", "steps", "seeds", "commit")  # fmt: skip
 ACCURACY = HEADER.index("accuracy")
-
-
-def write_csv(path: Path, runs: Sequence[Run]) -> None:
-    """Write a row for every validation; the shares are of the steps until then."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(FIELDS)
-        for run in runs:
-            for step, loss, accuracy in run.validations:
-                writer.writerow(
-                    [
-                        run.task,
-                        run.method,
-                        run.seed,
-                        step,
-                        f"{loss:.5f}",
-                        "" if accuracy is None else f"{accuracy:.5f}",
-                        f"{run.flops_share(step) if step else 0:.4f}",
-                        f"{run.steps_share(step) if step else 0:.4f}",
-                        run.violations,
-                        run.ends,
-                        f"{run.seconds:.0f}",
-                        run.environment,
-                        run.commit,
-                    ]
-                )
 
 
 def cells(row: Row) -> list[str]:

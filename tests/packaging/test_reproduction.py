@@ -5,21 +5,18 @@ import itertools
 import json
 import math
 import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from reproduction_runs import Load, a_run, arguments, numbers, rows_of
 from script_modules import REPRODUCTION, importable
 
 from sparsetrain.methods import PRESETS
 
 FAILS = "fst by inputs that nobody saw"
-
-Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture
@@ -28,40 +25,6 @@ def load():
     with importable(REPRODUCTION) as load:
         yield load
     torch.set_num_threads(threads)
-
-
-def arguments(folder: Path, *extra: str, methods: tuple[str, ...] = ("asp_one_shot",)) -> list[str]:
-    chosen = [word for method in methods for word in ("--method", method)]
-    common = ["--model", "tiny", "--steps", "2", "--seeds", "1", *chosen]
-    return [*common, "--runs", str(folder / "runs"), "--out", str(folder / "results" / "methods"), *extra]
-
-
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    with (folder / "results" / "methods.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def numbers(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def a_run(load: Load, method: str, seed: int, losses: list[float], shares: list[float], **fields: Any) -> Any:
-    training = load("training")
-    every = len(shares) // len(losses)
-    validations = [training.Validation(every * (turn + 1), loss) for turn, loss in enumerate(losses)]
-    return training.Run(
-        "GPT tiny",
-        method,
-        seed,
-        validations,
-        shares,
-        [share > 0 for share in shares],
-        [False] * len(shares),
-        0,
-        "2:4",
-        1.0,
-        **fields,
-    )
 
 
 def test_every_preset_is_compared(load: Load) -> None:
@@ -151,28 +114,6 @@ def test_an_interrupted_comparison_goes_on_without_training_again(
     assert main.main(arguments(tmp_path, "--task", "image", "--fresh")) == 0
     assert len(trained) == 7
     assert numbers(rows_of(tmp_path)) == numbers(before)
-
-
-def test_runs_of_other_commits_are_taken_if_that_is_said(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    main, jobs = load("main"), load("jobs")
-    real, trained = jobs.train, []
-
-    def train(*given: Any) -> Any:
-        trained.append(given[1])
-        return real(*given)
-
-    monkeypatch.setattr(jobs, "train", train)
-    for digest, commit, words, count in (
-        ("one", "aaa", [], 2), ("two", "bbb", ["--any-commit"], 2), ("two", "bbb", [], 4), ("two", "ccc", [], 4),
-    ):  # fmt: skip
-        monkeypatch.setattr(main, "sources_digest", lambda digest=digest: digest)
-        monkeypatch.setattr(main, "commit", lambda commit=commit: commit)
-        assert main.main(arguments(tmp_path, "--task", "gpt", *words)) == 0
-        assert len(trained) == count
-        assert {row["commit"] for row in rows_of(tmp_path)} == {"aaa" if count == 2 else "bbb"}
-        assert f"| 2 | 0 | {'aaa' if count == 2 else 'bbb'} |" in (tmp_path / "results" / "methods.md").read_text()
 
 
 def test_a_run_is_known_by_all_that_its_numbers_depend_on(load: Load) -> None:
@@ -269,7 +210,7 @@ def test_losses_that_are_not_finite_are_published(load: Load, tmp_path: Path) ->
     again = list(finished.read().values())
     assert [repr(run) for run in again] == [repr(run) for run in runs]
     rows = summary.summarise(again, ratio.value)
-    report.write_csv(tmp_path / "a.csv", again)
+    load("table").write_csv(tmp_path / "a.csv", again)
     report.write_markdown(
         tmp_path / "a.md", "scripts/x", {"GPT tiny": (task, rows)}, [], "2 seeds", ratio, "here", "a.png"
     )

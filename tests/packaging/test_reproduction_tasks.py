@@ -2,16 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from reproduction_runs import Load
 from script_modules import REPRODUCTION, importable
-
-Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture
