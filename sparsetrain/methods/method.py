@@ -58,8 +58,8 @@ class Method:
             a factor that is fixed at the first sparse step.
         dense_budget: What may stay dense of the layers that are selected, as a fraction: where masking costs most by
             the criterion's scores, compared over all layers.
-        dense_unit: ``"layers"``: whole layers, a fraction of the weights, chosen when masks first come into force;
-            ``"tiles"``: 4×4 tiles, chosen at every search; layers with both kinds of tiles have dense products.
+        dense_unit: ``"layers"``: whole layers, a fraction of the weights, chosen when masks first come into force or
+            pull; ``"tiles"``: 4×4 tiles, chosen at every search; layers with both kinds of tiles have dense products.
         frozen_in_place: Write zeros into what frozen masks prune; False keeps the dense master.
         gradient: Rule of the weight gradient in sparse phases.
         frozen_gradient: Rule of the weight gradient in frozen phases.
