@@ -9,7 +9,7 @@ from .jobs import Finished, Job, run_all
 from .methods import METHODS
 from .provenance import commit, environment, sources_digest
 from .report import show, write_markdown
-from .summary import Row, summarise
+from .summary import Row, beside_dense, summarise
 from .table import read_csv, together, write_csv
 from .tasks import TASKS, Task
 from .training import Run
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     digest = f"{sources_digest()}, {here}"
     runs, failures = run_all(jobs, finished, digest, options.jobs, options.threads, stamp, options.fresh)
     table, picture, text = (options.out.with_suffix(suffix) for suffix in (".csv", ".png", ".md"))
-    runs = together(runs, read_csv(table)) if options.keep else runs
+    runs = together(beside_dense(runs), read_csv(table) if options.keep else [])
     known = {task.name: task for models in TASKS.values() for task in models.values()}
     known |= {task.name: task for task in tasks}
     names = [name for name in known if any(run.task == name for run in runs)]

@@ -99,7 +99,8 @@ def write_markdown(
 def _words(ratio: Ratio, environment: str) -> list[str]:
     return [
         f"Trained with {environment}. Mean ± standard deviation over seeds; the gap is to the dense run of the same",
-        "seed, which began with the same weights and saw the same batches. Losses are in nats, and as they came.",
+        "seed that was made with a row's runs, began with the same weights and saw the same batches. Losses are in",
+        "nats, and as they came.",
         "",
         "*Sparse steps* is the share of optimizer steps in which the mask of at least one layer was in force, *sparse",
         "FLOPs* the share of the layers' GEMM FLOPs, over the whole run, that could run on sparse tensor cores; layers",

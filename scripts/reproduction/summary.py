@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .training import Run
 
@@ -69,7 +69,6 @@ def summarise(runs: Sequence[Run], ratio: float) -> list[Row]:
         runs: Of one task.
         ratio: Dense over sparse GEMM time.
     """
-    dense = {run.seed: run.final for run in runs if run.method == DENSE}
     rows = []
     for method in dict.fromkeys(run.method for run in runs):
         own = [run for run in runs if run.method == method]
@@ -77,12 +76,18 @@ def summarise(runs: Sequence[Run], ratio: float) -> list[Row]:
             Row(
                 method,
                 own,
-                [run.final - dense[run.seed] for run in own if run.seed in dense],
-                [reached(run, dense[run.seed], ratio) if run.seed in dense else None for run in own],
+                [run.final - run.dense for run in own if run.dense is not None],
+                [None if run.dense is None else reached(run, run.dense, ratio) for run in own],
                 statistics.mean(relative_times(run, ratio)[-1] / run.steps for run in own),
             )
         )
     return rows
+
+
+def beside_dense(runs: Sequence[Run]) -> list[Run]:
+    """Return runs that were made together, each with the final loss of the dense run of its task and seed."""
+    dense = {(run.task, run.seed): run.final for run in runs if run.method == DENSE}
+    return [replace(run, dense=dense.get((run.task, run.seed))) for run in runs]
 
 
 def relative_times(run: Run, ratio: float) -> list[float]:

@@ -8,7 +8,7 @@ from .training import Run, Validation
 
 FIELDS = ("task", "method", "seed", "step", "loss", "accuracy", "share_of_sparse_flops_so_far",
           "share_of_sparse_steps_so_far", "share_of_taught_steps_so_far", "violations", "ends", "seconds",
-          "environment", "commit")  # fmt: skip
+          "environment", "commit", "final_loss_of_dense")  # fmt: skip
 
 
 def write_csv(path: Path, runs: Iterable[Run]) -> None:
@@ -35,6 +35,7 @@ def write_csv(path: Path, runs: Iterable[Run]) -> None:
                         f"{run.seconds:.0f}",
                         run.environment,
                         run.commit,
+                        "" if run.dense is None else f"{run.dense:.5f}",
                     ]
                 )
 
@@ -93,4 +94,5 @@ def _run_of(lines: Sequence[dict[str, str]]) -> Run:
         float(first["seconds"]),
         first["environment"],
         first["commit"],
+        float(first["final_loss_of_dense"]) if first["final_loss_of_dense"] else None,
     )

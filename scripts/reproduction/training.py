@@ -45,6 +45,7 @@ class Run:
         seconds: Of training, validation included.
         environment: Where it ran.
         commit: Of what it ran.
+        dense: Final loss of the dense run of the same seed that was made with it; None if there was none.
     """
 
     task: str
@@ -59,6 +60,7 @@ class Run:
     seconds: float
     environment: str = ""
     commit: str = ""
+    dense: float | None = None
 
     @property
     def final(self) -> float:

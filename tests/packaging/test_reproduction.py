@@ -179,7 +179,7 @@ def test_a_row_is_the_mean_over_seeds_beside_dense_at_equal_seeds(load: Load) ->
         a_run(load, "a", 0, [1.9, 2.1], [0.0, 0.6, 0.6, 0.6]), a_run(load, "a", 1, [3.0, 2.4], [0.0, 0.6, 0.6, 0.6]),
         a_run(load, "b", 0, [2.2, 1.9], [0.3] * 4), a_run(load, "b", 1, [2.6, 2.6], [0.3] * 4),
     ]  # fmt: skip
-    dense, a, b = summary.summarise(runs, ratio=2.0)
+    dense, a, b = summary.summarise(summary.beside_dense(runs), ratio=2.0)
     assert a.gaps == pytest.approx([0.1, -0.1])
     assert (a.steps_share, a.flops_share) == pytest.approx((0.75, 0.45))
     # a sparse step takes 1 - 0.6 / 2 of a dense one
@@ -209,7 +209,7 @@ def test_losses_that_are_not_finite_are_published(load: Load, tmp_path: Path) ->
         finished.add(str(number), run)
     again = list(finished.read().values())
     assert [repr(run) for run in again] == [repr(run) for run in runs]
-    rows = summary.summarise(again, ratio.value)
+    rows = summary.summarise(summary.beside_dense(again), ratio.value)
     load("table").write_csv(tmp_path / "a.csv", again)
     report.write_markdown(
         tmp_path / "a.md", "scripts/x", {"GPT tiny": (task, rows)}, [], "2 seeds", ratio, "here", "a.png"

@@ -39,7 +39,7 @@ def test_a_table_keeps_the_rows_that_are_not_measured_again(
 def test_runs_come_back_from_a_table(load: Load, tmp_path: Path) -> None:
     table, summary = load("table"), load("summary")
     runs = [
-        a_run(load, "dense", 0, [3.0, 2.0], [0.0] * 4, commit="abc", environment="here, there"),
+        a_run(load, "dense", 0, [3.0, 2.0], [0.0] * 4, commit="abc", environment="here, there", dense=2.0),
         replace(a_run(load, "a", 0, [3.0, 2.0], [0.0, 0.5, 0.5, 0.5]), taught=[False, True, True, True]),
         replace(a_run(load, "a", 1, [3.0, math.nan], [0.0, 0.5, 0.5, 0.5]), task="another"),
     ]  # fmt: skip
