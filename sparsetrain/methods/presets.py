@@ -6,7 +6,7 @@ from ..criteria import Criterion
 from .method import Method
 from .pretraining import fst, s_ste, slope, sr_ste, step
 from .pruning import asp_one_shot, dense_to_sparse_finetune, iterative
-from .schedule import from_scratch
+from .schedule import from_scratch, require_length
 
 
 def recommended(
@@ -34,6 +34,7 @@ def recommended(
     Source: the numbers that did best in ``docs/results/methods.md``; a penalty that grows before what it empties is
     taken away: Wang et al., "Neural Pruning via Growing Regularization", ICLR 2021, arXiv 2012.09243.
     """
+    require_length("dense_tail", dense_tail)
     return Method(
         name="recommended",
         criterion=criterion,

@@ -125,7 +125,7 @@ def test_manual_optimization_prunes_half_way(pattern: list[str], owners: str, en
 
 
 def test_steps_in_a_first_batch_do_not_end_a_dense_head(tmp_path: Path) -> None:
-    callback, watch = SparseTrainingCallback({"preset": "recommended"}, targets=["2"]), Watch()
+    callback, watch = SparseTrainingCallback({"preset": "recommended", "warmup": 0.15}, targets=["2"]), Watch()
     trainer(tmp_path, callback, watch, max_steps=-1, max_epochs=1).fit(Steps(["DDDDDG"]), batches(4 * 12))
     assert watch.began == {"dense": 5, "sparse": 10}  # at step 9 of 60
     assert callback.training is not None
@@ -224,7 +224,7 @@ def test_a_fit_from_a_dense_checkpoint_has_the_length_of_what_is_left(manual: bo
 @pytest.mark.parametrize("manual", [False, True])
 def test_a_raised_end_moves_what_has_not_begun(manual: bool, tmp_path: Path) -> None:
     def fit(steps: int, *callbacks: Callback, **options: Any) -> SparseTrainingCallback:
-        sparse = SparseTrainingCallback({"preset": "recommended", "freeze": 0.25, "dense_tail": 0.25})
+        sparse = SparseTrainingCallback({"preset": "recommended", "warmup": 0.15, "freeze": 0.25, "dense_tail": 0.25})
         fitter = trainer(tmp_path, sparse, *callbacks, max_steps=steps * (2 if manual else 1))
         fitter.fit(Steps(["GD"]) if manual else Plain(), batches(4 * 40), **options)
         return sparse

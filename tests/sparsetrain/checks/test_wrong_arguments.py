@@ -57,6 +57,7 @@ WRONG: dict[str, list[Any]] = {
     "adapter_start": ["x", None, -1, 1.5],
     "adapter_merge": ["yes", None, 1],
     "clear_moments": ["yes", None, 1],
+    "decay_in_head": ["yes", None, 1],
     "restart_lr": ["yes", None, 0],
     "distillation": ["x", None, -1, 2, float("nan"), True],
     "distillation_temperature": ["x", None, 0, float("inf")],
