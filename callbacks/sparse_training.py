@@ -175,7 +175,7 @@ class SparseTrainingCallback(SavedFit):
         rank_zero_info(training.report.summary())
         if self.print_table and trainer.is_global_zero:
             training.report.print_table()
-        description = {"method": self.method.describe(), "targets": self.targets, "exclude": list(self.exclude)}
+        description = {"method": training.method.describe(), "targets": self.targets, "exclude": list(self.exclude)}
         for logger in trainer.loggers:
             logger.log_hyperparams({"sparsity": description})
 

@@ -113,7 +113,7 @@ class PackageDataModule(LightningDataModule):
     """
 
     def __init__(
-        self, context: int = 64, batch_size: int = 16, pieces: int = 800, pretrained: bool = True, seed: int = 0
+        self, context: int = 64, batch_size: int = 8, pieces: int = 300, pretrained: bool = True, seed: int = 0
     ) -> None:
         super().__init__()
         self.save_hyperparameters()

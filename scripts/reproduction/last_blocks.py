@@ -126,8 +126,8 @@ class HiddenStateDataModule(LightningDataModule):
         self,
         blocks: int = 4,
         context: int = 128,
-        batch_size: int = 4,
-        sequences: int = 320,
+        batch_size: int = 2,
+        sequences: int = 160,
         pretrained: bool = True,
         seed: int = 0,
     ) -> None:

@@ -15,6 +15,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "recommended, last quarter frozen": {"preset": "recommended", "freeze": 0.25},
     "recommended, share 0.1": {"preset": "recommended", "decay": 0.1},
     "recommended, full share from the start": {"preset": "recommended", "decay_ramp": 0},
+    "recommended, share grows over the head": {"preset": "recommended", "decay_ramp": 0.2},
+    "recommended, share grows over the head, dense tail 1/6": {
+        "preset": "recommended",
+        "decay_ramp": 0.2,
+        "dense_tail": 1 / 6,
+    },
     "recommended, no pull in the head": {"preset": "recommended", "decay_in_head": False, "decay_ramp": 0},
     "recommended, no head": {"preset": "recommended", "warmup": 0.0},
     "recommended, head 10 %": {"preset": "recommended", "warmup": 0.1},

@@ -144,7 +144,7 @@ def _encoder(model: str, steps: int, **options: Any) -> Task:
     return Task(
         name=f"encoder {model}",
         subject="Sentence encoder MiniLM-L6, fine-tuned to tell from which of the ten largest packages of Python's "
-        "standard library 64 tokens of source code come, 16 pieces a step, AdamW",
+        "standard library 64 tokens of source code come, 8 pieces a step, AdamW",
         module=EncoderModule,
         module_options={"pretrained": not options},
         data=PackageDataModule,
@@ -159,7 +159,7 @@ def _encoder(model: str, steps: int, **options: Any) -> Task:
 def _last_blocks(model: str, blocks: int, steps: int, **options: Any) -> Task:
     return Task(
         name=f"last blocks {model}",
-        subject=f"The last {blocks} blocks of SmolLM2-135M, fine-tuned on Python source code, 4 × 128 tokens a step, "
+        subject=f"The last {blocks} blocks of SmolLM2-135M, fine-tuned on Python source code, 2 × 128 tokens a step, "
         "AdamW",
         module=LastBlocksModule,
         module_options={"blocks": blocks, "pretrained": not options},
@@ -206,7 +206,7 @@ TASKS: dict[str, dict[str, Task]] = {
     },
     "encoder": {
         "tiny": _encoder("tiny", 30, pieces=60, context=16),
-        "small": _encoder("small", 150),
+        "small": _encoder("small", 200),
     },
     "last-blocks": {
         "tiny": _last_blocks("tiny", 1, 20, sequences=48, context=16),

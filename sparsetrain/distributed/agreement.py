@@ -103,6 +103,22 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 64 else f"{text[:63]}…"
 
 
+def anywhere(groups: Groups, flag: bool, device: torch.device | None = None) -> bool:
+    """Return whether a flag is set in any process; all of them have to call this.
+
+    Args:
+        groups: Over all of which, one after the other, is asked.
+        flag: Of this process.
+        device: Of the messages, if groups want them on an accelerator.
+
+    Example:
+        >>> anywhere((), True)
+        True
+    """
+    with _on(device) if groups else nullcontext():
+        return any(_exchanged({dist.get_rank(): flag}, groups).values()) if groups else flag
+
+
 def device_of(model: Any) -> torch.device | None:
     """Return where a model is; None for what is none.
 

@@ -1,9 +1,10 @@
 """``Method``: pattern, criterion, schedule, decay and gradient rules of a sparse training run."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from ..checks.rules import FLAG, NOT_NEGATIVE, TEXT, Rule, either, number, one_of, require, whole
+from ..checks.rules import DICT, FLAG, NOT_NEGATIVE, TEXT, Rule, either, number, one_of, require, whole
 from ..criteria import Criterion, resolve_criterion
 from ..masks.gradient_rules import GradientRule, resolve_gradient_rule
 from ..masks.patterns import resolve_pattern
@@ -31,6 +32,9 @@ RULES = {
     "freeze_second_moments": FLAG,
 }
 """What the fields of a method may be, beside those that are resolved by name."""
+
+CHANGEABLE = ("criterion", "refresh_every", "decay", "decay_ramp", "hysteresis")
+"""Fields that ``if_pretrained`` may change: none of them says how layers are made."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Method:
             :meth:`sparsetrain.SparseTraining.distilled` computes it; 0 for none.
         distillation_temperature: T, which divides the logits of both.
         freeze_second_moments: From the first masked phase on, keep Adam's second moments of all parameters as they are.
+        if_pretrained: Fields that have other values if the model has been trained before the run: ``criterion``,
+            ``refresh_every``, ``decay``, ``decay_ramp`` or ``hysteresis``.
 
     Raises:
         ValueError: If a value is not allowed; the message names the field.
@@ -122,6 +128,7 @@ class Method:
     distillation: float = 0.0
     distillation_temperature: float = 2.0
     freeze_second_moments: bool = False
+    if_pretrained: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         resolve_pattern(self.pattern)
@@ -151,6 +158,45 @@ class Method:
                 f"pattern is {self.pattern!r} but masks are to keep more than 2:4: its second mask is for 2:4 alone, "
                 "so use 'row_wise' or 'transposable'."
             )
+        self._check_changes()
+
+    def _check_changes(self) -> None:
+        """Raise ``ValueError`` if what is to change for a pretrained model may not, or not in this way."""
+        require("if_pretrained", self.if_pretrained, DICT)
+        for name, value in self.if_pretrained.items():
+            require("a key of if_pretrained", name, one_of(CHANGEABLE))
+            if name == "criterion":
+                require("if_pretrained['criterion']", value, TEXT)  # so that a checkpoint can hold it
+        self.chosen(pretrained=True)
+
+    def chosen(self, pretrained: bool) -> "Method":
+        """Return the method for a model that has been trained before the run, or for one that has not.
+
+        Args:
+            pretrained: Whether it has.
+
+        Example:
+            >>> Method(if_pretrained={"criterion": "wanda"}).chosen(pretrained=True).criterion
+            'wanda'
+        """
+        changes = self.if_pretrained if pretrained else {}
+        return replace(self, if_pretrained={}, **changes) if self.if_pretrained else self
+
+    def choice_in_words(self, chosen: "Method") -> str:
+        """Say which of the two methods that it may be was chosen; empty if there is but one.
+
+        Args:
+            chosen: What :meth:`chosen` returned.
+
+        Example:
+            >>> method = Method(if_pretrained={"criterion": "wanda"})
+            >>> method.choice_in_words(method.chosen(pretrained=True))
+            "pretrained, so criterion='wanda'"
+        """
+        if not self.if_pretrained:
+            return ""
+        changes = ", ".join(f"{name}={value!r}" for name, value in self.if_pretrained.items())
+        return f"pretrained, so {changes}" if chosen == self.chosen(pretrained=True) else "from scratch"
 
     @property
     def needs_total(self) -> bool:

@@ -8,16 +8,20 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..criteria import resolve_criterion
-from ..distributed.peers import fsdp_modules, peers_of, reshard_
+from ..distributed.agreement import anywhere, device_of
+from ..distributed.equal_codes import Groups
+from ..distributed.peers import everyone_with, fsdp_modules, peers_of, reshard_
 from ..distributed.shards import placement_of
 from ..distributed.wrappers import plain_model, plain_optimizer, require_torch_training, require_whole_weights
 from ..layers.layer_group import LayerGroups
 from ..layers.masked_layer import MaskedLayer
 from ..layers.options import LayerOptions, check_run_options
+from ..layers.selection.pretrained import is_pretrained
 from ..layers.selection.report import SelectionReport
 from ..layers.selection.select_layers import select_layers, sparse_layers
 from ..layers.sparsify import sparsify_
@@ -33,6 +37,18 @@ from .setup_checks import check_setup, check_statistics
 from .shard_checks import check_late_shards
 from .step_hooks import owned_parameters
 from .steps import Steps
+
+
+def looked_at(model: Any, group: Any) -> tuple[Groups, bool]:
+    """Return the groups of all processes that make a run together, and whether its model is pretrained in any of them.
+
+    Args:
+        model: As the user has passed it, and so is the group.
+        group: Of processes that hold the same weights.
+    """
+    everyone = everyone_with(model, group if isinstance(group, ProcessGroup) else None)
+    pretrained = isinstance(model, nn.Module) and is_pretrained(model)
+    return everyone, anywhere(everyone, pretrained, device_of(model))
 
 
 def setup_of(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -11,10 +12,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..checks.rules import FLAG, require
 from ..distributed.agreement import device_of, together
-from ..distributed.peers import everyone_with
 from ..distributed.shards import local
 from ..layers.claims import claim
 from ..layers.conversion import write_zeros_
+from ..layers.masked_layer import MaskedLayer
 from ..layers.options import LayerOptions, check_owners
 from ..layers.selection.select_layers import weight_count
 from ..layers.selection.wrapped_names import warn_of_unmerged
@@ -24,9 +25,10 @@ from ..masks.matrices import matrix_of
 from ..methods.method import Method
 from ..methods.resolve import resolve_method
 from ..modifiers.base import Setup
-from .construction import assemble, facts_of, make_sparse_, setup_of
+from .construction import assemble, facts_of, looked_at, make_sparse_, setup_of
 from .ending import Progress, ending
 from .saved_run import SavedRun
+from .saved_state import described_in
 
 
 class SparseTraining(SavedRun):
@@ -119,18 +121,18 @@ class SparseTraining(SavedRun):
         state: Mapping[str, Any] | Callable[[Self], Mapping[str, Any]] | None = None,
         verbose: bool = True,
     ) -> None:
-        self._everyone = everyone_with(model, group if isinstance(group, ProcessGroup) else None)
+        self._everyone, trained = looked_at(model, group)
         with ExitStack() as undo:
             with together(self._everyone, "the run", device_of(model)) as note:
                 check_owners(model, optimizer, lr_schedulers)
                 require("verbose", verbose, FLAG)
                 options = LayerOptions(targets, exclude, backend, deterministic, keep_transposed)
-                self.method = resolve_method(method)
+                self._given, self._verbose = resolve_method(method), verbose
+                chosen = self._given.chosen(trained)
                 setup = setup_of(
-                    model, optimizer, self.method, lr_schedulers, total_steps=total_steps, teacher=teacher,
+                    model, optimizer, chosen, lr_schedulers, total_steps=total_steps, teacher=teacher,
                     logits_from=logits_from, watch_dense=watch_dense, track_age=track_age, group=group, gather=gather,
                 )  # fmt: skip
-                self._verbose = verbose
                 self._start(setup, options, state is not None, undo)
                 note(lambda: {**facts_of(setup, self.masks.layers), "goes on": state is not None})
             self._begin(state)
@@ -145,6 +147,12 @@ class SparseTraining(SavedRun):
         undo.callback(give_back_, self.model, layers.values(), zeros=False)
         self._removals = undo.enter_context(ExitStack())  # of everything that hangs on the model and the optimizers
         self._weight_count = weight_count(self.model.modules())
+        self._assemble(setup, layers)
+
+    def _assemble(self, setup: Setup, layers: Mapping[str, MaskedLayer]) -> None:
+        """Put together what trains sparse layers by the setup's method."""
+        self._setup, self.method = setup, setup.method
+        self._selection = replace(self._selection, start=self._given.choice_in_words(self.method))
         self._phases, self._steps = assemble(setup, layers, self._removals)
         self._steps.run, self.masks = self, self._phases.masks
 
@@ -153,8 +161,22 @@ class SparseTraining(SavedRun):
         if state is None:
             self._phases.enter()
         else:
-            self._resume(state(self) if callable(state) else state, stacklevel=5)
+            found = state(self) if callable(state) else state
+            if self._follow(found) and callable(state):
+                found = state(self)  # what this method has room for
+            self._resume(found, stacklevel=5)
         claim(self.masks.layers.values(), self)
+
+    def _follow(self, state: Any) -> bool:
+        saved = described_in(state)
+        for method in map(self._given.chosen, (False, True)):
+            if saved == method.describe() != self.method.describe():
+                self._removals.close()
+                timeline = method.schedule.resolve(self.total_steps)
+                setup = self._setup._replace(method=method, timeline=timeline, total_steps=self.total_steps)
+                self._assemble(setup, self.masks.layers)
+                return True
+        return False
 
     def distilled(self, loss: Tensor) -> Tensor:
         """Mix what the teacher says about the last batch into a loss: ``(1 - share)·loss + share·T²·KL``.

@@ -18,6 +18,10 @@ class SavedRun(RunStatus):
     _steps: Steps
     _everyone: Groups
 
+    def _follow(self, state: Any) -> bool:
+        """Go on by the method that a state was saved with, if that is one the run may have begun with."""
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers, strings and tensors; save it beside the model and the optimizer.
 
@@ -70,5 +74,6 @@ class SavedRun(RunStatus):
         self._resume(state, stacklevel=4)
 
     def _resume(self, state: Mapping[str, Any], stacklevel: int) -> None:
+        self._follow(state)
         found = received(state, self._phases, self._everyone, stacklevel + 1)
         resume_(self._phases, self._steps.hooks, found)

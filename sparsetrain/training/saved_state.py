@@ -71,6 +71,20 @@ def received(state: Any, phases: Phases, everyone: Groups, stacklevel: int) -> d
     return found
 
 
+def described_in(state: Any) -> Any:
+    """Return the method of a state as it was described, whatever its version; None if there is none.
+
+    Example:
+        >>> described_in({"version": STATE_VERSION, "method": {"name": "fst"}})
+        {'name': 'fst'}
+    """
+    try:
+        state = in_this_version(in_nested_form(state))
+    except ValueError:  # whoever loads it says so
+        return None
+    return state.get("method") if isinstance(state, Mapping) else None
+
+
 def with_pruned_here(state: Any, layers: Mapping[str, MaskedLayer]) -> Any:
     """Return a state with the pruned values that belong to the parts of the weights that lie here, if it has any."""
     pruned, codes = (state.get(key) if isinstance(state, Mapping) else None for key in (PRUNED_KEY, "codes"))

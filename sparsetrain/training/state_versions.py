@@ -61,13 +61,26 @@ def _from_6(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, "method": {**method, "decay_in_head": False} if isinstance(method, Mapping) else method}
 
 
+def _from_7(state: Mapping[str, Any]) -> dict[str, Any]:
+    """No method was another one for pretrained models."""
+    require_keys(state, ("method",))
+    method = state["method"]
+    return {**state, "method": {**method, "if_pretrained": {}} if isinstance(method, Mapping) else method}
+
+
 def _with_going(entries: Any) -> Any:
     if not isinstance(entries, list):
         return entries
     return [{"correction": entry, "going": None} if isinstance(entry, float) else entry for entry in entries]
 
 
-NEXT: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4, 5: _from_5, 6: _from_6}
+NEXT: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    3: _from_3,
+    4: _from_4,
+    5: _from_5,
+    6: _from_6,
+    7: _from_7,
+}
 """By version, what brings a state into the form of the one after it."""
 
 STATE_VERSION = max(NEXT) + 1

@@ -181,6 +181,15 @@ def simulated(method: Any, gather: str, **options: Any) -> dict[str, Any]:
     return {**found, "used": backend.calls["product"] > 0}
 
 
+def criterion_of(gain: list[float]) -> Any:
+    """Return what ranks the entries under FSDP2 by the recommended method, of a model with a norm of this gain."""
+    model = nn.Sequential(blocks(), nn.LayerNorm(len(gain)))
+    model[1].load_state_dict({"weight": torch.tensor(gain)}, strict=False)
+    shard(model, (2,))
+    optimizer = torch.optim.AdamW(model.parameters())
+    return st.SparseTraining(model, optimizer, total_steps=12, verbose=False).method.criterion
+
+
 def bytes_sent(dtype: str | None) -> dict[str, dict[str, int]]:
     """Return the bytes that this rank sends in a step by each wire: for sparse weights, and for a dense head."""
     found = {}

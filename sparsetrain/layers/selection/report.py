@@ -61,6 +61,7 @@ class SelectionReport:
     Args:
         choices: One per layer, in the model's order.
         pattern: The pattern of the sparse layers.
+        start: What the run begins from and takes from that, in words; empty if it makes no difference.
 
     Example:
         >>> from sparsetrain import select_layers
@@ -72,6 +73,7 @@ class SelectionReport:
 
     choices: tuple[LayerChoice, ...]
     pattern: str = "transposable"
+    start: str = ""
 
     @property
     def sparse(self) -> tuple[LayerChoice, ...]:
@@ -96,6 +98,8 @@ class SelectionReport:
             f"sparse weights: {sparse:,} of {total:,} ({100 * sparse / max(total, 1):.1f} %) || "
             f"pattern: {self.pattern.replace('_', '-')} 2:4"
         )
+        if self.start:
+            line += f" || start: {self.start}"
         if self.frozen:
             line += f" || requires_grad=False: {first_few([repr(choice.name) for choice in self.frozen])}"
         denied = [f"{choice.name!r} ({choice.reason})" for choice in self.dense if choice.is_named]

@@ -126,3 +126,8 @@ def test_a_step_between_searches_sends_what_a_dense_one_does_and_metrics_one_mes
     for found in ranks(2)("sharded_loops.messages", {"preset": "fst", "refresh_every": 4}, gather):
         assert found["sparse"] == found["dense"] != {}
         assert sum(found["metrics"].values()) == 1
+
+
+@pytest.mark.parametrize(("gain", "criterion"), [([1.0, 1.0, 0.9, 1.1], "wanda"), ([1.0] * 4, "magnitude")])
+def test_a_rank_whose_part_of_the_gains_is_alike_begins_as_the_others(gain: list[float], criterion: str) -> None:
+    assert ranks(2)("sharded_runs.criterion_of", gain) == [criterion, criterion]

@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions: they load, and the run goes on bit by bit as it did there."""
+"""Checkpoints of earlier versions: they load, and the run goes on as it did there."""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,14 @@ def written(version: int) -> dict[str, Any]:
     return earlier_states.read(FOLDER / f"version{version}.pt.gz")
 
 
+def require_close(run: Run, weights: list[torch.Tensor]) -> None:
+    # not bit by bit: other processors round AdamW's steps otherwise, by 3e-8; a lost moment would be 1e-3
+    for ours, theirs in zip(run.weights(), weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("version", [3, 4, 5, 6])
+@pytest.mark.parametrize("version", [3, 4, 5, 6, 7])
 def test_a_run_goes_on_as_it_did_there(version: int, name: str) -> None:
     entry = written(version)[name]
     assert entry["saved"]["training"]["version"] == version
@@ -29,16 +35,14 @@ def test_a_run_goes_on_as_it_did_there(version: int, name: str) -> None:
     run.go_on(STOP, STOP + AFTER)
     assert run.training.metrics()["violations"] == 0
     if (version, name) not in OTHERWISE:
-        for ours, theirs in zip(run.weights(), entry["weights"], strict=True):
-            assert torch.equal(ours, theirs)
+        require_close(run, entry["weights"])
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_does_what_it_did_there_from_the_beginning(name: str) -> None:
     run = Run(name)
     run.go_on(0, STOP + AFTER)
-    for ours, theirs in zip(run.weights(), written(6)[name]["weights"], strict=True):
-        assert torch.equal(ours, theirs)
+    require_close(run, written(7)[name]["weights"])
 
 
 @pytest.mark.parametrize("version", [3, 4, 5])
