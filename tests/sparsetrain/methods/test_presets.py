@@ -198,3 +198,10 @@ def test_it_survives_yaml(name: str) -> None:
     assert resolve_method(yaml.safe_load(yaml.safe_dump(written))) == resolve_method(written)
     described = resolve_method(written).describe()
     assert yaml.safe_load(yaml.safe_dump(described)) == described
+
+
+@pytest.mark.parametrize(("warmup", "ramp"), [(0.5, 0.1), (50, 10), (3, 0), (0, 0), (0.0, 0.0)])
+def test_the_recommended_share_grows_in_a_fifth_of_the_head(warmup: int | float, ramp: int | float) -> None:
+    found = PRESETS["recommended"](warmup=warmup).decay_ramp
+    assert found == ramp
+    assert type(found) is type(ramp)
