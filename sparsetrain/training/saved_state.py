@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoint.pruned_entries import PRUNED_KEY, pruned_here, put_back_
+from ..checks.states import PLAIN
 from ..distributed.agreement import together
 from ..distributed.equal_codes import Groups
 from ..layers.masked_layer import MaskedLayer
@@ -82,7 +83,8 @@ def described_in(state: Any) -> Any:
         state = in_this_version(in_nested_form(state))
     except ValueError:  # whoever loads it says so
         return None
-    return state.get("method") if isinstance(state, Mapping) else None
+    found = state.get("method") if isinstance(state, Mapping) else None
+    return found if PLAIN.accepts(found) else None
 
 
 def with_pruned_here(state: Any, layers: Mapping[str, MaskedLayer]) -> Any:

@@ -69,6 +69,12 @@ def by_hand(layer: nn.Module, x: Tensor) -> Tensor:
     return plain(x)
 
 
+def is_same_product(found: Tensor, expected: Tensor) -> bool:
+    """Whether they are equal but for the order of sums, which some processors choose by the operands' memory."""
+    rounding = 32 * torch.finfo(found.dtype).eps * float(expected.abs().max())
+    return torch.allclose(found, expected, rtol=0, atol=rounding)
+
+
 def maskings(layers: Sequence[nn.Module], call: Callable[[], object]) -> int:
     """How often something shaped like a layer's weight is masked, by either operator that does it."""
     shapes = [list(shape) for layer in layers for shape in (layer.weight.shape, layer.matrix.shape)]
@@ -158,7 +164,7 @@ def test_products_see_every_write(steps: int, kind: str, write: str) -> None:
     for mode in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
         WRITES[write](layer)
         with mode:
-            assert torch.equal(layer(x), by_hand(layer, x)), f"{write} under {type(mode).__name__}"
+            assert is_same_product(layer(x), by_hand(layer, x)), f"{write} under {type(mode).__name__}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,7 +181,7 @@ def test_backward_codes_are_seen(kind: str) -> None:
         again = x.clone().requires_grad_()
         by_hand(both, again).backward(direction)
         torch.testing.assert_close(rows.grad, again.grad)
-        assert torch.equal(output, by_hand(layer, x))
+        assert is_same_product(output, by_hand(layer, x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,7 +224,7 @@ def test_float32_gradients_are_those_of_the_weight_masked_in_every_product(kind:
         expected = plain(again)
         expected.backward(direction)
         factor = torch.where(mask, layer.gradient.kept, layer.gradient.pruned)
-        assert torch.equal(output, expected)
+        assert is_same_product(output, expected)
         torch.testing.assert_close(rows.grad, again.grad, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(layer.weight.grad, plain.weight.grad * factor, rtol=1e-6, atol=1e-6)
 
@@ -230,12 +236,12 @@ def test_under_autocast_it_is_kept_in_that_dtype(kind: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             found, expected = layer(x), by_hand(layer, x)
         assert found.dtype == torch.bfloat16
-        assert torch.equal(found, expected)
+        assert is_same_product(found, expected)
         found.sum().backward()
         made = layer.operands.bytes
         assert made == 4 * layer.weight.numel(), number  # two bytes for W⊙M, and two for the mask
     assert layer.weight.grad.dtype == torch.float32
-    assert torch.equal(layer(x), by_hand(layer, x))  # and in its own dtype beside it
+    assert is_same_product(layer(x), by_hand(layer, x))  # and in its own dtype beside it
 
 
 def test_gradients_of_gradients_are_those_of_the_masked_weight() -> None:
