@@ -31,7 +31,7 @@ def run_of(model: nn.Module, method: Any = "recommended", **options: Any) -> st.
     return st.SparseTraining(model, optimizer, method, TOTAL, verbose=False, **options)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+def train(model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
     for step in range(first, last):
         batch = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
@@ -181,3 +181,15 @@ def test_what_may_not_change_is_refused(changes: Any, complaint: str) -> None:
 def test_a_start_is_checked() -> None:
     with pytest.raises(ValueError, match=r"^start is 'pretraned': it must be one of .*did you mean 'pretrained'"):
         st.Method.chosen(st.methods.resolve_method({"preset": "recommended", "start": "pretraned"}), True)
+
+
+def test_a_pretrained_model_that_is_compiled_trains_as_one_that_is_not() -> None:
+    found = []
+    for compiled in (False, True):
+        model = model_of(TRAINED)
+        training = run_of(model)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        train(run, training._phases.run.optimizers[0], 0, TOTAL)
+        assert training.metrics()["sparse_layers"] == 2
+        found.append([*training.state_dict()["codes"].values(), *model.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
