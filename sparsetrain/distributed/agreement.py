@@ -115,8 +115,10 @@ def anywhere(groups: Groups, flag: bool, device: torch.device | None = None) -> 
         >>> anywhere((), True)
         True
     """
-    with _on(device) if groups else nullcontext():
-        return any(_exchanged({dist.get_rank(): flag}, groups).values()) if groups else flag
+    if not groups:
+        return flag
+    with _on(device):
+        return any(_exchanged({dist.get_rank(): flag}, groups).values())
 
 
 def device_of(model: Any) -> torch.device | None:
