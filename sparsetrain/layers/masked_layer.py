@@ -51,6 +51,7 @@ class MaskedLayer(MatrixLayer):
     adapter: tuple[Tensor, Tensor] | None  # down [r, K] and up [O, r]
     soft_scale: Tensor | None  # β of the soft threshold; None for a hard mask
     phase: PhaseKind
+    refits_soon: bool  # inputs are gathered for the re-fit of its weight
     scheduled: bool  # a run made it sparse, whose schedule says in which phase it is
     is_2_4: bool  # False if the mask keeps more somewhere, which no sparse product can use
     gradient: GradientRule

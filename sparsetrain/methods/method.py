@@ -18,6 +18,7 @@ RULES = {
     "decay_on": one_of(get_args(DecayTarget)),
     "decay_in_head": FLAG,
     "hysteresis": NOT_NEGATIVE,
+    "refit": FLAG,
     "forward": one_of(["hard", "soft"], allowed="'hard' or 'soft'"),
     "dense_budget": number("at least 0 and below 1", lambda value: 0 <= value < 1),
     "dense_unit": one_of(["layers", "tiles"], allowed="'layers' or 'tiles'"),
@@ -33,7 +34,7 @@ RULES = {
 }
 """What the fields of a method may be, beside those that are resolved by name."""
 
-CHANGEABLE = ("criterion", "refresh_every", "decay", "decay_ramp", "hysteresis")
+CHANGEABLE = ("criterion", "refresh_every", "decay", "decay_ramp", "decay_in_head", "hysteresis", "refit")
 """Fields that ``if_pretrained`` may change: none of them says how layers are made."""
 
 
@@ -58,6 +59,8 @@ class Method:
         decay_in_head: The decay begins with the run, in a dense head too: products are dense there, but what masks
             would prune is near zero when they come into force. The ramp is counted from the first step then.
         hysteresis: Bonus of entries that are kept now, as a fraction of the layer's mean score: masks flip less.
+        refit: When masks come into force behind a dense phase, move the entries they keep to where the layers' outputs
+            are closest to those of the dense weights, by least squares over the inputs of the last 32 steps.
         forward: ``"hard"``: products see ``W⊙M``; ``"soft"``: kept entries shrink by what is pruned beside them, times
             a factor that is fixed at the first sparse step.
         dense_budget: What may stay dense of the layers that are selected, as a fraction: where masking costs most by
@@ -80,7 +83,7 @@ class Method:
         distillation_temperature: T, which divides the logits of both.
         freeze_second_moments: From the first masked phase on, keep Adam's second moments of all parameters as they are.
         if_pretrained: Fields that have other values if the model has been trained before the run: ``criterion``,
-            ``refresh_every``, ``decay``, ``decay_ramp`` or ``hysteresis``.
+            ``refresh_every``, ``decay``, ``decay_ramp``, ``decay_in_head``, ``hysteresis`` or ``refit``.
 
     Raises:
         ValueError: If a value is not allowed; the message names the field.
@@ -113,6 +116,7 @@ class Method:
     decay_ramp: int | float = 0
     decay_in_head: bool = False
     hysteresis: float = 0.0
+    refit: bool = False
     forward: Literal["hard", "soft"] = "hard"
     dense_budget: float = 0.0
     dense_unit: Literal["layers", "tiles"] = "layers"
@@ -149,6 +153,8 @@ class Method:
                 f"decay is {self.decay} with decay_on='share': it must be at most 1 (the share of a pruned weight that "
                 "goes in a step), so lower it."
             )
+        if self.refit and self.forward == "soft":
+            raise ValueError("refit is True but forward is 'soft', whose products see no W⊙M: use forward='hard'.")
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule is {self.schedule!r}: it must be a Schedule.")
         if resolve_pattern(self.pattern).search_backward is not None and (

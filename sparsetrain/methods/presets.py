@@ -1,9 +1,9 @@
 """Presets by name: functions that return a :class:`Method` with the published defaults."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from ..checks.rules import one_of, require
+from ..checks.rules import FLAG, one_of, require
 from ..criteria import Criterion
 from .method import Method
 from .pretraining import fst, s_ste, slope, sr_ste, step
@@ -22,12 +22,13 @@ def recommended(
     refresh_every: int = 20,
     criterion: str | Criterion = "auto",
     start: Start = "auto",
+    refit: bool = True,
 ) -> Method:
     """Where to begin: a dense head in which a growing pull empties what masks prune, then moving masks; it ends 2:4.
 
     Args:
         warmup: Length of the dense head, in steps (int) or as a fraction (float).
-        decay: Share of a pruned weight that goes in a step; it grows from 0 to this in the head's first fifth.
+        decay: Share of a pruned weight that goes in a step; it grows from 0 to this over the head.
         freeze: For how long masks are frozen before the tail or the end, in steps (int) or as a fraction (float).
         dense_tail: Length of a dense tail, likewise, if the model may end dense.
         refresh_every: Optimizer steps between two mask searches.
@@ -35,6 +36,8 @@ def recommended(
             ``"wanda"`` if pretrained.
         start: ``"scratch"``; ``"pretrained"``; or ``"auto"``: a model is pretrained if the gains of its norms are no
             longer alike. The run's summary says which.
+        refit: If pretrained, nothing is emptied in the head; instead the entries that masks keep are moved by least
+            squares, when masks come into force, to make up for those they prune.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -42,15 +45,19 @@ def recommended(
     Example:
         >>> recommended().schedule.resolve(1000).starts
         (0, 200)
-        >>> recommended(start="pretrained").criterion
-        'wanda'
+        >>> recommended(start="pretrained").refit
+        True
 
     Source: the numbers that did best in ``docs/results/methods.md``; a penalty that grows before what it empties is
-    taken away: Wang et al., "Neural Pruning via Growing Regularization", ICLR 2021, arXiv 2012.09243.
+    taken away: Wang et al., "Neural Pruning via Growing Regularization", ICLR 2021, arXiv 2012.09243; of pretrained
+    models, see ``refit`` of :class:`Method`.
     """
     require_length("dense_tail", dense_tail)
     require("start", start, one_of(get_args(Start)))
+    require("refit", refit, FLAG)
     chooses = isinstance(criterion, str) and criterion == "auto"
+    changes: dict[str, Any] = {"criterion": "wanda"} if chooses else {}
+    changes |= {"refit": True, "decay_in_head": False, "decay_ramp": 0} if refit else {}
     method = Method(
         name="recommended",
         criterion="magnitude" if chooses else criterion,
@@ -58,9 +65,9 @@ def recommended(
         refresh_every=refresh_every,
         decay=decay,
         decay_on="share",
-        decay_ramp=warmup / 5 if isinstance(warmup, float) else warmup // 5,
+        decay_ramp=warmup,
         decay_in_head=True,
-        if_pretrained={"criterion": "wanda"} if chooses and warmup else {},  # it is of what the head sees
+        if_pretrained=changes if warmup else {},  # of what the head sees
     )
     return method if start == "auto" else method.chosen(start == "pretrained")
 

@@ -13,6 +13,7 @@ def asp_one_shot(
     criterion: str | Criterion = "magnitude",
     clear_moments: bool = True,
     restart_lr: bool = False,
+    refit: bool = False,
 ) -> Method:
     """Dense training, one pruning, retraining with the mask frozen and pruned weights at zero.
 
@@ -22,6 +23,7 @@ def asp_one_shot(
         criterion: What ranks the entries.
         clear_moments: Clear the optimizer's moments of pruned entries.
         restart_lr: Restart the learning-rate schedule for the retraining.
+        refit: Move kept weights to make up for pruned ones, by least squares over the last inputs.
 
     Example:
         >>> asp_one_shot(prune_at=0).schedule.resolve(600).kinds
@@ -36,6 +38,7 @@ def asp_one_shot(
         schedule=dense_prune_retrain(prune_at),
         clear_moments=clear_moments,
         restart_lr=restart_lr,
+        refit=refit,
     )
 
 

@@ -1,29 +1,27 @@
 """``Observer``: shows a criterion the gradients and inputs of successful optimizer steps, and nothing else.
 
-Inputs pass three stations. A forward with gradients reduces its input to a summary at once, so that no activation is
-kept; whether the layer is in training mode does not matter, because models are fine-tuned in evaluation mode as well.
-The backward of the layer's output adds the summary to ``passing``: under activation checkpointing the graph of only one
-of the two forwards is run backward, in either mode, so each input counts once, and forwards without a backward do not
-count. The weight's gradient, which comes once per backward and after that, moves ``passing`` into ``gathered``, which
-starts again where the weight has no gradient yet: what a skipped step left behind is forgotten.
+Inputs pass three stations. A forward with gradients reduces its input to a summary; whether the layer is in training
+mode does not matter, because models are fine-tuned in evaluation mode as well. The backward of the layer's output adds
+the summary to ``passing``, so forwards without a backward do not count. The weight's gradient, which comes once per
+backward and after that, moves ``passing`` into ``gathered``, which starts again where the weight has no gradient yet:
+what a skipped step left behind is forgotten.
 """
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..criteria.criterion import Criterion
 from ..distributed.peers import ALONE, Peers
-from ..distributed.shards import is_spread, local
+from ..distributed.shards import is_spread
 from ..layers.masked_layer import MaskedLayer
 from ..layers.sharded.alignment import parallel_too_late
-from ..layers.sharded.tensor_parallel import prepared
 from .base import Modifier, Run, Setup, Step
+from .inputs import InputHook
 from .sums import summed
 
 
@@ -69,9 +67,9 @@ class Observer(Modifier):
             return
         for name, layer in self.layers.items():
             columns = min(layer.matrix.shape[1], layer.input_features)
-            summary = self.criterion.summarize_input(layer.master.new_zeros(1, columns))
+            summary = self.summarize(layer.master.new_zeros(1, columns))
             self._passing[name], self._gathered[name] = torch.zeros_like(summary), torch.zeros_like(summary)
-            self._handles[name] = [layer.register_forward_hook(_ForwardHook(self, name), with_kwargs=True)]
+            self._handles[name] = [layer.register_forward_hook(InputHook(self, name), with_kwargs=True)]
             self._hang_on_weight(name)
 
     def follow(self, name: str, old: Tensor, new: Tensor) -> None:
@@ -130,6 +128,14 @@ class Observer(Modifier):
         if self.criterion.needs:
             self.criterion.observe_step()
 
+    def gathers(self, layer: nn.Module) -> bool:
+        """Return that inputs always count."""
+        return True
+
+    def summarize(self, input: Tensor) -> Tensor:
+        """Return what the criterion keeps of an input."""
+        return self.criterion.summarize_input(input)
+
     def passing(self, name: str, summary: Tensor) -> Tensor:
         """Return the total of a layer's inputs whose backward ran, to which summaries are added in place."""
         if self._passing[name].shape != summary.shape:
@@ -163,60 +169,3 @@ class Observer(Modifier):
             self.criterion.observe_input(name, total)
             self._gathered[name].zero_()
             self._passing[name].zero_()
-
-
-class _ForwardHook:
-    """Reduces the input of forwards with gradients; copied or pickled with its layer, it does nothing."""
-
-    def __init__(self, observer: Observer | None = None, name: str = "") -> None:
-        self.observer = observer
-        self.name = name
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ForwardHook, ()
-
-    def __call__(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
-        if self.observer is None or not (torch.is_grad_enabled() and output.requires_grad):
-            return None
-        observer, name = self.observer, self.name
-        input = observer.layers[name].features_last(args[0] if args else kwargs["input"])
-        summary = _summary(observer.criterion, observer.layers[name], input.detach())
-        if torch.compiler.is_compiling():  # where tensors inside the graph take no hooks
-            return _AddInBackward.apply(output, summary, observer.passing(name, summary))  # type: ignore[no-untyped-call, no-any-return]
-
-        def add(gradient: Tensor) -> None:
-            observer.passing(name, summary).add_(summary)
-
-        output.register_hook(add)  # type: ignore[no-untyped-call]
-        return None
-
-
-class _AddInBackward(torch.autograd.Function):
-    """The identity; its backward adds a summary to a total."""
-
-    @staticmethod
-    def forward(output: Tensor, summary: Tensor, total: Tensor) -> Tensor:
-        return output.clone()  # a view could not be written in place by what follows
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.total = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Any, None, None]:
-        ctx.total.add_(ctx.saved_tensors[0])
-        return gradients[0], None, None
-
-
-def _summary(criterion: Criterion, layer: MaskedLayer, input: Tensor) -> Tensor:
-    """Return the summary of a layer's input, or of the features that lie here, over the tokens of all processes."""
-    if not is_spread(input):
-        return criterion.summarize_input(input)
-    spread = prepared(layer, input)
-    summary = criterion.summarize_input(local(spread))
-    if spread.placements[0].is_shard() and spread.placements[0].dim < input.dim() - 1:
-        dist.all_reduce(summary, group=spread.device_mesh.get_group())
-    return summary

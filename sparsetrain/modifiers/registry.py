@@ -11,11 +11,13 @@ from .lr_restart import LRRestart
 from .masked_updates import MaskedUpdates
 from .moment_clearing import MomentClearing
 from .moment_convergence import SecondMoments
+from .refit import Refit
 from .soft_scales import SoftScales
 
 MODIFIERS: tuple[type[Modifier], ...] = (
     Distillation,  # refuses a step on a loss that was not mixed before anything of it is counted
     Observer,  # sees gradients as the task gives them
+    Refit,  # behind what copies a dense teacher, before what reads the weights of a phase
     Adapters,
     SecondMoments,  # sees them before the decay is added
     LRRestart,  # before learning rates are read

@@ -68,6 +68,13 @@ def _from_7(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, "method": {**method, "if_pretrained": {}} if isinstance(method, Mapping) else method}
 
 
+def _from_8(state: Mapping[str, Any]) -> dict[str, Any]:
+    """No kept weights were re-fitted."""
+    require_keys(state, ("method",))
+    method = state["method"]
+    return {**state, "method": {**method, "refit": False} if isinstance(method, Mapping) else method}
+
+
 def _with_going(entries: Any) -> Any:
     if not isinstance(entries, list):
         return entries
@@ -80,6 +87,7 @@ NEXT: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     5: _from_5,
     6: _from_6,
     7: _from_7,
+    8: _from_8,
 }
 """By version, what brings a state into the form of the one after it."""
 

@@ -1,6 +1,7 @@
 """What ranks do with tensor parallelism (``test_tensor_parallel.py``)."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,14 @@ def train_part(
 def tensor_parallel(method: Any, shape: tuple[int, ...], **options: Any) -> dict[str, Any]:
     """Train blocks under tensor parallelism, with FSDP2 if the mesh has more than one dimension."""
     return train_part(parallelize(blocks(), shape), method, **options)
+
+
+def warned(method: Any, shape: tuple[int, ...], **options: Any) -> str:
+    """Return what a user is warned of who trains so."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        tensor_parallel(method, shape, **options)
+    return " ".join(str(entry.message) for entry in found)
 
 
 def parallel_late(method: Any, shape: tuple[int, ...], **options: Any) -> str:

@@ -63,6 +63,7 @@ WRONG: dict[str, list[Any]] = {
     "distillation_temperature": ["x", None, 0, float("inf")],
     "temperature": ["x", None, 0],
     "freeze_second_moments": ["yes", None, 1],
+    "refit": [None, 1, "least_squares"],
     "if_pretrained": [None, "wanda", {"pattern": "row_wise"}, {"criterion": st.Magnitude()}, {3: 4}],
     "mvue": ["yes", None, 1],
     "warmup": ["x", None, -1, 1.5],

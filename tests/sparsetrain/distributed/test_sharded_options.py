@@ -16,6 +16,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tile budget": {"method": {"preset": "fst", "refresh_every": 2, "dense_budget": 0.3, "dense_unit": "tiles"}},
     "layer budget": {"method": {"preset": "asp_one_shot", "dense_budget": 0.3, "dense_unit": "layers"}},
     "wanda": {"method": {"preset": "asp_one_shot", "criterion": "wanda"}},
+    "refit": {"method": {"preset": "asp_one_shot", "criterion": "wanda", "refit": True}},
     "fisher": {"method": {"preset": "fst", "warmup": 4, "criterion": "fisher", "refresh_every": 2}},
     "movement": {"method": {"preset": "asp_one_shot", "criterion": "movement"}},
     "random": {"method": {"preset": "fst", "criterion": "random", "refresh_every": 2, "hysteresis": 0.3}},
@@ -33,7 +34,7 @@ def in_one_process(option: str) -> dict[str, Any]:
     return sharded_runs.train(sharded_runs.blocks(), steps=16, **OPTIONS[option])
 
 
-OVER_REPLICAS = ("hysteresis", "tile budget", "wanda", "automatic decay")
+OVER_REPLICAS = ("hysteresis", "tile budget", "wanda", "refit", "automatic decay")
 """What is added up, and has to leave replicas out."""
 
 
@@ -43,4 +44,5 @@ OVER_REPLICAS = ("hysteresis", "tile budget", "wanda", "automatic decay")
 )
 def test_an_option_on_shards_trains_as_in_one_process(shape: tuple[int, ...], option: str) -> None:
     for found in ranks(2 * len(shape))("sharded_runs.fsdp", shape=shape, steps=16, **OPTIONS[option]):
-        sharded_runs.require_equal(found, in_one_process(option))
+        relative = 1e-5 if option == "refit" else 0.0  # systems are solved in other batches
+        sharded_runs.require_equal(found, in_one_process(option), relative)

@@ -78,6 +78,16 @@ def test_a_method_trains_as_in_one_process(layout: str, name: str) -> None:
         sharded_runs.require_equal(found, wanted, CLOSE)
 
 
+def test_rows_that_are_whole_are_refitted_and_others_named() -> None:
+    method = {"preset": "asp_one_shot", "prune_at": 6, "refit": True}
+    options = {"exclude": ["*.down"]}
+    wanted = parallel_runs.train_part(sharded_runs.blocks(), method, **options)
+    for found in ranks(2)("parallel_runs.tensor_parallel", method, (2,), **options):
+        sharded_runs.require_equal(found, wanted, 1e-5)  # systems are solved in other batches
+    for message in ranks(2)("parallel_runs.warned", method, (2,)):
+        assert "refit leaves layers '0.down', '1.down'" in message
+
+
 def test_a_copy_of_a_model_has_parts_of_its_own() -> None:
     assert ranks(2)("parallel_runs.copied") == [[True] * 4] * 2
 

@@ -200,8 +200,8 @@ def test_it_survives_yaml(name: str) -> None:
     assert yaml.safe_load(yaml.safe_dump(described)) == described
 
 
-@pytest.mark.parametrize(("warmup", "ramp"), [(0.5, 0.1), (50, 10), (3, 0), (0, 0), (0.0, 0.0)])
-def test_the_recommended_share_grows_in_a_fifth_of_the_head(warmup: int | float, ramp: int | float) -> None:
+@pytest.mark.parametrize("warmup", [0.5, 50, 0, 0.0])
+def test_the_recommended_share_grows_over_the_head(warmup: int | float) -> None:
     found = PRESETS["recommended"](warmup=warmup).decay_ramp
-    assert found == ramp
-    assert type(found) is type(ramp)
+    assert found == warmup
+    assert type(found) is type(warmup)

@@ -118,7 +118,7 @@ def test_copies_of_a_model_are_not_observed() -> None:
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         twin(torch.randn(4, 16)).sum().backward()
         assert twin[0].weight.grad is not None
-        assert all(hook.observer is None for hook in twin[0]._forward_hooks.values())
+        assert all(hook.gatherer is None for hook in twin[0]._forward_hooks.values())
     observer.note(dict.fromkeys(("0", "2"), torch.zeros(())), None)
     observer.count()
     assert not any(value.any() for value in observer.criterion.state_dict()["running"].values())

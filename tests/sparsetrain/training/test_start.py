@@ -44,7 +44,7 @@ def train(model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, f
     [
         (None, "magnitude", "from scratch"),
         (torch.zeros(16), "magnitude", "from scratch"),  # as some models begin
-        (TRAINED, "wanda", "pretrained, so criterion='wanda'"),
+        (TRAINED, "wanda", "pretrained, so criterion='wanda', refit=True, decay_in_head=False, decay_ramp=0"),
     ],
 )
 def test_a_run_sees_by_the_norms_whether_its_model_was_trained(gain: Tensor | None, criterion: str, start: str) -> None:
@@ -58,7 +58,7 @@ def test_a_run_sees_by_the_norms_whether_its_model_was_trained(gain: Tensor | No
     ("arguments", "criterion"),
     [
         ({"start": "scratch"}, "magnitude"),
-        ({"criterion": "magnitude"}, "magnitude"),
+        ({"criterion": "magnitude", "refit": False}, "magnitude"),
         ({"warmup": 0.0}, "magnitude"),  # no head whose inputs could be seen
     ],
 )
