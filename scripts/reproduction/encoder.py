@@ -30,7 +30,7 @@ class EncoderModule(LightningModule):
 
     Args:
         pretrained: MiniLM from its package; False is a tiny encoder with random weights.
-        learning_rate: Peak learning rate.
+        learning_rate: Peak learning rate; the dense run ends lower with it than with 1e-4 or 6e-4.
         warmup_steps: Optimizer steps of linear warm-up.
         weight_decay: Of matrices.
     """
@@ -38,7 +38,7 @@ class EncoderModule(LightningModule):
     def __init__(
         self,
         pretrained: bool = True,
-        learning_rate: float = 1e-4,
+        learning_rate: float = 3e-4,
         warmup_steps: int = 10,
         weight_decay: float = 0.01,
     ) -> None:
