@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WIDTH = 1024
+WIDTH = 2048
 """Input features of a block at most: memory and time of what is summed grow with it, errors of outputs fall."""
 
 DAMPING = 0.01
@@ -23,8 +23,8 @@ def gram_shape(features: int) -> tuple[int, int, int]:
         features: Of the input.
 
     Example:
-        >>> gram_shape(384), gram_shape(1536)
-        ((1, 384, 384), (2, 768, 768))
+        >>> gram_shape(384), gram_shape(3072)
+        ((1, 384, 384), (2, 1536, 1536))
     """
     blocks = math.ceil(features / WIDTH)
     width = 4 * math.ceil(features / (4 * blocks))

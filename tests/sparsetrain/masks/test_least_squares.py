@@ -40,7 +40,7 @@ def test_blocks_are_solved_alone(monkeypatch: pytest.MonkeyPatch, columns: int) 
     assert grams.shape == gram_shape(columns)
     assert 0 <= grams.shape[0] * grams.shape[1] - columns < 4 * grams.shape[0]
     found = refitted(weight, mask, grams)
-    monkeypatch.setattr(least_squares, "WIDTH", 1024)
+    monkeypatch.setattr(least_squares, "WIDTH", 2048)
     width = grams.shape[1]
     for first in range(0, columns, width):
         part = slice(first, first + width)
