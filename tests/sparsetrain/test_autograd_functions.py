@@ -26,7 +26,7 @@ from sparsetrain.masks.soft_threshold import SoftThreshold
 from sparsetrain.matmul.estimated_weight_gradient import draw_counter
 from sparsetrain.matmul.linear_function import LinearSpec, SparseLinearFunction
 from sparsetrain.matmul.wire_matmul import WireLinearFunction
-from sparsetrain.modifiers.criterion_observer import _AddInBackward
+from sparsetrain.modifiers.inputs import _AddInBackward
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = [torch.contiguous_format, torch.channels_last]
