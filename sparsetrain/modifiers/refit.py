@@ -109,7 +109,7 @@ class Refit(Modifier):
     def enter_phase(self, run: Run, entry: Entry) -> None:
         """Re-fit the layers whose masks come into force now."""
         if not entry.resumed:
-            for name in sorted(entry.fresh & self.grams.keys()):
+            for name in sorted(entry.fresh & self._passing.keys()):
                 self.refit_(name)
             self._close()
         self._look_ahead(run)

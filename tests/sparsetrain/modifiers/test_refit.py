@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
 from sparsetrain.masks.least_squares import gram, refitted
-from sparsetrain.modifiers.refit import STEPS
+from sparsetrain.modifiers.refit import STEPS, Refit
 
 TOTAL, HEAD = 48, 40
 METHOD = {"preset": "asp_one_shot", "prune_at": HEAD, "refit": True}
@@ -120,6 +120,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(stop: int) -> None:
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     second.go_on(stop, TOTAL)
     assert all(map(torch.equal, whole.weights(), second.weights()))
+
+
+def test_a_layer_whose_rows_are_cut_now_keeps_what_masks_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Run(lr=0.0)
+    first.go_on(0, HEAD - 1)
+    state = first.training.state_dict()
+    monkeypatch.setattr(Refit, "_whole", lambda self: {name: self.layers[name] for name in ("2",)})
+    second = Run(lr=0.0, state=state)
+    before = second.model[0].weight.detach().clone()
+    second.go_on(HEAD - 1, HEAD)
+    layer = second.training.masks.layers["0"]
+    assert torch.equal(layer.weight, before * layer.mask)
 
 
 def test_nothing_is_gathered_before_or_afterwards() -> None:
