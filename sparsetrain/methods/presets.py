@@ -67,7 +67,7 @@ def recommended(
         decay_on="share",
         decay_ramp=warmup,
         decay_in_head=True,
-        if_pretrained=changes if warmup else {},  # of what the head sees
+        if_pretrained=changes if warmup else {},  # both need inputs that a head has seen
     )
     return method if start == "auto" else method.chosen(start == "pretrained")
 

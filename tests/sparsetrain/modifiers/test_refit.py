@@ -50,18 +50,34 @@ class Run:
         return [parameter.detach().clone() for parameter in self.model.parameters()]
 
 
-def test_outputs_are_closer_to_the_dense_ones_than_masks_alone_leave_them() -> None:
-    """For every preset that prunes behind a dense head."""
-    x = batch_of(1000)
-    for preset in ("asp_one_shot", "recommended"):
-        errors = []
-        for refit in (False, True):
-            run = Run(st.Method(preset, schedule=st.from_scratch(HEAD, 0), refit=refit), lr=0.0)
-            dense = run.model(x).detach()
-            run.go_on(0, HEAD)
-            assert run.training.phase != "dense"
-            errors.append(float((run.model(x) - dense).detach().square().mean()))
-        assert errors[1] < errors[0] / 2
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"preset": "asp_one_shot", "prune_at": HEAD},
+        {"preset": "asp_one_shot", "prune_at": HEAD, "frozen_in_place": False},
+        {"preset": "recommended", "warmup": HEAD, "start": "pretrained"},
+    ],
+)
+def test_outputs_are_closer_to_the_dense_ones_than_masks_alone_leave_them(method: dict[str, Any]) -> None:
+    x, errors = batch_of(1000), []
+    for refit in (False, True):
+        run = Run({**method, "refit": refit}, lr=0.0)
+        dense = run.model(x).detach()
+        run.go_on(0, HEAD)
+        assert run.training.phase != "dense"
+        errors.append(float((run.model(x) - dense).detach().square().mean()))
+    assert errors[1] < errors[0] / 2
+
+
+def test_a_head_that_may_end_early_is_watched_from_before_that_on() -> None:
+    earliest = STEPS + 2
+    schedule = st.Schedule((st.Phase("dense", HEAD, earliest=earliest), st.Phase("frozen")))
+    run = Run(st.Method(schedule=schedule, refit=True))
+    layer = run.training.masks.layers["0"]
+    run.go_on(0, earliest - STEPS - 1)
+    assert not layer.refits_soon
+    run.go_on(earliest - STEPS - 1, earliest - STEPS)
+    assert layer.refits_soon
 
 
 def test_the_inputs_of_the_last_steps_count_each_once() -> None:
@@ -198,8 +214,11 @@ def test_transposed_weights_are_fitted_as_others() -> None:
         linear.weight.copy_(conv.weight.T)
         linear.bias.copy_(conv.bias)
     runs = [Run({**METHOD, "prune_at": 2}, lr=0.0, model=nn.Sequential(layer)) for layer in (conv, linear)]
+    masked = linear.weight.detach().clone()
     for run in runs:
         run.go_on(0, 2)
+    kept = linear.weight != 0
+    assert not torch.allclose(linear.weight[kept], masked[kept])
     torch.testing.assert_close(conv.weight.T, linear.weight, rtol=1e-4, atol=1e-5)
 
 
