@@ -230,7 +230,7 @@ TASKS: dict[str, dict[str, Task]] = {
         )
     },
     "gpt-muon": {
-        "small": _small_gpt("Muon", MAIN_ROWS, optimizer="muon"),
+        "small": _small_gpt("Muon", MAIN_ROWS, optimizer="muon", learning_rate=1.2e-2),
     },
     "gpt-loss-x10": {"small": _small_gpt("loss ×10", ROBUST_ROWS, loss_factor=10.0)},
     "gpt-loss-x0.1": {"small": _small_gpt("loss ×0.1", ROBUST_ROWS, loss_factor=0.1)},
