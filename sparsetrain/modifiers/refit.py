@@ -70,7 +70,7 @@ class Refit(Modifier):
 
     def attach(self) -> None:
         """Hang on the layers; before the model is compiled."""
-        self._whole()
+        self._name_cut()
         for name, layer in self.layers.items():
             layer.refits_soon = False
             self._handles.append(layer.register_forward_hook(InputHook(self, name), with_kwargs=True))
@@ -148,15 +148,17 @@ class Refit(Modifier):
             self.open()
 
     def _whole(self) -> dict[str, MaskedLayer]:
-        """Return the layers that see all of their inputs here; warns of others."""
-        whole = {name: layer for name, layer in self.layers.items() if layer.matrix.shape[1] == layer.input_features}
-        if cut := [repr(name) for name in self.layers.keys() - whole.keys()]:
+        """Return the layers that see all of their inputs here."""
+        return {name: layer for name, layer in self.layers.items() if layer.matrix.shape[1] == layer.input_features}
+
+    def _name_cut(self) -> None:
+        """Warn of the other layers."""
+        if cut := [repr(name) for name in self.layers.keys() - self._whole().keys()]:
             warnings.warn(
                 f"refit leaves layers {first_few(sorted(cut))} as masks leave them, because each process sees but a "
                 "part of their input features.",
                 stacklevel=2,
             )
-        return whole
 
     def state_dict(self) -> dict[str, Tensor] | None:
         """Return copies of what was gathered; None outside the steps before masks come into force."""
