@@ -3,7 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch.nn.functional as F
+from torch import Tensor
+
 from ..checks.states import require_keys
+from ..masks.least_squares import MARGIN
 
 PARTS = ("lr_restart", "adapters", "moments", "decay", "frozen_moments", "distillation", "soft_scales")
 """What is under ``modifiers`` since version 5."""
@@ -75,6 +79,24 @@ def _from_8(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, "method": {**method, "refit": False} if isinstance(method, Mapping) else method}
 
 
+def _from_9(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Sums of inputs did not say how many tokens they are of, and were damped as if these were many."""
+    require_keys(state, ("modifiers",))
+    parts = state["modifiers"]
+    sums = parts.get("refit") if isinstance(parts, Mapping) else None
+    if isinstance(sums, Mapping):
+        parts = {**parts, "refit": {name: _with_margin(value) for name, value in sums.items()}}
+    return {**state, "modifiers": parts}
+
+
+def _with_margin(gram: Any) -> Any:
+    if not isinstance(gram, Tensor):
+        return gram
+    padded = F.pad(gram, (0, MARGIN, 0, MARGIN))
+    padded[..., -MARGIN, -MARGIN] = 1e9
+    return padded
+
+
 def _with_going(entries: Any) -> Any:
     if not isinstance(entries, list):
         return entries
@@ -88,6 +110,7 @@ NEXT: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     6: _from_6,
     7: _from_7,
     8: _from_8,
+    9: _from_9,
 }
 """By version, what brings a state into the form of the one after it."""
 

@@ -121,14 +121,16 @@ def take_step(
     evaluates: bool = False,
     clip: float = 0.0,
     shape: tuple[int, ...] = (8, WIDTH),
+    repeats: int = 1,
 ) -> list[float]:
-    """Take a step as a user's loop does, and return its losses."""
+    """Take a step as a user's loop does, on batches that are repeated along their rows, and return its losses."""
     optimizer.zero_grad()
     losses = []
     for number in range(micro_batches):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(syncs_each or number == micro_batches - 1)
-        loss = model(batch(10 * step + number, shape)).square().mean() / micro_batches
+        inputs = torch.cat([batch(10 * step + number, shape)] * repeats)
+        loss = model(inputs).square().mean() / micro_batches
         loss.backward()
         losses.append(loss.item())
     if clip:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.masks import least_squares, transposable_mask
-from sparsetrain.masks.least_squares import gram, gram_shape, refitted
+from sparsetrain.masks.least_squares import MARGIN, gram, gram_shape, refitted
 
 
 def correlated(tokens: int, features: int, seed: int = 0) -> Tensor:
@@ -38,15 +38,39 @@ def test_blocks_are_solved_alone(monkeypatch: pytest.MonkeyPatch, columns: int) 
     inputs, weight, mask = correlated(300, columns), torch.randn(12, columns), torch.rand(12, columns) > 0.5
     grams = gram(inputs)
     assert grams.shape == gram_shape(columns)
-    assert 0 <= grams.shape[0] * grams.shape[1] - columns < 4 * grams.shape[0]
-    found = refitted(weight, mask, grams)
+    width = grams.shape[1] - MARGIN
+    assert 0 <= grams.shape[0] * width - columns < 4 * grams.shape[0]
+    found = refitted(weight, mask, grams, 0.1)
     monkeypatch.setattr(least_squares, "WIDTH", 2048)
-    width = grams.shape[1]
     for first in range(0, columns, width):
         part = slice(first, first + width)
-        own = refitted(weight[:, part], mask[:, part], gram(inputs[:, part]))
-        # zeros that fill a block up are in the mean that damps it
-        torch.testing.assert_close(found[:, part], own, rtol=0.02, atol=0.02 if columns % width else 1e-5)
+        own = refitted(weight[:, part], mask[:, part], gram(inputs[:, part]), 0.1)
+        torch.testing.assert_close(found[:, part], own, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(32, 0.5), (160, 0.1), (16, 1.0), (100_000, 0.01)])
+def test_the_fewer_tokens_the_more_it_is_damped(tokens: int, share: float) -> None:
+    inputs, weight, mask = correlated(tokens, 16), torch.randn(8, 16), torch.rand(8, 16) > 0.5
+    found = gram(inputs.view(2, tokens // 2, 16))
+    assert torch.equal(refitted(weight, mask, found), refitted(weight, mask, found, share))
+
+
+def test_what_features_are_measured_in_makes_no_difference() -> None:
+    inputs, weight, mask = correlated(50, 24), torch.randn(8, 24), torch.rand(8, 24) > 0.5
+    units = torch.logspace(-2, 2, 24)
+    wanted = refitted(weight, mask, gram(inputs))
+    found = refitted(weight / units, mask, gram(inputs * units)) * units
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)
+
+
+def test_features_that_were_always_zero_stay() -> None:
+    inputs, weight, mask = correlated(50, 24), torch.randn(8, 24), torch.rand(8, 24) > 0.5
+    inputs[:, 5] = 0
+    found = refitted(weight, mask, gram(inputs))
+    assert torch.equal(found[:, 5], weight[:, 5])
+    others = torch.arange(24) != 5
+    wanted = refitted(weight[:, others], mask[:, others], gram(inputs[:, others]), 24 / 50)
+    torch.testing.assert_close(found[:, others], wanted, rtol=0, atol=1e-4)
 
 
 def test_outputs_come_closer_however_it_is_damped() -> None:
@@ -76,7 +100,9 @@ def test_products_are_summed_in_float32_under_autocast_too(dtype: torch.dtype) -
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = gram(inputs)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, (tokens.T @ tokens)[None])
+    torch.testing.assert_close(found[0, :8, :8], tokens.T @ tokens)
+    torch.testing.assert_close(found[0, 8, :9], torch.cat([tokens.sum(0), torch.tensor([100.0])]), rtol=1e-5, atol=1e-4)
+    assert not found[0, :, 9:].any()
 
 
 def test_the_weights_dtype_stays() -> None:

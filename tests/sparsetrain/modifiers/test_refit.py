@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
-from sparsetrain.masks.least_squares import gram, refitted
+from sparsetrain.masks.least_squares import MARGIN, gram, refitted
 from sparsetrain.modifiers.refit import STEPS, Refit
 
 TOTAL, HEAD = 48, 40
@@ -143,7 +143,8 @@ def test_a_layer_whose_rows_are_cut_now_keeps_what_masks_leave(monkeypatch: pyte
     first.go_on(0, HEAD - 1)
     state = first.training.state_dict()
     monkeypatch.setattr(Refit, "_whole", lambda self: {name: self.layers[name] for name in ("2",)})
-    second = Run(lr=0.0, state=state)
+    with pytest.warns(UserWarning, match="^refit leaves layers '0' as masks leave them"):
+        second = Run(lr=0.0, state=state)
     before = second.model[0].weight.detach().clone()
     second.go_on(HEAD - 1, HEAD)
     layer = second.training.masks.layers["0"]
@@ -242,3 +243,17 @@ def test_a_damaged_state_is_refused(damage: Any) -> None:
     state["modifiers"]["refit"] = damage
     with pytest.raises(ValueError, match=r"state\['modifiers'\]\['refit'\]"):
         Run(state=state)
+
+
+def test_sums_of_the_version_before_go_on_with_the_damping_of_then() -> None:
+    first = Run(lr=0.0)
+    first.go_on(0, HEAD - 1)
+    state = first.training.state_dict()
+    grams = {name: value[:, :-MARGIN, :-MARGIN] for name, value in state["modifiers"]["refit"].items()}
+    second = Run(lr=0.0, state={**state, "version": 9, "modifiers": {**state["modifiers"], "refit": grams}})
+    weight = second.model[0].weight.detach().clone()
+    second.go_on(HEAD - 1, HEAD)
+    inputs = torch.cat([batch_of(step) for step in range(HEAD - STEPS, HEAD)])
+    layer = second.training.masks.layers["0"]
+    wanted = refitted(weight, layer.mask, gram(inputs), 0.01) * layer.mask
+    torch.testing.assert_close(layer.weight.detach(), wanted, rtol=1e-3, atol=1e-4)
