@@ -1,8 +1,9 @@
-"""The picture of a comparison: a row of three panels for every task."""
+"""The pictures of a comparison, a panel for every task: gaps over the share of sparse FLOPs, and losses over time."""
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from .summary import DENSE, Row, mean_and_deviation, relative_times
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+COLUMNS = 3
+"""Panels beside each other at most."""
 SHOWN_FROM = 0.4
 """Of the steps: losses before it would hide the differences after it."""
 APART = 0.02
@@ -19,8 +22,21 @@ OUTLIER = 4.0
 """Times the third quartile of the gaps: what is above stands at the edge, with its value."""
 
 
-def plot(path: Path, tables: Mapping[str, Sequence[Row]], ratio: Ratio, title: str) -> None:
-    """Draw gaps over the share of sparse steps and of sparse FLOPs, and losses over estimated time.
+def plot_gaps(path: Path, tables: Mapping[str, Sequence[Row]], title: str) -> None:
+    """Draw final losses minus those of dense training over the share of GEMM FLOPs that could run sparse.
+
+    Args:
+        path: The picture.
+        tables: Task name to its rows.
+        title: Above everything.
+    """
+    note = "mean ± standard deviation over seeds; points of equal shares stand side by side; ↑: beyond the axis"
+    labels = {"xlabel": "GEMM FLOPs that could run sparse (%)", "ylabel": "final loss minus dense (nats)"}
+    _plot(path, tables, f"{title}\n{note}", labels, _gaps)
+
+
+def plot_losses(path: Path, tables: Mapping[str, Sequence[Row]], ratio: Ratio, title: str) -> None:
+    """Draw validation losses over estimated time.
 
     Args:
         path: The picture.
@@ -28,6 +44,18 @@ def plot(path: Path, tables: Mapping[str, Sequence[Row]], ratio: Ratio, title: s
         ratio: Dense over sparse GEMM time.
         title: Above everything.
     """
+    note = f"means over seeds; sparse GEMMs {ratio.value:g}× as fast, {ratio.source}"
+    labels = {"xlabel": "estimated time in dense steps", "ylabel": "validation loss (nats)"}
+    _plot(path, tables, f"{title}\n{note}", labels, partial(_losses, ratio=ratio.value))
+
+
+def _plot(
+    path: Path,
+    tables: Mapping[str, Sequence[Row]],
+    title: str,
+    labels: Mapping[str, str],
+    draw: Callable[[Any, Sequence[Row], Mapping[str, Mapping[str, Any]]], None],
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,21 +67,26 @@ def plot(path: Path, tables: Mapping[str, Sequence[Row]], ratio: Ratio, title: s
         method: _style(number) for number, method in enumerate(name for name in methods if name != DENSE)
     }
     styles[DENSE] = {"color": "black", "marker": "o"}
-    size = (18, 4.9 * len(tables) + 0.35 * math.ceil(len(methods) / 4) + 0.3)
-    figure, grid = plt.subplots(len(tables), 3, figsize=size, constrained_layout=True, squeeze=False)
-    for axes, (name, rows) in zip(grid, tables.items(), strict=True):
-        _task(axes, name, rows, ratio, styles)
+    columns = min(COLUMNS, len(tables))
+    lines = math.ceil(len(tables) / columns)
+    size = (6 * columns, 4.2 * lines + 0.35 * math.ceil(len(methods) / columns) + 0.3)
+    figure, grid = plt.subplots(lines, columns, figsize=size, constrained_layout=True, squeeze=False)
+    for axis in grid.flat[len(tables) :]:
+        axis.set_axis_off()
+    for axis, (name, rows) in zip(grid.flat, tables.items(), strict=False):
+        draw(axis, rows, styles)
+        axis.set(**labels)
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.grid(alpha=0.25)
     lost = {row.method for rows in tables.values() for row in rows if row.lost}
     handles = [
         Line2D([], [], label=method + " †" * (method in lost), linestyle="none", markersize=7, **styles[method])
         for method in methods
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9)
-    note = "mean ± standard deviation over seeds; points of equal shares stand side by side; ↑: beyond the axis"
-    note += "; †: a seed without a finite loss is not in it" if lost else ""
-    figure.suptitle(f"{title}\n{note}", fontsize=10)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
+    figure.suptitle(title + ("; †: a seed without a finite loss is not in it" if lost else ""), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
@@ -97,22 +130,8 @@ def _middle(group: Sequence[int], places: Sequence[float]) -> float:
     return statistics.mean(places[number] for number in group)
 
 
-def _task(
-    axes: Sequence[Any], name: str, rows: Sequence[Row], ratio: Ratio, styles: Mapping[str, Mapping[str, Any]]
-) -> None:
-    _gaps(axes[0], rows, [100 * row.steps_share for row in rows], styles)
-    _gaps(axes[1], rows, [100 * row.flops_share for row in rows], styles)
-    _losses(axes[2], rows, ratio.value, styles)
-    axes[0].set(xlabel="steps with a mask in force (%)", ylabel="final loss minus dense (nats)")
-    axes[1].set(xlabel="GEMM FLOPs that could run sparse (%)", ylabel="final loss minus dense (nats)")
-    source = f"sparse GEMMs {ratio.value:g}× as fast, {ratio.source}"
-    axes[2].set(xlabel=f"estimated time in dense steps ({source})", ylabel="validation loss (nats)")
-    for axis in axes:
-        axis.set_title(name, fontsize=10, loc="left")
-        axis.grid(alpha=0.25)
-
-
-def _gaps(axis: Any, rows: Sequence[Row], places: Sequence[float], styles: Mapping[str, Mapping[str, Any]]) -> None:
+def _gaps(axis: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    places = [100 * row.flops_share for row in rows]
     top = ceiling([mean_and_deviation(row.gaps)[0] for row in rows])
     for row, place in zip(rows, side_by_side(places, APART * max(places)), strict=True):
         mean, deviation = mean_and_deviation(row.gaps)
@@ -131,7 +150,7 @@ def _gaps(axis: Any, rows: Sequence[Row], places: Sequence[float], styles: Mappi
         axis.set_ylim(top=1.15 * top)
 
 
-def _losses(axis: Any, rows: Sequence[Row], ratio: float, styles: Mapping[str, Mapping[str, Any]]) -> None:
+def _losses(axis: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str, Any]], ratio: float) -> None:
     top, shown = ceiling([mean_and_deviation(row.gaps)[0] for row in rows]), []
     for row in rows:
         losses: dict[int, list[float]] = {}

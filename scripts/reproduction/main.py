@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 
 from .command_line import command_of, ratio_of, read, tasks_of
-from .figure import plot
+from .figure import plot_gaps, plot_losses
 from .jobs import Finished, Job, run_all
 from .methods import METHODS
 from .provenance import commit, environment, sources_digest
@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     finished = Finished(options.runs / "runs.jsonl")
     digest = f"{sources_digest()}, {here}"
     runs, failures = run_all(jobs, finished, digest, options.jobs, options.threads, stamp, options.fresh)
-    table, picture, text = (options.out.with_suffix(suffix) for suffix in (".csv", ".png", ".md"))
+    table, gaps, text = (options.out.with_suffix(suffix) for suffix in (".csv", ".png", ".md"))
+    losses = gaps.with_name(f"{gaps.stem}-losses.png")
     runs = together(beside_dense(runs), read_csv(table) if options.keep else [])
     known = {task.name: task for models in TASKS.values() for task in models.values()}
     known |= {task.name: task for task in tasks}
@@ -41,16 +42,18 @@ def main(arguments: list[str] | None = None) -> int:
     summaries = [(name, summarise([run for run in runs if run.task == name], ratio.value)) for name in names]
     tables: dict[str, tuple[Task, list[Row]]] = {name: (known[name], rows) for name, rows in summaries}
     seeds = f"{options.seeds} seed{'s' if options.seeds > 1 else ''}"
-    for task, rows in tables.values():
+    for task, rows in (tables[task.name] for task in tasks if task.name in tables):
         show(rows, task, f"{task.name}, {task.steps} steps, {seeds}; {ratio.source} ratio {ratio.value:g}")
     for failure in failures:
         print(f"{failure.job} fails: {failure.reason}", file=sys.stderr)
     if not tables:
         return 1
     write_csv(table, runs)
-    plot(picture, {name: rows for name, (_, rows) in tables.items()}, ratio, f"{seeds}; {here}")
-    write_markdown(text, command_of(options), tables, failures, seeds, ratio, here, picture.name)
-    print(f"wrote {table}, .png and .md")
+    rows_of = {name: rows for name, (_, rows) in tables.items()}
+    plot_gaps(gaps, rows_of, f"{seeds}; {here}")
+    plot_losses(losses, rows_of, ratio, f"{seeds}; {here}")
+    write_markdown(text, command_of(options), tables, failures, seeds, ratio, here, (gaps.name, losses.name))
+    print(f"wrote {table}, {gaps.name}, {losses.name} and {text.name}")
     return int(bool(failures) or any(run.violations for run in runs))
 
 

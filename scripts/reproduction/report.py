@@ -77,7 +77,7 @@ def write_markdown(
     seeds: str,
     ratio: Ratio,
     environment: str,
-    picture: str,
+    pictures: tuple[str, str],
 ) -> None:
     """Write a table for every task, with its conditions."""
     lines = [f"# Methods compared: `{command}`", ""]
@@ -91,7 +91,9 @@ def write_markdown(
         ]
     for failure in failures:
         lines += [f"No result for {failure.job}: {failure.reason}", ""]
-    lines += ["## How to read this", "", *_words(ratio, environment), "", f"![gaps and losses]({picture})", ""]
+    lines += ["## How to read this", "", *_words(ratio, environment), ""]
+    gaps, losses = pictures
+    lines += [f"![gaps over the share of sparse FLOPs]({gaps})", "", f"![losses over estimated time]({losses})", ""]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines))
 

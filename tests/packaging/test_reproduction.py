@@ -81,7 +81,8 @@ def test_all_methods_train_both_models_and_a_failing_run_is_told(
     assert all(text.count(f"\n| {name} |") == 2 for name in set(names) - {FAILS})
     assert f"No result for GPT tiny, {FAILS}, seed 0: ValueError: criterion is 'wanda' but masks are searched" in text
     assert text.count("| accuracy |") == 1  # only of images
-    assert (tmp_path / "results" / "methods.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("methods.png", "methods-losses.png"):
+        assert (tmp_path / "results" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_interrupted_comparison_goes_on_without_training_again(
@@ -212,9 +213,10 @@ def test_losses_that_are_not_finite_are_published(load: Load, tmp_path: Path) ->
     rows = summary.summarise(summary.beside_dense(again), ratio.value)
     load("table").write_csv(tmp_path / "a.csv", again)
     report.write_markdown(
-        tmp_path / "a.md", "scripts/x", {"GPT tiny": (task, rows)}, [], "2 seeds", ratio, "here", "a.png"
+        tmp_path / "a.md", "scripts/x", {"GPT tiny": (task, rows)}, [], "2 seeds", ratio, "here", ("a.png", "b.png")
     )
-    load("figure").plot(tmp_path / "a.png", {"GPT tiny": rows}, ratio, "title")
+    load("figure").plot_gaps(tmp_path / "a.png", {"GPT tiny": rows}, "title")
+    load("figure").plot_losses(tmp_path / "b.png", {"GPT tiny": rows}, ratio, "title")
     with (tmp_path / "a.csv").open(newline="") as file:
         losses = [row["loss"] for row in csv.DictReader(file) if row["step"] == "4"]
     assert losses == ["2.00000", "2.00000", "2.25000", "nan", "nan", "inf"]
@@ -222,7 +224,7 @@ def test_losses_that_are_not_finite_are_published(load: Load, tmp_path: Path) ->
     (half,) = [line for line in lines if line.startswith("| half |")]
     assert half.startswith("| half | 2.2500 (not finite: seed 1) | +0.2500 | 100.0% | 50.0% |")
     assert any(line.startswith("| none | nan (not finite: seed 0, 1) | nan |") for line in lines)
-    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("a.png", "b.png"))
 
 
 @pytest.mark.parametrize("method", ["dense", "fst", "sr_ste", "slope"])
