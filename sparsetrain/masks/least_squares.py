@@ -41,7 +41,7 @@ def gram(input: Tensor) -> Tensor:
         input: ``[..., I]``, of any dtype.
 
     Returns:
-        Of each block with a feature that is always one behind it, so that the number of tokens is in it.
+        ``XᵀX`` of every block, behind whose features is one that is always one, so that it counts the tokens.
 
     Example:
         >>> found = gram(torch.tensor([[1.0, 2.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0]]))
@@ -66,7 +66,7 @@ def refitted(weight: Tensor, mask: Tensor, grams: Tensor, damping: float | None 
     Args:
         weight: ``[O, I]``.
         mask: Bool ``[O, I]``, true where an entry is kept; any pattern.
-        grams: What :func:`gram` returns for the inputs, ``[blocks, width, width]``.
+        grams: What :func:`gram` returns for the inputs, ``[blocks, side, side]``.
         damping: δ; None is a block's features per token, as few tokens say little, but at least 0.01.
 
     Returns:
