@@ -12,49 +12,44 @@ WIDTH = 2048
 LEAST_DAMPING = 0.01
 """Of any block; see :func:`refitted`."""
 
-MARGIN = 4
-"""Rows and columns of a Gram matrix behind its features': one of a feature that is always one, then empty ones."""
-
 CHUNK = 1 << 22
 """Numbers that are solved for at once, about."""
 
 
 def gram_shape(features: int) -> tuple[int, int, int]:
-    """Return the shape of what :func:`gram` returns: blocks, and a block's width with its margin twice.
+    """Return the shape of what :func:`gram` returns: blocks, a block's width and one, and its width.
 
     Args:
         features: Of the input.
 
     Example:
         >>> gram_shape(384), gram_shape(3072)
-        ((1, 388, 388), (2, 1540, 1540))
+        ((1, 385, 384), (2, 1537, 1536))
     """
     blocks = math.ceil(features / WIDTH)
-    side = 4 * math.ceil(features / (4 * blocks)) + MARGIN
-    return blocks, side, side
+    width = 4 * math.ceil(features / (4 * blocks))
+    return blocks, width + 1, width
 
 
 def gram(input: Tensor) -> Tensor:
-    """Return the sums over tokens of the products of neighbouring features, float32 ``[blocks, side, side]``.
+    """Return the sums over tokens of the products of neighbouring features, and below them how many tokens there were.
 
     Args:
         input: ``[..., I]``, of any dtype.
 
     Returns:
-        ``XᵀX`` of every block, behind whose features is one that is always one, so that it counts the tokens.
+        Float32 ``[blocks, width + 1, width]``: of every block ``XᵀX``, then a row of the number of tokens.
 
     Example:
-        >>> found = gram(torch.tensor([[1.0, 2.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0]]))
-        >>> found[0, :2, :2].tolist(), found[0, 4, 4].item()
-        ([[10.0, 2.0], [2.0, 4.0]], 2.0)
+        >>> gram(torch.tensor([[1.0, 2.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0]]))[0, (0, 1, 4), :2].tolist()
+        [[10.0, 2.0], [2.0, 4.0], [2.0, 2.0]]
     """
-    blocks, side, _ = gram_shape(input.shape[-1])
-    width = side - MARGIN
+    blocks, _, width = gram_shape(input.shape[-1])
     tokens = F.pad(input.reshape(-1, input.shape[-1]).float(), (0, blocks * width - input.shape[-1]))
-    parts = F.pad(tokens.view(-1, blocks, width), (0, 1), value=1.0)
-    parts = F.pad(parts, (0, MARGIN - 1)).transpose(0, 1)
+    parts = tokens.view(-1, blocks, width).transpose(0, 1)
     with torch.autocast(input.device.type, enabled=False):
-        return parts.mT @ parts
+        products = parts.mT @ parts
+    return torch.cat([products, products.new_full((blocks, 1, width), tokens.shape[0])], dim=1)
 
 
 def refitted(weight: Tensor, mask: Tensor, grams: Tensor, damping: float | None = None) -> Tensor:
@@ -66,7 +61,7 @@ def refitted(weight: Tensor, mask: Tensor, grams: Tensor, damping: float | None 
     Args:
         weight: ``[O, I]``.
         mask: Bool ``[O, I]``, true where an entry is kept; any pattern.
-        grams: What :func:`gram` returns for the inputs, ``[blocks, side, side]``.
+        grams: What :func:`gram` returns for the inputs.
         damping: δ; None is a block's features per token, as few tokens say little, but at least 0.01.
 
     Returns:
@@ -81,7 +76,7 @@ def refitted(weight: Tensor, mask: Tensor, grams: Tensor, damping: float | None 
     Source: Frantar & Alistarh, "SparseGPT", ICML 2023, arXiv 2301.00774, eq. 2, solved exactly for a given mask.
     """
     rows, columns = weight.shape
-    blocks, width = grams.shape[0], grams.shape[1] - MARGIN
+    blocks, _, width = grams.shape
     pad = (0, blocks * width - columns)
     whole = F.pad(weight.float(), pad).view(rows, blocks, width)
     kept = F.pad(mask, pad).view(rows, blocks, width)
@@ -99,13 +94,10 @@ def refitted(weight: Tensor, mask: Tensor, grams: Tensor, damping: float | None 
 
 def _damped(own: Tensor, damping: float | None) -> Tensor:
     """Return a block's ``G + δ·diag(G)``; features that were always zero are as if alone."""
-    width = own.shape[0] - MARGIN
-    squares, count = own.diagonal()[:width], own[width, width]
-    if damping is None:
-        share = torch.where(count > 0, width / count, 0).clamp_min(LEAST_DAMPING)
-    else:
-        share = torch.full_like(count, damping)
-    return own[:width, :width] + torch.diag(torch.where(squares > 0, share * squares, 1.0))
+    products, tokens = own[:-1], own[-1, 0]
+    share = (len(products) / tokens).clamp_min(LEAST_DAMPING) if damping is None else damping
+    squares = products.diagonal()
+    return products + torch.diag(torch.where(squares > 0, share * squares, 1.0))
 
 
 def _solved(weight: Tensor, kept: Tensor, matrix: Tensor, most: int) -> Tensor:

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks.states import require_keys
-from ..masks.least_squares import MARGIN
 
 PARTS = ("lr_restart", "adapters", "moments", "decay", "frozen_moments", "distillation", "soft_scales")
 """What is under ``modifiers`` since version 5."""
@@ -80,21 +79,17 @@ def _from_8(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_9(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Sums of inputs did not say how many tokens they are of, and were damped as if these were many."""
+    """Sums of inputs did not say of how many tokens they are, and were damped as if of many."""
     require_keys(state, ("modifiers",))
     parts = state["modifiers"]
     sums = parts.get("refit") if isinstance(parts, Mapping) else None
     if isinstance(sums, Mapping):
-        parts = {**parts, "refit": {name: _with_margin(value) for name, value in sums.items()}}
+        parts = {**parts, "refit": {name: _with_tokens(value) for name, value in sums.items()}}
     return {**state, "modifiers": parts}
 
 
-def _with_margin(gram: Any) -> Any:
-    if not isinstance(gram, Tensor):
-        return gram
-    padded = F.pad(gram, (0, MARGIN, 0, MARGIN))
-    padded[..., -MARGIN, -MARGIN] = 1e9
-    return padded
+def _with_tokens(sums: Any) -> Any:
+    return F.pad(sums, (0, 0, 0, 1), value=1e9) if isinstance(sums, Tensor) and sums.dim() == 3 else sums
 
 
 def _with_going(entries: Any) -> Any:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
-from sparsetrain.masks.least_squares import MARGIN, gram, refitted
+from sparsetrain.masks.least_squares import gram, refitted
 from sparsetrain.modifiers.refit import STEPS, Refit
+from sparsetrain.training.state_versions import STATE_VERSION
 
 TOTAL, HEAD = 48, 40
 METHOD = {"preset": "asp_one_shot", "prune_at": HEAD, "refit": True}
@@ -235,12 +236,17 @@ def test_what_has_no_inputs_or_no_masked_weight_is_refused(method: Any, message:
         Run(method() if callable(method) else method)
 
 
-@pytest.mark.parametrize("damage", [{"x": torch.zeros(1, 16, 16)}, {"0": torch.zeros(1, 8, 8)}, {"0": 3}, [1]])
-def test_a_damaged_state_is_refused(damage: Any) -> None:
+@pytest.mark.parametrize("version", [9, STATE_VERSION])
+@pytest.mark.parametrize(
+    "damage",
+    [{"x": torch.zeros(1, 16, 16)}, {"0": torch.zeros(1, 8, 8)}, {"0": torch.zeros(5)}, {"0": 3}, [1]],
+    ids=["another layer", "another shape", "no matrices", "a number", "no mapping"],
+)
+def test_a_damaged_state_is_refused(damage: Any, version: int) -> None:
     run = Run()
     run.go_on(0, HEAD - 1)
     state = run.training.state_dict()
-    state["modifiers"]["refit"] = damage
+    state["modifiers"]["refit"], state["version"] = damage, version
     with pytest.raises(ValueError, match=r"state\['modifiers'\]\['refit'\]"):
         Run(state=state)
 
@@ -249,7 +255,7 @@ def test_sums_of_the_version_before_go_on_with_the_damping_of_then() -> None:
     first = Run(lr=0.0)
     first.go_on(0, HEAD - 1)
     state = first.training.state_dict()
-    grams = {name: value[:, :-MARGIN, :-MARGIN] for name, value in state["modifiers"]["refit"].items()}
+    grams = {name: value[:, :-1] for name, value in state["modifiers"]["refit"].items()}
     second = Run(lr=0.0, state={**state, "version": 9, "modifiers": {**state["modifiers"], "refit": grams}})
     weight = second.model[0].weight.detach().clone()
     second.go_on(HEAD - 1, HEAD)
