@@ -83,7 +83,7 @@ def write_markdown(
     lines = [f"# Methods compared: `{command}`", ""]
     for name, (task, rows) in tables.items():
         header, body = _columns(rows, task)
-        lines += [f"## {name}", "", _line(header), _line(["---"] * len(header)), *map(_line, body), ""]
+        lines += [f"## {name}", "", line(header), line(["---"] * len(header)), *map(line, body), ""]
         lines += [
             f"{task.subject}; {task.steps} steps, {seeds}, sparse layers: "
             f"`{_targets(task)}`, {_precision(task)}. {_verdict(rows)}",
@@ -147,7 +147,8 @@ def _columns(rows: Sequence[Row], task: Task) -> tuple[list[str], list[list[str]
     return [HEADER[number] for number in kept], [[cells(row)[number] for number in kept] for row in rows]
 
 
-def _line(values: Sequence[str]) -> str:
+def line(values: Sequence[str]) -> str:
+    """Return a line of a Markdown table."""
     return "| " + " | ".join(values) + " |"
 
 

@@ -25,7 +25,11 @@ def test_a_table_keeps_the_rows_that_are_not_measured_again(
     for commit, task, methods in (("aaa", "gpt", ("step",)), ("bbb", "gpt", ("slope",)), ("ccc", "image", ("step",))):
         monkeypatch.setattr(main, "commit", lambda commit=commit: commit)
         words = ["--task", task, "--fresh", *(["--keep"] if commit != "aaa" else [])]
+        capsys.readouterr()
         assert main.main(arguments(tmp_path, *words, methods=methods)) == 0
+    printed = capsys.readouterr().out
+    assert "image tiny" in printed
+    assert "GPT tiny" not in printed
     found = {(row["task"], row["method"]): row["commit"] for row in rows_of(tmp_path)}
     assert found == {
         ("GPT tiny", "dense"): "bbb", ("GPT tiny", "slope"): "bbb", ("GPT tiny", "step"): "aaa",
