@@ -176,6 +176,7 @@ def update_(
         3
     """
     names = {id(layer.weight): name for name, layer in step.layers.items()}
+    group = {**group, "lr": float(group["lr"]) * step.lr_factor}
     for count in counts:
         count += 1
     alike: dict[tuple[Any, ...], dict[str, list[Tensor]]] = {}
@@ -191,6 +192,7 @@ def _update_alike(
 ) -> None:
     """Update weights of one device and dtype in their step number ``count``, those of equal targets at once."""
     batches: dict[tuple[object, ...], dict[str, Sides]] = {}
+    decay = step.decay / step.lr_factor if step.rule == "decay_weight" else step.decay  # times the longer rate
     for name in entries:
         sides = (operands_to_write(step.layers[name]) if step.pack else None) or (None, None)
         kinds = {operand.values.dtype for operand in sides if operand is not None and operand.values is not None}
@@ -202,8 +204,8 @@ def _update_alike(
         )
         sparse_adamw_(
             weights, gradients, averages, squares, [layer.mask_codes for layer in layers], *targets.columns,
-            targets.tables, float(group["lr"]), *map(float, group["betas"]), group["eps"], group["weight_decay"], count,
-            targets.orders, step.rule, step.decay, step.zeros, group["maximize"],
+            targets.tables, group["lr"], *map(float, group["betas"]), group["eps"], group["weight_decay"], count,
+            targets.orders, step.rule, decay, step.zeros, group["maximize"],
             [zlib.crc32(name.encode()) for name in batch], step.clock,
         )  # fmt: skip
         if targets.orders:

@@ -18,6 +18,7 @@ class MaskedStep:
         clock: Steps since the run began; with the name, it makes the random numbers that round in 16 bits.
         zeros: Write zeros into what is pruned, after the update.
         pack: Pack the updated weights into the layers' operands, as masks stay as they are.
+        lr_factor: By which the learning rate of the weights is multiplied, but not that of the rule.
         packed: Names of the layers whose operands the step has renewed.
     """
 
@@ -27,6 +28,7 @@ class MaskedStep:
     clock: int = 0
     zeros: bool = False
     pack: bool = False
+    lr_factor: float = 1.0
     packed: set[str] = field(default_factory=set)
 
 

@@ -17,6 +17,7 @@ RULES = {
     "decay": either(NOT_NEGATIVE, Rule("'auto'", lambda value: isinstance(value, str) and value == "auto")),
     "decay_on": one_of(get_args(DecayTarget)),
     "decay_in_head": FLAG,
+    "lr_factor": number("a finite number above 0", lambda value: value > 0),
     "hysteresis": NOT_NEGATIVE,
     "refit": FLAG,
     "forward": one_of(["hard", "soft"], allowed="'hard' or 'soft'"),
@@ -34,7 +35,7 @@ RULES = {
 }
 """What the fields of a method may be, beside those that are resolved by name."""
 
-CHANGEABLE = ("criterion", "refresh_every", "decay", "decay_ramp", "decay_in_head", "hysteresis", "refit")
+CHANGEABLE = ("criterion", "refresh_every", "decay", "decay_ramp", "decay_in_head", "lr_factor", "hysteresis", "refit")
 """Fields that ``if_pretrained`` may change: none of them says how layers are made."""
 
 
@@ -58,6 +59,8 @@ class Method:
             (float).
         decay_in_head: The decay begins with the run, in a dense head too: products are dense there, but what masks
             would prune is near zero when they come into force. The ramp is counted from the first step then.
+        lr_factor: By which the learning rate of layers with masks is multiplied, whatever the optimizer: what a step
+            changes in their weights. In a head with a decay it grows from 1 as λ grows from 0; in a dense tail it is 1.
         hysteresis: Bonus of entries that are kept now, as a fraction of the layer's mean score: masks flip less.
         refit: When masks come into force behind a dense phase, move the entries they keep to where the layers' outputs
             are closest to those of the dense weights, by least squares over the inputs of the last 32 steps.
@@ -83,7 +86,7 @@ class Method:
         distillation_temperature: T, which divides the logits of both.
         freeze_second_moments: From the first masked phase on, keep Adam's second moments of all parameters as they are.
         if_pretrained: Fields that have other values if the model has been trained before the run: ``criterion``,
-            ``refresh_every``, ``decay``, ``decay_ramp``, ``decay_in_head``, ``hysteresis`` or ``refit``.
+            ``refresh_every``, ``decay``, ``decay_ramp``, ``decay_in_head``, ``lr_factor``, ``hysteresis`` or ``refit``.
 
     Raises:
         ValueError: If a value is not allowed; the message names the field.
@@ -115,6 +118,7 @@ class Method:
     decay_on: DecayTarget = "gradient"
     decay_ramp: int | float = 0
     decay_in_head: bool = False
+    lr_factor: float = 1.0
     hysteresis: float = 0.0
     refit: bool = False
     forward: Literal["hard", "soft"] = "hard"

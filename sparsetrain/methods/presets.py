@@ -23,6 +23,7 @@ def recommended(
     criterion: str | Criterion = "auto",
     start: Start = "auto",
     refit: bool = True,
+    lr_factor: float = 2.0,
 ) -> Method:
     """Where to begin: a dense head in which a growing pull empties what masks prune, then moving masks; it ends 2:4.
 
@@ -38,6 +39,7 @@ def recommended(
             longer alike. The run's summary says which.
         refit: If pretrained, nothing is emptied in the head; instead the entries that masks keep are moved by least
             squares, when masks come into force, to make up for those they prune.
+        lr_factor: By which the learning rate of layers with masks is multiplied; it grows with the share.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -67,6 +69,7 @@ def recommended(
         decay_on="share",
         decay_ramp=warmup,
         decay_in_head=True,
+        lr_factor=lr_factor,
         if_pretrained=changes if warmup else {},  # both need inputs that a head has seen
     )
     return method if start == "auto" else method.chosen(start == "pretrained")

@@ -12,6 +12,7 @@ from .masked_updates import MaskedUpdates
 from .moment_clearing import MomentClearing
 from .moment_convergence import SecondMoments
 from .refit import Refit
+from .scaled_updates import ScaledUpdates
 from .soft_scales import SoftScales
 
 MODIFIERS: tuple[type[Modifier], ...] = (
@@ -22,6 +23,7 @@ MODIFIERS: tuple[type[Modifier], ...] = (
     SecondMoments,  # sees them before the decay is added
     LRRestart,  # before learning rates are read
     MaskedUpdates,  # the last that changes gradients or weights before the optimizer does
+    ScaledUpdates,  # behind what pulls at weights, and what tells an optimizer which it updates itself
     SoftScales,  # writes what products saw into weights, before frozen masks are written
     FrozenMoments,
     MomentClearing,

@@ -59,23 +59,17 @@ def _from_5(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_6(state: Mapping[str, Any]) -> dict[str, Any]:
     """No decay began before masks were in force."""
-    require_keys(state, ("method",))
-    method = state["method"]
-    return {**state, "method": {**method, "decay_in_head": False} if isinstance(method, Mapping) else method}
+    return _with_field(state, "decay_in_head", False)
 
 
 def _from_7(state: Mapping[str, Any]) -> dict[str, Any]:
     """No method was another one for pretrained models."""
-    require_keys(state, ("method",))
-    method = state["method"]
-    return {**state, "method": {**method, "if_pretrained": {}} if isinstance(method, Mapping) else method}
+    return _with_field(state, "if_pretrained", {})
 
 
 def _from_8(state: Mapping[str, Any]) -> dict[str, Any]:
     """No kept weights were re-fitted."""
-    require_keys(state, ("method",))
-    method = state["method"]
-    return {**state, "method": {**method, "refit": False} if isinstance(method, Mapping) else method}
+    return _with_field(state, "refit", False)
 
 
 def _from_9(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,6 +80,18 @@ def _from_9(state: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(sums, Mapping):
         parts = {**parts, "refit": {name: _with_tokens(value) for name, value in sums.items()}}
     return {**state, "modifiers": parts}
+
+
+def _from_10(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers with masks had the optimizer's learning rate."""
+    return _with_field(state, "lr_factor", 1.0)
+
+
+def _with_field(state: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Return a state whose method has a field more."""
+    require_keys(state, ("method",))
+    method = state["method"]
+    return {**state, "method": {**method, name: value} if isinstance(method, Mapping) else method}
 
 
 def _with_tokens(sums: Any) -> Any:
@@ -106,6 +112,7 @@ NEXT: dict[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     7: _from_7,
     8: _from_8,
     9: _from_9,
+    10: _from_10,
 }
 """By version, what brings a state into the form of the one after it."""
 

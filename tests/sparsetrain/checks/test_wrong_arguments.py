@@ -58,6 +58,7 @@ WRONG: dict[str, list[Any]] = {
     "adapter_merge": ["yes", None, 1],
     "clear_moments": ["yes", None, 1],
     "decay_in_head": ["yes", None, 1],
+    "lr_factor": ["x", None, 0, -1, float("inf"), True],
     "restart_lr": ["yes", None, 0],
     "distillation": ["x", None, -1, 2, float("nan"), True],
     "distillation_temperature": ["x", None, 0, float("inf")],

@@ -26,7 +26,7 @@ def require_close(run: Run, weights: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("version", [3, 4, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize("version", [3, 4, 5, 6, 7, 8, 9, 10])
 def test_a_run_goes_on_as_it_did_there(version: int, name: str) -> None:
     entry = written(version)[name]
     assert entry["saved"]["training"]["version"] == version
@@ -43,7 +43,7 @@ def test_a_run_goes_on_as_it_did_there(version: int, name: str) -> None:
 def test_a_run_does_what_it_did_there_from_the_beginning(name: str) -> None:
     run = Run(name)
     run.go_on(0, STOP + AFTER)
-    require_close(run, written(9)[name]["weights"])
+    require_close(run, written(10)[name]["weights"])
 
 
 @pytest.mark.parametrize("version", [3, 4, 5])

@@ -1,0 +1,69 @@
+"""A higher learning rate for layers with masks: their updates are lengthened behind the optimizer, whichever it is."""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..layers.masked_step import TakesMaskedSteps
+from ..methods.method import Method
+from .base import Modifier, Run, Setup, Step, Updated
+from .masked_decay import ramped
+
+
+class ScaledUpdates(Modifier):
+    """Multiplies what a step changes in weights whose masks are in force, or pull in a head.
+
+    Half as many weights in a sum move it half as far, so they have to move twice as far for the same change. A copy of
+    the weights is held while an optimizer steps, but for those that a :class:`TakesMaskedSteps` updates by itself.
+
+    Args:
+        method: Of the run.
+
+    Example:
+        >>> from sparsetrain.methods import Method
+        >>> ScaledUpdates(Method(lr_factor=2.0)).metrics()
+        {}
+
+    Source: Dey, Bergsma, Hestness, "Sparse maximal update parameterization", NeurIPS 2024, arXiv 2405.15743, table 1:
+    learning rates of Adam in proportion to 1 / density.
+    """
+
+    name = "scaled_updates"
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self._factor = 1.0
+        self._before: list[tuple[list[Tensor], list[Tensor]]] = []  # weights, and copies of them
+
+    @classmethod
+    def of(cls, run: Run, setup: Setup) -> Self | None:
+        """Return it for methods with an ``lr_factor``."""
+        return cls(run.method) if run.method.lr_factor != 1 else None
+
+    def factor(self, run: Run) -> float:
+        """Return the factor of the step that comes; in a head it grows with the decay."""
+        if run.phase != "dense":
+            return self._method.lr_factor
+        return 1 + (self._method.lr_factor - 1) * ramped(run.decay_age, run.steps(self._method.decay_ramp))
+
+    def before_step(self, run: Run, step: Step) -> None:
+        """Remember the weights, or tell an optimizer that updates them itself."""
+        self._before, self._factor = [], self.factor(run)
+        names = (run.pulled if run.phase == "dense" else run.active) & step.gradients.keys()
+        told = step.optimizer.masked_step if isinstance(step.optimizer, TakesMaskedSteps) else None
+        if told is not None:
+            told.lr_factor = self._factor
+            names -= told.layers.keys()
+        for group in run.groups.of(run.groups.chosen(run.layers, names)) if names else ():
+            weights = [weight.detach() for weight in group.weights]
+            self._before.append((weights, [weight.clone() for weight in weights]))
+
+    @torch.no_grad()
+    def after_update(self, optimizer: Optimizer) -> Updated:
+        """Lengthen what the step has changed."""
+        for weights, before in self._before:
+            torch._foreach_lerp_(weights, before, 1 - self._factor)
+        self._before = []
+        return Updated()
