@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .controls import CONTROLS
 from .methods import build
 from .tasks import Task
 from .training import Run, Validation, train
@@ -32,7 +33,7 @@ class Job:
     def key(self, conditions: str) -> str:
         """Return a digest of everything its numbers depend on; ``conditions`` are the sources and the environment."""
         parts = [self.task.describe(), build(self.entry).describe(), self.seed, conditions]
-        parts += [self.entry[key] for key in ("moments_frozen_at",) if key in self.entry]
+        parts += [self.entry[key] for key in CONTROLS if key in self.entry]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
 
 
@@ -142,7 +143,7 @@ def _results(jobs: Mapping[int, Job], workers: int, threads: int) -> Iterator[tu
 
 
 def _run(job: Job) -> Run:
-    return train(job.task, job.method, build(job.entry), job.seed, job.entry.get("moments_frozen_at"))
+    return train(job.task, job.method, build(job.entry), job.seed, job.entry)
 
 
 def _set_threads(threads: int) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 from sparsetrain.methods import Method, resolve_method
 from sparsetrain.methods.schedule import Phase, Schedule
 
+from .controls import CONTROLS
+
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"schedule": [{"kind": "dense"}]},
     "dense, second moments frozen half-way": {"schedule": [{"kind": "dense"}], "moments_frozen_at": 0.5},
+    "dense, twice the learning rate in sparse layers": {"schedule": [{"kind": "dense"}], "dense_lr_factor": 2.0},
     "recommended": {"preset": "recommended"},
     "recommended, dense tail 1/6": {"preset": "recommended", "dense_tail": 1 / 6},
     "recommended, last quarter frozen": {"preset": "recommended", "freeze": 0.25},
@@ -64,9 +67,9 @@ def build(entry: Mapping[str, Any]) -> Method:
 
     Args:
         entry: What :func:`sparsetrain.methods.resolve_method` takes, and ``after_dense``: the share of the steps that
-            are dense before the method, whose own fractions then are of the rest. ``moments_frozen_at`` is passed over.
+            are dense before the method, whose own fractions then are of the rest. :data:`CONTROLS` are passed over.
     """
-    arguments = {key: value for key, value in entry.items() if key != "moments_frozen_at"}
+    arguments = {key: value for key, value in entry.items() if key not in CONTROLS}
     share = arguments.pop("after_dense", 0.0)
     method = resolve_method(arguments)
     return after_dense(method, share) if share else method

@@ -3,7 +3,7 @@
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,12 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 
 from sparsetrain.callbacks import SparseTrainingCallback
 from sparsetrain.methods import Method
-from sparsetrain.modifiers.frozen_moments import FrozenMoments
 
+from .controls import controls_of
 from .tasks import Task
 
 VALIDATIONS = 10
 """Of a run, about."""
+
+NOTHING: Mapping[str, Any] = {}
 
 
 class Validation(NamedTuple):
@@ -116,19 +118,7 @@ class Watch(Callback):
         self.validations[step] = Validation(step, float(metrics["val/loss"]), accuracy)
 
 
-class MomentFreezer(Callback):
-    """Freezes the second moments of all parameters after so many steps, whatever the masks do."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
-        """Freeze once."""
-        if trainer.global_step == self._step:
-            FrozenMoments(trainer.optimizers).freeze()
-
-
-def train(task: Task, name: str, method: Method, seed: int, moments_frozen_at: float | None = None) -> Run:
+def train(task: Task, name: str, method: Method, seed: int, controls: Mapping[str, Any] = NOTHING) -> Run:
     """Train one model; the same seed gives every method the same weights and the same batches.
 
     Args:
@@ -136,17 +126,16 @@ def train(task: Task, name: str, method: Method, seed: int, moments_frozen_at: f
         name: Of the row.
         method: By which.
         seed: Any integer.
-        moments_frozen_at: Share of the run after which Adam's second moments stay as they are; None for never.
+        controls: What :func:`.controls.controls_of` takes.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", message=".*too few to adjust it")  # as a trial of some steps is
-        freezers = [] if moments_frozen_at is None else [MomentFreezer(round(moments_frozen_at * task.steps))]
-        return _train(task, name, method, seed, freezers)
+        return _train(task, name, method, seed, controls)
 
 
-def _train(task: Task, name: str, method: Method, seed: int, more: Sequence[Callback]) -> Run:
+def _train(task: Task, name: str, method: Method, seed: int, controls: Mapping[str, Any]) -> Run:
     seed_everything(seed, verbose=False)
     data = task.data(**task.data_options, seed=seed)
     model = task.module(**task.module_options)
@@ -159,7 +148,7 @@ def _train(task: Task, name: str, method: Method, seed: int, more: Sequence[Call
         devices=1,
         precision=task.precision,
         logger=False,
-        callbacks=[callback, watch, *more],
+        callbacks=[callback, watch, *controls_of(controls, callback, task.steps)],
         gradient_clip_val=1.0,
         val_check_interval=max(1, task.steps // VALIDATIONS),
         check_val_every_n_epoch=None,

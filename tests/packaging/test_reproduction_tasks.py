@@ -4,11 +4,15 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from reproduction_runs import Load
 from script_modules import REPRODUCTION, importable
+
+import sparsetrain as st
+from sparsetrain.callbacks import SparseTrainingCallback
 
 
 @pytest.fixture
@@ -54,12 +58,30 @@ def test_dense_training_may_freeze_its_moments_as_the_control_of_step(load: Load
     task, methods, train = replace(load("tasks").TASKS["gpt"]["tiny"], steps=8), load("methods"), load("training").train
     entry = methods.METHODS["dense, second moments frozen half-way"]
     method = methods.build(entry)
-    frozen, plain = train(task, "a", method, 0, entry["moments_frozen_at"]), train(task, "b", method, 0)
+    frozen, plain = train(task, "a", method, 0, entry), train(task, "b", method, 0)
     assert [one.loss == two.loss for one, two in zip(frozen.validations, plain.validations, strict=True)] == (
         [True] * 4 + [False] * 4
     )
     job = load("jobs").Job(task, "a", entry, 0)
     assert job.key("") != replace(job, entry=methods.METHODS["dense"]).key("")
+
+
+def test_dense_training_may_have_the_learning_rate_of_recommended_as_its_control(load: Load) -> None:
+    controls = load("controls")
+    entry = load("methods").METHODS["dense, twice the learning rate in sparse layers"]
+    model, rate = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False)), 0.5
+    weight, callback = model[0].weight, SparseTrainingCallback()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    method = load("methods").build(entry)
+    callback.training = st.SparseTraining(model, optimizer, method, 10, targets="all-linear", verbose=False)
+    (control,) = controls.controls_of(entry, callback, 10)
+    for step, factor in enumerate((1.5, 2.0, 2.0), 1):
+        weight.grad, before = torch.randn(4, 4), weight.detach().clone()
+        control.on_before_optimizer_step(None, model, optimizer)
+        optimizer.step()
+        control.on_train_batch_end(SimpleNamespace(global_step=step), model)
+        torch.testing.assert_close(weight.detach(), before - factor * rate * weight.grad)
+    assert controls.controls_of({"preset": "recommended"}, callback, 10) == []
 
 
 def test_the_loss_of_a_task_is_scaled_in_training_alone(load: Load) -> None:
