@@ -76,7 +76,7 @@ TABLES = {
         CHANGES,
         {
             "recommended": "recommended",
-            "share grows in a fifth of the head": "recommended, share grows in a fifth of the head",
+            "`lr_factor=1`": "recommended, lr_factor 1",
         },
     ),
 }

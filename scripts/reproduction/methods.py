@@ -18,13 +18,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "recommended, last quarter frozen": {"preset": "recommended", "freeze": 0.25},
     "recommended, share 0.1": {"preset": "recommended", "decay": 0.1},
     "recommended, full share from the start": {"preset": "recommended", "decay_ramp": 0},
-    "recommended, share grows in a fifth of the head": {"preset": "recommended", "decay_ramp": 0.04},
-    "recommended, share grows in a fifth of the head, dense tail 1/6": {
+    "recommended, lr_factor 1": {"preset": "recommended", "lr_factor": 1.0},
+    "recommended, lr_factor 1, dense tail 1/6": {"preset": "recommended", "lr_factor": 1.0, "dense_tail": 1 / 6},
+    "recommended, lr_factor 1, share grows in a fifth of the head": {
         "preset": "recommended",
+        "lr_factor": 1.0,
+        "decay_ramp": 0.04,
+    },
+    "recommended, lr_factor 1, share grows in a fifth of the head, dense tail 1/6": {
+        "preset": "recommended",
+        "lr_factor": 1.0,
         "decay_ramp": 0.04,
         "dense_tail": 1 / 6,
     },
-    "recommended, no re-fit": {"preset": "recommended", "refit": False},
+    "recommended, lr_factor 1, no re-fit": {"preset": "recommended", "lr_factor": 1.0, "refit": False},
     "recommended, no pull in the head": {"preset": "recommended", "decay_in_head": False, "decay_ramp": 0},
     "recommended, no head": {"preset": "recommended", "warmup": 0.0},
     "recommended, head 10 %": {"preset": "recommended", "warmup": 0.1},

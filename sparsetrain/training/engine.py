@@ -152,7 +152,8 @@ class SparseTraining(SavedRun):
     def _assemble(self, setup: Setup, layers: Mapping[str, MaskedLayer]) -> None:
         """Put together what trains sparse layers by the setup's method."""
         self._setup, self.method = setup, setup.method
-        self._selection = replace(self._selection, start=self._given.choice_in_words(self.method))
+        start = self._given.choice_in_words(self.method)
+        self._selection = replace(self._selection, start=start, lr_factor=self.method.lr_factor)
         self._phases, self._steps = assemble(setup, layers, self._removals)
         self._steps.run, self.masks = self, self._phases.masks
 

@@ -62,6 +62,7 @@ class SelectionReport:
         choices: One per layer, in the model's order.
         pattern: The pattern of the sparse layers.
         start: What the run begins from and takes from that, in words; empty if it makes no difference.
+        lr_factor: By which the learning rate of the sparse layers is multiplied.
 
     Example:
         >>> from sparsetrain import select_layers
@@ -74,6 +75,7 @@ class SelectionReport:
     choices: tuple[LayerChoice, ...]
     pattern: str = "transposable"
     start: str = ""
+    lr_factor: float = 1.0
 
     @property
     def sparse(self) -> tuple[LayerChoice, ...]:
@@ -98,6 +100,8 @@ class SelectionReport:
             f"sparse weights: {sparse:,} of {total:,} ({100 * sparse / max(total, 1):.1f} %) || "
             f"pattern: {self.pattern.replace('_', '-')} 2:4"
         )
+        if self.lr_factor != 1:
+            line += f" || their learning rate: ×{self.lr_factor:g}"
         if self.start:
             line += f" || start: {self.start}"
         if self.frozen:

@@ -139,5 +139,13 @@ def test_each_of_two_optimizers_moves_its_own() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_the_summary_says_it() -> None:
+    for factor, words in ((1.5, " || their learning rate: ×1.5"), (1.0, "")):
+        model = mlp()
+        own = method(lr_factor=factor)
+        training = st.SparseTraining(model, SGD(model.parameters(), lr=RATE), own, 12, verbose=False)
+        assert training.report.summary().partition("2:4")[2] == words
+
+
 def test_papers_methods_have_the_optimizers_rate() -> None:
     assert {name for name, preset in PRESETS.items() if preset().lr_factor != 1} == {"recommended"}
