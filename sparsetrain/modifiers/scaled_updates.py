@@ -4,7 +4,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from ..layers.masked_step import TakesMaskedSteps
 from ..methods.method import Method
@@ -36,6 +36,16 @@ class ScaledUpdates(Modifier):
         self._method = method
         self._factor = 1.0
         self._before: list[tuple[list[Tensor], list[Tensor]]] = []  # weights, and copies of them
+
+    @classmethod
+    def check(cls, setup: Setup) -> None:
+        """Raise ``ValueError`` if an optimizer moves weights several times in a step."""
+        factor = setup.method.lr_factor
+        if factor != 1 and any(isinstance(optimizer, LBFGS) for optimizer in setup.optimizers):
+            raise ValueError(
+                f"optimizer is LBFGS but method has lr_factor={factor}, and its step asks for the loss between moves: "
+                "set lr_factor=1, or use another optimizer."
+            )
 
     @classmethod
     def of(cls, run: Run, setup: Setup) -> Self | None:

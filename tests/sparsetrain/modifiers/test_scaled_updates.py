@@ -139,6 +139,15 @@ def test_each_of_two_optimizers_moves_its_own() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_an_optimizer_that_moves_several_times_in_a_step_is_refused() -> None:
+    model = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(ValueError, match=r"^optimizer is LBFGS but method has lr_factor=3.0, .*: set lr_factor=1, or"):
+        st.SparseTraining(model, optimizer, method(), 12, verbose=False)
+    assert type(model[0]) is nn.Linear
+    st.SparseTraining(model, optimizer, method(lr_factor=1.0), 12, verbose=False)
+
+
 def test_the_summary_says_it() -> None:
     for factor, words in ((1.5, " || their learning rate: ×1.5"), (1.0, "")):
         model = mlp()
