@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from ..kernels.torch_internals import foreach_lerp_
 from ..layers.masked_step import TakesMaskedSteps
 from ..methods.method import Method
 from .base import Modifier, Run, Setup, Step, Updated
@@ -74,6 +75,6 @@ class ScaledUpdates(Modifier):
     def after_update(self, optimizer: Optimizer) -> Updated:
         """Lengthen what the step has changed."""
         for weights, before in self._before:
-            torch._foreach_lerp_(weights, before, 1 - self._factor)
+            foreach_lerp_(weights, before, 1 - self._factor)
         self._before = []
         return Updated()
