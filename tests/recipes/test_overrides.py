@@ -22,14 +22,15 @@ from sparsetrain.recipes.cli.recipe_files import recipe_files
 pytestmark = pytest.mark.filterwarnings("ignore")
 CALLBACK = "sparsetrain.callbacks.SparseTrainingCallback"
 QUIET = ["--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.enable_checkpointing=false"]
+FROM_SCRATCH = {"warmup": 0.2, "dense_tail": 0.0, "refresh_every": 20, "decay": 0.5, "lr_factor": 2.0}
 SHIPPED = {
     "gpt_dense_prune_retrain.yaml": (asp_one_shot, {"prune_at": 0.5, "pattern": "transposable", "restart_lr": False}),
-    "gpt_from_scratch.yaml": (recommended, {"warmup": 0.2, "dense_tail": 0.0, "refresh_every": 20, "decay": 0.5}),
+    "gpt_from_scratch.yaml": (recommended, FROM_SCRATCH),
     "image_dense_prune_retrain.yaml": (
         asp_one_shot,
         {"prune_at": 0.5, "pattern": "transposable", "restart_lr": False},
     ),
-    "image_from_scratch.yaml": (recommended, {"warmup": 0.2, "dense_tail": 0.0, "refresh_every": 20, "decay": 0.5}),
+    "image_from_scratch.yaml": (recommended, FROM_SCRATCH),
 }
 
 
