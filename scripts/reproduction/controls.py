@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sparsetrain.callbacks import SparseTrainingCallback
 from sparsetrain.modifiers.frozen_moments import FrozenMoments
-from sparsetrain.modifiers.masked_decay import ramped
 
 CONTROLS = ("moments_frozen_at", "dense_lr_factor")
 """Keys of a row's entry that are no part of its method."""
@@ -33,11 +32,11 @@ class DenseFactor(Callback):
     Args:
         callback: Of the run.
         factor: By which.
-        ramp: Steps in which it grows from 1.
+        start: Steps before it does.
     """
 
-    def __init__(self, callback: SparseTrainingCallback, factor: float, ramp: int) -> None:
-        self._callback, self._factor, self._ramp = callback, factor, ramp
+    def __init__(self, callback: SparseTrainingCallback, factor: float, start: int) -> None:
+        self._callback, self._factor, self._start = callback, factor, start
         self._before: list[Tensor] = []
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -47,9 +46,10 @@ class DenseFactor(Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         """Lengthen what the step has changed."""
-        factor = 1 + (self._factor - 1) * ramped(trainer.global_step - 1, self._ramp)
+        if trainer.global_step <= self._start:
+            return
         for weight, before in zip(self._weights(), self._before, strict=True):
-            weight.lerp_(before, 1 - factor)
+            weight.lerp_(before, 1 - self._factor)
 
     def _weights(self) -> Iterator[Tensor]:
         training = self._callback.training

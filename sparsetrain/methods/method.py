@@ -60,7 +60,7 @@ class Method:
         decay_in_head: The decay begins with the run, in a dense head too: products are dense there, but what masks
             would prune is near zero when they come into force. The ramp is counted from the first step then.
         lr_factor: By which the learning rate of layers with masks is multiplied, whatever the optimizer: what a step
-            changes in their weights. In a head with a decay it grows from 1 as λ grows from 0; in a dense tail it is 1.
+            changes in their weights, while their masks are in force.
         hysteresis: Bonus of entries that are kept now, as a fraction of the layer's mean score: masks flip less.
         refit: When masks come into force behind a dense phase, move the entries they keep to where the layers' outputs
             are closest to those of the dense weights, by least squares over the inputs of the last 32 steps.

@@ -39,7 +39,7 @@ def recommended(
             longer alike. The run's summary says which.
         refit: If pretrained, nothing is emptied in the head; instead the entries that masks keep are moved by least
             squares, when masks come into force, to make up for those they prune.
-        lr_factor: By which the learning rate of layers with masks is multiplied; it grows with the share.
+        lr_factor: By which the learning rate of layers is multiplied while their masks are in force.
 
     Raises:
         ValueError: If a value is not allowed.

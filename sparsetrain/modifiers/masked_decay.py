@@ -22,20 +22,6 @@ FACTOR = 1.5
 """By which λ changes at a refresh outside the band."""
 
 
-def ramped(age: int, ramp: int) -> float:
-    """Return the share of its value that λ has in a step.
-
-    Args:
-        age: Steps before it since the decay began.
-        ramp: Steps in which λ grows.
-
-    Example:
-        >>> [ramped(age, 4) for age in (0, 1, 9)]
-        [0.25, 0.5, 1.0]
-    """
-    return min(1.0, (age + 1) / ramp) if ramp else 1.0
-
-
 class MaskedDecay:
     """λ of a run, and its use before every optimizer step.
 
@@ -61,7 +47,7 @@ class MaskedDecay:
 
     def at(self, age: int) -> float:
         """Return λ in the sparse phase's step number ``age``, from 0 up."""
-        return self.value * ramped(age, self.ramp)
+        return self.value * min(1.0, (age + 1) / self.ramp) if self.ramp else self.value
 
     def is_on_gradients(self, optimizer: Optimizer) -> bool:
         """Say whether the decay is added to gradients, not to weights."""

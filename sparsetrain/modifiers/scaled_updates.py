@@ -10,11 +10,10 @@ from ..kernels.torch_internals import foreach_lerp_
 from ..layers.masked_step import TakesMaskedSteps
 from ..methods.method import Method
 from .base import Modifier, Run, Setup, Step, Updated
-from .masked_decay import ramped
 
 
 class ScaledUpdates(Modifier):
-    """Multiplies what a step changes in weights whose masks are in force, or pull in a head.
+    """Multiplies what a step changes in weights whose masks are in force.
 
     Half as many weights in a sum move it half as far, so they have to move twice as far for the same change. A copy of
     the weights is held while an optimizer steps, but for those that a :class:`TakesMaskedSteps` updates by itself.
@@ -34,8 +33,7 @@ class ScaledUpdates(Modifier):
     name = "scaled_updates"
 
     def __init__(self, method: Method) -> None:
-        self._method = method
-        self._factor = 1.0
+        self._factor = method.lr_factor
         self._before: list[tuple[list[Tensor], list[Tensor]]] = []  # weights, and copies of them
 
     @classmethod
@@ -53,16 +51,10 @@ class ScaledUpdates(Modifier):
         """Return it for methods with an ``lr_factor``."""
         return cls(run.method) if run.method.lr_factor != 1 else None
 
-    def factor(self, run: Run) -> float:
-        """Return the factor of the step that comes; in a head it grows with the decay."""
-        if run.phase != "dense":
-            return self._method.lr_factor
-        return 1 + (self._method.lr_factor - 1) * ramped(run.decay_age, run.steps(self._method.decay_ramp))
-
     def before_step(self, run: Run, step: Step) -> None:
         """Remember the weights, or tell an optimizer that updates them itself."""
-        self._before, self._factor = [], self.factor(run)
-        names = (run.pulled if run.phase == "dense" else run.active) & step.gradients.keys()
+        self._before = []
+        names = run.active & step.gradients.keys()
         told = step.optimizer.masked_step if isinstance(step.optimizer, TakesMaskedSteps) else None
         if told is not None:
             told.lr_factor = self._factor

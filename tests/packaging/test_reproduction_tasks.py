@@ -75,7 +75,7 @@ def test_dense_training_may_have_the_learning_rate_of_recommended_as_its_control
     method = load("methods").build(entry)
     callback.training = st.SparseTraining(model, optimizer, method, 10, targets="all-linear", verbose=False)
     (control,) = controls.controls_of(entry, callback, 10)
-    for step, factor in enumerate((1.5, 2.0, 2.0), 1):
+    for step, factor in enumerate((1.0, 1.0, 2.0), 1):
         weight.grad, before = torch.randn(4, 4), weight.detach().clone()
         control.on_before_optimizer_step(None, model, optimizer)
         optimizer.step()
