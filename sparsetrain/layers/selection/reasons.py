@@ -13,6 +13,7 @@ from ..masked_layer import MaskedLayer
 from ..sharded.alignment import is_root, require_no_root, require_shardable
 from .heads import output_heads
 from .layer_classes import LAYERS, base_class, why_subclass
+from .report import NOT_IN_TARGETS
 from .surroundings import Surroundings
 from .weight_reads import weight_readers
 
@@ -45,7 +46,7 @@ class Reasons:
             ValueError: If its weight is spread over processes in a way that masks cannot follow.
         """
         if not kinds:
-            return "not in targets"
+            return NOT_IN_TARGETS
         surroundings, reason = self._surroundings, self._of_itself(name)
         role = "output head" if name in self._heads else "low-rank adapter" if surroundings.is_low_rank(name) else ""
         if role and kinds == {"group"} and name not in surroundings.peft_reasons:

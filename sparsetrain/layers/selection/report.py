@@ -12,6 +12,9 @@ from ..masked_layer import MaskedLayer
 SHOWN = 3
 """Layers that the summary names before it counts the rest."""
 
+NOT_IN_TARGETS = "not in targets"
+"""The reason of a layer that nobody asked for."""
+
 
 def first_few(words: Sequence[str]) -> str:
     """Return the first words and how many more there are.
@@ -91,6 +94,16 @@ class SelectionReport:
     def frozen(self) -> tuple[LayerChoice, ...]:
         """The layers that become sparse and have weights that are not trained."""
         return tuple(choice for choice in self.sparse if choice.is_frozen)
+
+    def why_dense(self) -> str:
+        """Return why layers in the targets stay dense: each reason behind the first layers that have it."""
+        layers: dict[str, list[str]] = {}
+        for choice in self.dense:
+            if choice.reason != NOT_IN_TARGETS:
+                layers.setdefault(choice.reason, []).append(repr(choice.name))
+        reasons = [f"{first_few(names)}: {reason}" for reason, names in layers.items()]
+        more = f"; and {len(reasons) - SHOWN} more reasons" if len(reasons) > SHOWN else ""
+        return "; ".join(reasons[:SHOWN]) + more
 
     def summary(self) -> str:
         """Return one line: counts, and the names of layers that are not trained or were asked for and stay dense."""

@@ -75,8 +75,9 @@ def select_layers(
         choices.append(LayerChoice(name, surroundings.shape(name), reason, is_named=is_named, is_frozen=is_frozen))
     report = SelectionReport(_with_fruitless(choices, matches), pattern)
     if not report.sparse:
-        why = "; ".join(f"{choice.name}: {choice.reason}" for choice in choices if choice.reason != "not in targets")
-        raise ValueError(f"targets: {targets!r} leaves no layer to make sparse ({why}); change targets or exclude.")
+        raise ValueError(
+            f"targets: {targets!r} leaves no layer to make sparse ({report.why_dense()}); change targets or exclude."
+        )
     return report
 
 

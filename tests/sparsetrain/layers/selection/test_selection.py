@@ -107,6 +107,20 @@ def test_a_wrong_target_is_an_error_that_leaves_the_model_alone(arguments, words
     assert [type(module) for module in model.modules()] == before
 
 
+def test_many_layers_that_stay_dense_are_a_short_message() -> None:
+    class OwnLinear(nn.Linear):
+        pass
+
+    odd = [nn.Linear(4, size) for size in range(5, 11) if size != 8]
+    model = nn.Sequential(*(OwnLinear(8, 8) for _ in range(99)), *odd)
+    with pytest.raises(ValueError, match=r"subclass of nn\.Linear") as caught:
+        st.sparsify_(model, targets=r"\d+")
+    assert "'0', '1', '2' and 96 more: subclass of nn.Linear (OwnLinear)" in str(caught.value)
+    assert "out_features 5 is not a multiple of 4; " in str(caught.value)
+    assert "and 3 more reasons" in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
 def test_weights_that_are_no_parameters_stay_dense_with_the_reason() -> None:
     model = nn.Sequential(
         nn.Linear(8, 8), torch.nn.utils.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 8), nn.LazyLinear(8)
