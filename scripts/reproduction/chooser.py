@@ -25,13 +25,13 @@ MODELS = (
     ("", "Llama", "1500", "Llama small, ×5 steps"),
     ("", "ViT, attention too", "600", "ViT small"),
     ("", "ConvNet", "600", "image small"),
-    ("", "ConvNet", "long", ""),
+    ("", "ConvNet", "3000", "image small, ×5 steps"),
     ("pretrained", "MiniLM, attention too", "200", "encoder small"),
+    ("", "MiniLM, attention too", "1000", "encoder small, ×5 steps"),
     ("", "last blocks of SmolLM2, attention too", "80", "last blocks small"),
-    ("", "transformer", "long", ""),
-    ("", "ConvNet", "any", ""),
+    ("", "EfficientNet-Lite0, 1 × 1 convolutions", "300", "EfficientNet small"),
 )
-"""By model; tasks that there are not yet have no name."""
+"""By model."""
 
 CHANGES = (
     ("as it is", "GPT small"),

