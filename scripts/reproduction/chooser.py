@@ -29,7 +29,7 @@ MODELS = (
     ("pretrained", "MiniLM, attention too", "200", "encoder small"),
     ("", "MiniLM, attention too", "1000", "encoder small, ×5 steps"),
     ("", "last blocks of SmolLM2, attention too", "80", "last blocks small"),
-    ("", "EfficientNet-Lite0, 1 × 1 convolutions", "300", "EfficientNet small"),
+    ("", "EfficientNet-Lite0, 1 × 1 convolutions", "600", "EfficientNet small"),
 )
 """By model."""
 

@@ -142,14 +142,14 @@ def _image(model: str, widths: tuple[int, ...], images: int, size: int, batch: i
 
 
 def _efficientnet(model: str, images: int, size: int, batch: int, steps: int, pretrained: bool) -> Task:
-    scaled = {"mean": (0.498,) * 3, "std": (0.502,) * 3}  # of its training
+    scaled = {"mean": (0.498,) * 3, "std": (0.502,) * 3}  # as ImageNet was
     return replace(
         _image(model, (), images, size, batch, steps),
         name=f"EfficientNet {model}",
         subject=f"EfficientNet-Lite0, pretrained on ImageNet, fine-tuned on {images:,} generated images of "
         f"{size} × {size} pixels in ten classes, a tenth of them held out, {batch} images a step, AdamW",
         module=EfficientNetModule,
-        module_options={"pretrained": pretrained, "learning_rate": 1e-3, **scaled},
+        module_options={"pretrained": pretrained, "learning_rate": 2e-3, **scaled},
         rows=MAIN_ROWS,
     )
 
@@ -220,7 +220,7 @@ TASKS: dict[str, dict[str, Task]] = {
     },
     "efficientnet": {
         "tiny": _efficientnet("tiny", 200, 32, 16, steps=40, pretrained=False),
-        "small": _efficientnet("small", 4_000, 64, 16, steps=300, pretrained=True),
+        "small": _efficientnet("small", 4_000, 64, 16, steps=600, pretrained=True),
     },
     "encoder": {
         "tiny": _encoder("tiny", 30, pieces=60, context=16),
