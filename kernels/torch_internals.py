@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module_hooks
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 # -- what follows the operations that are written -------------------------------------------------------------------
@@ -132,6 +133,23 @@ def remove_global_hook(handle: RemovableHandle) -> None:
 
 INIT_GROUP = "_init_group"
 """Where Adam collects what it updates in a group; what takes place there is inside the one step that hooks see."""
+
+
+def register_first_post_hook(optimizer: Optimizer, hook: Callable[..., None]) -> RemovableHandle:
+    """Register a hook that runs behind an optimizer's step before those that are there, for which there is no option.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+        >>> handles = [optimizer.register_step_post_hook(lambda *_: print("second"))]
+        >>> handles += [register_first_post_hook(optimizer, lambda *_: print("first"))]
+        >>> optimizer.step()
+        first
+        second
+    """
+    handle = optimizer.register_step_post_hook(hook)
+    hooks: Any = optimizer._optimizer_step_post_hooks  # an OrderedDict, in the order of calls
+    hooks.move_to_end(handle.id, last=False)
+    return handle
 
 
 def makes_optimizer_state() -> bool:

@@ -152,8 +152,8 @@ class Modifier:
     """Something that a method switches on; every method here may be left as it is.
 
     The engine calls them in the order of :data:`sparsetrain.modifiers.registry.MODIFIERS`. In a step:
-    :meth:`before_step` and :meth:`after_update` for each optimizer, then :meth:`after_step`. At the end of a phase:
-    :meth:`leave_phase`, a mask search and :meth:`after_search`, :meth:`enter_phase`.
+    :meth:`before_step` and :meth:`after_update`, or :meth:`drop_step`, for each optimizer, then :meth:`after_step`. At
+    the end of a phase: :meth:`leave_phase`, a mask search and :meth:`after_search`, :meth:`enter_phase`.
     """
 
     name: ClassVar[str]
@@ -178,8 +178,11 @@ class Modifier:
         """Look at or change final gradients; the step may still be skipped."""
 
     def after_update(self, optimizer: Optimizer) -> Updated:
-        """Say what an optimizer's successful step has done of the engine's work."""
+        """Act right behind an optimizer's successful step; say what it has done of the engine's work."""
         return Updated()
+
+    def drop_step(self, optimizer: Optimizer) -> None:
+        """Forget a step that was begun by :meth:`before_step` and skipped."""
 
     def after_step(self, run: Run) -> None:
         """Count a successful step, of every optimizer if there are several; the clock has moved, the phase has not."""

@@ -35,6 +35,7 @@ class MaskedUpdates(Modifier):
     def __init__(self, method: Method, decay: MaskedDecay) -> None:
         self._method, self._decay = method, decay
         self._masks_gradient = resolve_gradient_rule(method.frozen_gradient).pruned == 0
+        self._told: dict[TakesMaskedSteps, MaskedStep] = {}
 
     @classmethod
     def of(cls, run: Run, setup: Setup) -> Self | None:
@@ -48,6 +49,7 @@ class MaskedUpdates(Modifier):
 
     def before_step(self, run: Run, step: Step) -> None:
         """Do to weights or final gradients what comes before the update, or have the optimizer do it."""
+        self.drop_step(step.optimizer)  # one that failed
         in_head = run.phase == "dense"
         names = run.pulled if in_head else run.active
         if not names:
@@ -65,10 +67,12 @@ class MaskedUpdates(Modifier):
 
     def after_update(self, optimizer: Optimizer) -> Updated:
         """Say which layers the optimizer has packed and masked itself."""
-        if not isinstance(optimizer, TakesMaskedSteps) or optimizer.masked_step is None:
-            return Updated()
-        done, optimizer.masked_step = optimizer.masked_step, None
-        return Updated(done.packed, done.layers if done.zeros else ())
+        done = self._take_back(optimizer)
+        return Updated() if done is None else Updated(done.packed, done.layers if done.zeros else ())
+
+    def drop_step(self, optimizer: Optimizer) -> None:
+        """Take back what an optimizer was told."""
+        self._take_back(optimizer)
 
     def after_search(self, flip_rate_ratio: Callable[[], float | None]) -> None:
         """Change an automatic λ."""
@@ -92,15 +96,31 @@ class MaskedUpdates(Modifier):
         if self._decay.automatic:
             self._decay.value = float(state["value"])
 
+    def detach(self) -> None:
+        """Take back what optimizers were told before a step that failed."""
+        for optimizer in [*self._told]:
+            self._take_back(optimizer)
+
+    def _take_back(self, optimizer: Optimizer | TakesMaskedSteps) -> MaskedStep | None:
+        """Return what an optimizer was told, and tell it no longer; None if it was told nothing."""
+        if not isinstance(optimizer, TakesMaskedSteps) or optimizer not in self._told:
+            return None
+        optimizer.masked_step = None
+        return self._told.pop(optimizer)
+
     def _inside(self, run: Run, optimizer: Optimizer, layers: Mapping[str, MaskedLayer]) -> Mapping[str, MaskedLayer]:
         """Return the layers that the optimizer decays, masks and packs itself, and tell it to."""
-        if not isinstance(optimizer, TakesMaskedSteps):
+        if not isinstance(optimizer, TakesMaskedSteps) or optimizer.masked_step is not None:  # another run told it
             return {}
         inside = {name: layer for name, layer in layers.items() if optimizer.takes(layer)}
         decay = self._decay.at(run.decay_age) if run.phase == "sparse" else 0.0
         zeros = run.phase == "frozen" and self._method.frozen_in_place
         rule, settled = self._rule(optimizer, run.phase, decay), not run.moves_at(run.clock + 1)
-        optimizer.masked_step = MaskedStep(inside, rule, decay, run.clock, zeros, settled) if inside else None
+        if inside:
+            factor = self._method.lr_factor
+            self._told[optimizer] = optimizer.masked_step = MaskedStep(
+                inside, rule, decay, run.clock, zeros, settled, factor
+            )
         return inside
 
     def _rule(self, optimizer: Optimizer, phase: PhaseKind, decay: float) -> Rule:

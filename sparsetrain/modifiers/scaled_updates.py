@@ -1,15 +1,24 @@
-"""A higher learning rate for layers with masks: their updates are lengthened behind the optimizer, whichever it is."""
+"""A higher learning rate for layers with masks: their updates are lengthened behind the optimizer's."""
 
+import warnings
+from collections.abc import Mapping
 from typing import Self
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from ..distributed.shards import local
+from ..distributed.wrappers import state_holder
 from ..kernels.torch_internals import foreach_lerp_
+from ..layers.layer_group import LayerGroup
+from ..layers.masked_layer import MaskedLayer
 from ..layers.masked_step import TakesMaskedSteps
 from ..methods.method import Method
 from .base import Modifier, Run, Setup, Step, Updated
+
+NEAR = 0.5
+"""A tensor is a copy of weights if it is nearer to them than this share of their norm; moments are nowhere near."""
 
 
 class ScaledUpdates(Modifier):
@@ -17,6 +26,9 @@ class ScaledUpdates(Modifier):
 
     Half as many weights in a sum move it half as far, so they have to move twice as far for the same change. A copy of
     the weights is held while an optimizer steps, but for those that a :class:`TakesMaskedSteps` updates by itself.
+
+    An optimizer that holds weights in its own state (float32 masters, averages, what SAM or Lookahead go back to) would
+    not see the longer change: it is left alone, with a warning.
 
     Args:
         method: Of the run.
@@ -34,7 +46,9 @@ class ScaledUpdates(Modifier):
 
     def __init__(self, method: Method) -> None:
         self._factor = method.lr_factor
-        self._before: list[tuple[list[Tensor], list[Tensor]]] = []  # weights, and copies of them
+        self._before: dict[Optimizer, list[tuple[LayerGroup, list[Tensor]]]] = {}  # layers, and copies of their weights
+        self._entries: dict[Optimizer, int] = {}  # of the state that was looked at
+        self._left_alone: set[Optimizer] = set()
 
     @classmethod
     def check(cls, setup: Setup) -> None:
@@ -52,21 +66,59 @@ class ScaledUpdates(Modifier):
         return cls(run.method) if run.method.lr_factor != 1 else None
 
     def before_step(self, run: Run, step: Step) -> None:
-        """Remember the weights, or tell an optimizer that updates them itself."""
-        self._before = []
+        """Remember the weights, but for those that an optimizer updates itself."""
+        self.drop_step(step.optimizer)  # one that failed
         names = run.active & step.gradients.keys()
         told = step.optimizer.masked_step if isinstance(step.optimizer, TakesMaskedSteps) else None
         if told is not None:
-            told.lr_factor = self._factor
-            names -= told.layers.keys()
-        for group in run.groups.of(run.groups.chosen(run.layers, names)) if names else ():
-            weights = [weight.detach() for weight in group.weights]
-            self._before.append((weights, [weight.clone() for weight in weights]))
+            names -= {name for name, layer in told.layers.items() if run.layers.get(name) is layer}
+        layers = run.groups.chosen(run.layers, names) if names else {}
+        if layers and not self._is_left_alone(step.optimizer, layers):
+            groups = run.groups.of(layers)
+            self._before[step.optimizer] = [
+                (group, [weight.detach().clone() for weight in group.weights]) for group in groups
+            ]
 
     @torch.no_grad()
     def after_update(self, optimizer: Optimizer) -> Updated:
         """Lengthen what the step has changed."""
-        for weights, before in self._before:
-            foreach_lerp_(weights, before, 1 - self._factor)
-        self._before = []
+        for group, before in self._before.pop(optimizer, ()):
+            foreach_lerp_([weight.detach() for weight in group.weights], before, 1 - self._factor)
         return Updated()
+
+    def drop_step(self, optimizer: Optimizer) -> None:
+        """Forget the weights before it."""
+        self._before.pop(optimizer, None)
+
+    def detach(self) -> None:
+        """Forget the weights before a step that failed."""
+        self._before.clear()
+
+    def _is_left_alone(self, optimizer: Optimizer, layers: Mapping[str, MaskedLayer]) -> bool:
+        """Say whether an optimizer holds weights itself, and warn when that is found; a look at one layer is enough."""
+        if optimizer in self._left_alone:
+            return True
+        name, layer = next(iter(layers.items()))
+        state = state_holder(optimizer).state.get(layer.parameter, {})
+        if len(state) == self._entries.get(optimizer):
+            return False
+        self._entries[optimizer] = len(state)
+        copy = next((key for key, value in state.items() if _is_copy(value, layer.parameter)), None)
+        if copy is None:
+            return False
+        self._left_alone.add(optimizer)
+        warnings.warn(
+            f"optimizer {type(optimizer).__name__} holds weights itself ({copy!r} of layer {name!r}), which lr_factor="
+            f"{self._factor:g} does not reach, so sparse layers learn at its own rate: set lr_factor=1 and give them a "
+            f"parameter group with {self._factor:g} times the rate.",
+            stacklevel=2,
+        )
+        return True
+
+
+@torch.no_grad()
+def _is_copy(value: object, weight: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.shape != weight.shape or not value.is_floating_point():
+        return False
+    ours, theirs = local(weight).float(), local(value).float()
+    return bool((theirs - ours).norm() < NEAR * ours.norm())

@@ -169,15 +169,21 @@ class SparseTraining(SavedRun):
         claim(self.masks.layers.values(), self)
 
     def _follow(self, state: Any) -> bool:
-        saved = described_in(state)
-        for method in map(self._given.chosen, (False, True)):
-            if saved == method.describe() != self.method.describe():
-                self._removals.close()
-                timeline = method.schedule.resolve(self.total_steps)
-                setup = self._setup._replace(method=method, timeline=timeline, total_steps=self.total_steps)
-                self._assemble(setup, self.masks.layers)
-                return True
-        return False
+        saved, given = described_in(state), self._given
+        fields = given.if_pretrained if isinstance(saved, Mapping) and saved.get("name") == given.name else ()
+
+        def alike(method: Method) -> int:
+            words = method.describe()
+            return sum(saved.get(field) == words[field] for field in fields)
+
+        method = max(map(given.chosen, (False, True)), key=alike)  # other arguments may have changed since
+        if alike(method) == alike(self.method):
+            return False
+        self._removals.close()
+        timeline = method.schedule.resolve(self.total_steps)
+        setup = self._setup._replace(method=method, timeline=timeline, total_steps=self.total_steps)
+        self._assemble(setup, self.masks.layers)
+        return True
 
     def distilled(self, loss: Tensor) -> Tensor:
         """Mix what the teacher says about the last batch into a loss: ``(1 - share)·loss + share·T²·KL``.

@@ -51,7 +51,16 @@ def check_state(state: Any, phases: Phases, stacklevel: int) -> None:
     resumed = Resumed(timeline.at(state["clock"])[0], state["active"], same=not differing)
     _check_parts(state, phases.modifiers, resumed)
     for what in differing:
-        warnings.warn(f"resuming with another {what}: {here[what]} instead of {state[what]}.", stacklevel=stacklevel)
+        words = _difference(here[what], state[what])
+        warnings.warn(f"resuming with another {what}: {words}.", stacklevel=stacklevel)
+
+
+def _difference(here: Any, saved: Any) -> str:
+    """Return two values in words, or of two methods the fields that differ."""
+    if not (isinstance(here, Mapping) and isinstance(saved, Mapping)):
+        return f"{here} instead of {saved}"
+    fields = [name for name in here if name not in saved or saved[name] != here[name]]
+    return "; ".join(f"{name} is {here[name]!r} instead of {saved.get(name)!r}" for name in fields)
 
 
 def _check_form(state: Any) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..kernels.torch_internals import makes_optimizer_state
+from ..kernels.torch_internals import makes_optimizer_state, register_first_post_hook
 
 AdjustGradients = Callable[[Optimizer, "Tensor | None"], None]
 
 
 class StepHooks:
-    """Calls ``adjust`` with unscaled, clipped gradients before every step, and ``advance`` after a successful one.
+    """Calls ``adjust`` with unscaled, clipped gradients before every step, and the others after it.
 
     Three callers are told apart. A plain loop calls ``step()``: gradients are final, so ``adjust`` runs at once.
     Lightning runs backward and clipping in a closure inside ``step(closure)``: the closure is wrapped, so ``adjust``
@@ -26,7 +26,9 @@ class StepHooks:
     Args:
         optimizers: The optimizers to hang on.
         adjust: Called with the optimizer and the scale of its gradients (a scalar tensor, or None for 1).
-        written: Called with an optimizer after each of its steps.
+        updated: Called with an optimizer right behind each of its steps, before any hook that was there first, and
+            with whether it has stepped: not if it was skipped.
+        written: Called with an optimizer after each of its successful steps, in the order of hooks.
         advance: Called after each completed round of steps.
     """
 
@@ -34,20 +36,24 @@ class StepHooks:
         self,
         optimizers: Sequence[Optimizer],
         adjust: AdjustGradients,
+        updated: Callable[[Optimizer, bool], None],
         written: Callable[[Optimizer], None],
         advance: Callable[[], None],
     ) -> None:
         self._optimizers = list(optimizers)
         self._adjust = adjust
+        self._updated = updated
         self._written = written
         self._advance = advance
         self.stepped: set[int] = set()
         self._is_made_up = False  # the step at hand: it makes room for a state that is loaded, and trains nothing
+        self._is_skipped = False
         self._handles = [
             handle
             for optimizer in self._optimizers
             for handle in (
                 optimizer.register_step_pre_hook(self._before_step),
+                register_first_post_hook(optimizer, self._behind_update),
                 optimizer.register_step_post_hook(self._after_step),
             )
         ]
@@ -78,9 +84,14 @@ class StepHooks:
             return args, {**kwargs, "closure": closure_then_adjust}
         return (args[0], closure_then_adjust, *args[2:]), kwargs
 
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _behind_update(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
-        if self._is_made_up or (found_inf is not None and bool(found_inf)):
+        self._is_skipped = found_inf is not None and bool(found_inf)
+        if not self._is_made_up:
+            self._updated(optimizer, not self._is_skipped)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_made_up or self._is_skipped:
             return
         self._written(optimizer)
         self.stepped.add(self._optimizers.index(optimizer))

@@ -24,7 +24,10 @@ class Steps:
         self._phases, self._masters = phases, masters
         self._run, self._modifiers = phases.run, phases.modifiers
         self._masked: set[str] = set()  # frozen layers that optimizers have masked themselves since the clock moved
-        self.hooks = StepHooks(phases.run.optimizers, self._adjust_gradients, self._written, self._advance)
+        self._packed: set[str] = set()  # layers that an optimizer has packed in the step at hand
+        self.hooks = StepHooks(
+            phases.run.optimizers, self._adjust_gradients, self._updated, self._written, self._advance
+        )
 
     def _adjust_gradients(self, optimizer: Optimizer, scale: Tensor | None) -> None:
         """Item 1 of a step: gradients are unscaled (or ``scale`` says by how much they are not) and clipped."""
@@ -40,13 +43,22 @@ class Steps:
         for modifier in self._modifiers:
             modifier.before_step(self._run, step)
 
+    def _updated(self, optimizer: Optimizer, has_stepped: bool) -> None:
+        """Item 2 of a step: modifiers end what they began before it."""
+        for modifier in self._modifiers:
+            if has_stepped:
+                packed, masked = modifier.after_update(optimizer)
+                self._packed.update(packed)
+                self._masked.update(masked)
+            else:
+                modifier.drop_step(optimizer)
+
     def _written(self, optimizer: Optimizer) -> None:
         """A step of one of several optimizers: packed weights of its layers that it did not pack are out of date."""
         left = self._masters.layers_of(optimizer)
-        for modifier in self._modifiers:
-            packed, masked = modifier.after_update(optimizer)
-            self._masked.update(masked)
-            left = {name: layer for name, layer in left.items() if name not in packed} if packed else left
+        if self._packed:
+            left = {name: layer for name, layer in left.items() if name not in self._packed}
+            self._packed.clear()
         self._run.groups.invalidate(left, repacks=len(self._run.optimizers) == 1)
 
     def _advance(self) -> None:

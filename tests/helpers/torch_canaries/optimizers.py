@@ -40,6 +40,23 @@ def _() -> None:
 
 
 @canary(
+    "_optimizer_step_post_hooks",
+    "hooks behind a step run in the order of an OrderedDict, whose keys are the ids of their handles",
+    "torch/optim/optimizer.py, Optimizer.profile_hook_step and register_step_post_hook",
+    "lr_factor with averages of weights that hooks make: they would see half of every change",
+)
+def _() -> None:
+    optimizer, seen = torch.optim.SGD([nn.Parameter(torch.zeros(1))]), list[int]()
+    handles = [optimizer.register_step_post_hook(lambda *_, place=place: seen.append(place)) for place in range(3)]
+    optimizer._optimizer_step_post_hooks.move_to_end(handles[2].id, last=False)
+    optimizer.step()
+    assert seen == [2, 0, 1]
+    handles[2].remove()
+    optimizer.step()
+    assert seen[3:] == [0, 1]
+
+
+@canary(
     "_init_optim_state",
     "torch.distributed.checkpoint makes an optimizer's state by a step of zeros inside _init_optim_state",
     "torch/distributed/checkpoint/state_dict.py, _init_optim_state",

@@ -36,7 +36,7 @@ def hang_on(observer: Observer, optimizers: list[torch.optim.Optimizer]) -> Step
         for layer in layers.values():
             layer.weight.grad.add_(DECAY * (1 if scale is None else scale) * layer.weight.detach() * ~layer.mask)
 
-    return StepHooks(optimizers, adjust, lambda optimizer: None, observer.count)
+    return StepHooks(optimizers, adjust, lambda *_: None, lambda optimizer: None, observer.count)
 
 
 def numpy_count(name: str, running: Any, w: np.ndarray, g: np.ndarray, squares: np.ndarray) -> Any:

@@ -69,7 +69,7 @@ def test_loading_a_foreign_state_into_a_running_engine_changes_nothing() -> None
 def test_resuming_with_another_method_warns() -> None:
     state = sparse_run(fst(decay=0.1), 12)[2].state_dict()
     model = mlp()
-    with pytest.warns(UserWarning, match="another method"):
+    with pytest.warns(UserWarning, match=r"^resuming with another method: decay is 0\.2 instead of 0\.1\.$"):
         st.SparseTraining(model, adamw(model), fst(decay=0.2), 12, state=state, verbose=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

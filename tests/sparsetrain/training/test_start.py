@@ -163,6 +163,22 @@ def test_a_changed_method_is_not_followed() -> None:
     assert training.method == recommended(start="scratch")
 
 
+@pytest.mark.filterwarnings("ignore:resuming with another method")
+@pytest.mark.parametrize("change", [{"decay": 0.25}, {"lr_factor": 1.0}, {"warmup": 0.4}, {"dense_tail": 0.1}], ids=str)
+@pytest.mark.parametrize("start", ["scratch", "pretrained"])
+def test_a_run_keeps_what_it_began_as_with_other_numbers_too(start: str, change: dict[str, Any]) -> None:
+    saved = run_of(model_of(), {"preset": "recommended", "start": start, **change}).state_dict()
+    for gain in (None, TRAINED):
+        assert run_of(model_of(gain), state=saved).method == recommended(start=start)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:resuming with another method")
+def test_behind_another_preset_the_norms_say_it() -> None:
+    saved = run_of(model_of(), {"preset": "fst"}).state_dict()
+    assert run_of(model_of(), state=saved).method == recommended(start="scratch")
+    assert run_of(model_of(TRAINED), state=saved).method == recommended(start="pretrained")
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
