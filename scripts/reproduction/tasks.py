@@ -143,11 +143,12 @@ def _image(model: str, widths: tuple[int, ...], images: int, size: int, batch: i
 
 def _efficientnet(model: str, images: int, size: int, batch: int, steps: int, pretrained: bool) -> Task:
     scaled = {"mean": (0.498,) * 3, "std": (0.502,) * 3}  # as ImageNet was
+    network = "EfficientNet-Lite0, pretrained on ImageNet and fine-tuned" if pretrained else "A small EfficientNet-Lite"
     return replace(
         _image(model, (), images, size, batch, steps),
         name=f"EfficientNet {model}",
-        subject=f"EfficientNet-Lite0, pretrained on ImageNet, fine-tuned on {images:,} generated images of "
-        f"{size} × {size} pixels in ten classes, a tenth of them held out, {batch} images a step, AdamW",
+        subject=f"{network} on {images:,} generated images of {size} × {size} pixels in ten classes, a "
+        f"tenth of them held out, {batch} images a step, AdamW",
         module=EfficientNetModule,
         module_options={"pretrained": pretrained, "learning_rate": 2e-3, **scaled},
         rows=MAIN_ROWS,

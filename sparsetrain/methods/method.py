@@ -59,8 +59,9 @@ class Method:
             (float).
         decay_in_head: The decay begins with the run, in a dense head too: products are dense there, but what masks
             would prune is near zero when they come into force. The ramp is counted from the first step then.
-        lr_factor: By which the learning rate of layers with masks is multiplied, whatever the optimizer: what a step
-            changes in their weights, while their masks are in force.
+        lr_factor: By which the learning rate of layers with masks is multiplied while the masks are in force: what an
+            optimizer's step changes in their weights, its weight decay and a decay on gradients too, but not what a
+            decay on weights does before it. Not for LBFGS, nor for optimizers that hold weights in their state.
         hysteresis: Bonus of entries that are kept now, as a fraction of the layer's mean score: masks flip less.
         refit: When masks come into force behind a dense phase, move the entries they keep to where the layers' outputs
             are closest to those of the dense weights, by least squares over the inputs of the last 32 steps.
@@ -191,6 +192,24 @@ class Method:
         """
         changes = self.if_pretrained if pretrained else {}
         return replace(self, if_pretrained={}, **changes) if self.if_pretrained else self
+
+    def chosen_like(self, saved: Any) -> "Method | None":
+        """Return which of the two methods that it may be a run had begun with; None if that does not tell.
+
+        Args:
+            saved: That run's method as it was described; other arguments than ``if_pretrained`` may differ.
+
+        Example:
+            >>> method = Method(name="own", if_pretrained={"criterion": "wanda"})
+            >>> method.chosen_like(Method(name="own", criterion="wanda", decay=0.1).describe()).criterion
+            'wanda'
+        """
+        if not self.if_pretrained or not isinstance(saved, Mapping) or saved.get("name") != self.name:
+            return None
+        choices = [self.chosen(pretrained) for pretrained in (False, True)]
+        described = [choice.describe() for choice in choices]
+        alike = [sum(saved.get(field) == one[field] for field in self.if_pretrained) for one in described]
+        return None if alike[0] == alike[1] else choices[alike[1] > alike[0]]
 
     def choice_in_words(self, chosen: "Method") -> str:
         """Say which of the two methods that it may be was chosen; empty if there is but one.

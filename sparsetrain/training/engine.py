@@ -169,15 +169,8 @@ class SparseTraining(SavedRun):
         claim(self.masks.layers.values(), self)
 
     def _follow(self, state: Any) -> bool:
-        saved, given = described_in(state), self._given
-        fields = given.if_pretrained if isinstance(saved, Mapping) and saved.get("name") == given.name else ()
-
-        def alike(method: Method) -> int:
-            words = method.describe()
-            return sum(saved.get(field) == words[field] for field in fields)
-
-        method = max(map(given.chosen, (False, True)), key=alike)  # other arguments may have changed since
-        if alike(method) == alike(self.method):
+        method = self._given.chosen_like(described_in(state))
+        if method is None or method == self.method:
             return False
         self._removals.close()
         timeline = method.schedule.resolve(self.total_steps)

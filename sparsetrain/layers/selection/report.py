@@ -102,8 +102,8 @@ class SelectionReport:
             if choice.reason != NOT_IN_TARGETS:
                 layers.setdefault(choice.reason, []).append(repr(choice.name))
         reasons = [f"{first_few(names)}: {reason}" for reason, names in layers.items()]
-        more = f"; and {len(reasons) - SHOWN} more reasons" if len(reasons) > SHOWN else ""
-        return "; ".join(reasons[:SHOWN]) + more
+        more = len(reasons) - SHOWN
+        return "; ".join(reasons[:SHOWN]) + (f"; and {more} more reason{'s' * (more > 1)}" if more > 0 else "")
 
     def summary(self) -> str:
         """Return one line: counts, and the names of layers that are not trained or were asked for and stay dense."""
