@@ -21,6 +21,7 @@ MODELS = (
     ("", "GPT", "1500", "GPT small, ×5 steps"),
     ("", "Llama", "150", "Llama small, ×½ steps"),
     ("", "Llama", "300", "Llama small"),
+    ("", "Llama", "300, with Muon", "Llama small, Muon"),
     ("", "Llama, attention too", "300", "Llama small, attention too"),
     ("", "Llama", "1500", "Llama small, ×5 steps"),
     ("", "ViT, attention too", "600", "ViT small"),

@@ -19,6 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "recommended, share 0.1": {"preset": "recommended", "decay": 0.1},
     "recommended, full share from the start": {"preset": "recommended", "decay_ramp": 0},
     "recommended, lr_factor 1": {"preset": "recommended", "lr_factor": 1.0},
+    "recommended, lr_factor √2": {"preset": "recommended", "lr_factor": 2**0.5},
     "recommended, lr_factor 1, dense tail 1/6": {"preset": "recommended", "lr_factor": 1.0, "dense_tail": 1 / 6},
     "recommended, lr_factor 1, share grows in a fifth of the head": {
         "preset": "recommended",

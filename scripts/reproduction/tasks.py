@@ -102,10 +102,10 @@ def _gpt(
 
 
 def _llama(
-    model: str, width: int, depth: int, heads: int, context: int, batch: int, max_bytes: int, steps: int
+    model: str, width: int, depth: int, heads: int, context: int, batch: int, max_bytes: int, steps: int, **options: Any
 ) -> Task:
     return replace(
-        _gpt(model, width, depth, heads, context, batch, max_bytes, steps, kv_heads=heads // 2),
+        _gpt(model, width, depth, heads, context, batch, max_bytes, steps, kv_heads=heads // 2, **options),
         name=f"Llama {model}",
         subject=f"Byte-level Llama of width {width} with {depth} blocks, two queries to a key, on Python source code, "
         f"{batch} × {context} bytes a step, AdamW",
@@ -198,6 +198,12 @@ def _small_gpt(words: str, rows: tuple[str, ...], **changes: Any) -> Task:
     return replace(task, module=ScaledGPTModule, module_options={**task.module_options, "loss_factor": factor})
 
 
+def _small_llama(words: str, steps: int = 300, **options: Any) -> Task:
+    """Return the small Llama with options of its own or another number of steps."""
+    task = _llama("small", 128, 4, 4, 128, 16, 8_000_000, steps, **options)
+    return replace(task, name=f"Llama small, {words}", subject=f"{task.subject}, {words}", rows=MAIN_ROWS)
+
+
 TASKS: dict[str, dict[str, Task]] = {
     "gpt": {
         "tiny": _gpt("tiny", 32, 2, 2, 32, 4, 300_000, steps=40, validation_blocks=16),
@@ -232,31 +238,19 @@ TASKS: dict[str, dict[str, Task]] = {
         "small": _last_blocks("small", 4, 80),
     },
     "gpt-long": {"small": _small_gpt("×5 steps", MAIN_ROWS, steps=1500)},
-    "llama-long": {
-        "small": replace(
-            _llama("small", 128, 4, 4, 128, 16, 8_000_000, steps=1500), name="Llama small, ×5 steps", rows=MAIN_ROWS
-        )
-    },
+    "llama-long": {"small": _small_llama("×5 steps", steps=1500)},
     "image-long": {
         "small": replace(
             _image("small", (32, 64, 128), 20_000, 32, 64, steps=3000), name="image small, ×5 steps", rows=MAIN_ROWS
         )
     },
     "encoder-long": {"small": replace(_encoder("small", 1000), name="encoder small, ×5 steps")},
-    "llama-short": {
-        "small": replace(
-            _llama("small", 128, 4, 4, 128, 16, 8_000_000, steps=150), name="Llama small, ×½ steps", rows=MAIN_ROWS
-        )
-    },
-    "llama-all-linear": {
-        "small": replace(
-            _llama("small", 128, 4, 4, 128, 16, 8_000_000, steps=300),
-            name="Llama small, attention too", targets="all-linear", rows=MAIN_ROWS,
-        )
-    },
+    "llama-short": {"small": _small_llama("×½ steps", steps=150)},
+    "llama-all-linear": {"small": replace(_small_llama("attention too"), targets="all-linear")},
     "gpt-muon": {
         "small": _small_gpt("Muon", MAIN_ROWS, optimizer="muon", learning_rate=1.2e-2),
     },
+    "llama-muon": {"small": _small_llama("Muon", optimizer="muon", learning_rate=1.2e-2)},
     "gpt-loss-x10": {"small": _small_gpt("loss ×10", ROBUST_ROWS, loss_factor=10.0)},
     "gpt-loss-x0.1": {"small": _small_gpt("loss ×0.1", ROBUST_ROWS, loss_factor=0.1)},
     "gpt-lr-x2": {"small": _small_gpt("learning rate ×2", ROBUST_ROWS, learning_rate=4e-3)},
