@@ -24,8 +24,8 @@ def language_model(pretrained: bool) -> nn.Module:
     """Return SmolLM2-135M in float32, or a tiny Llama with the same random weights each time."""
     transformers = require("transformers", "hf", "the language model")
     if pretrained:
-        options: dict[str, Any] = {"dtype": torch.float32, **gguf_options()}
-        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), **options)
+        folder, options = folder_of(SMOLLM2), {"dtype": torch.float32, **gguf_options()}
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         return model
     with torch.random.fork_rng():
         torch.manual_seed(0)
