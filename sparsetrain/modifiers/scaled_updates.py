@@ -18,7 +18,10 @@ from ..methods.method import Method
 from .base import Modifier, Run, Setup, Step, Updated
 
 NEAR = 0.5
-"""A tensor is a copy of weights if it is nearer to them than this share of their norm; moments are nowhere near."""
+"""A tensor is a copy of weights if it is nearer to them than this share of their norm."""
+
+MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+"""Tensors that are none, though a weight decay in gradients may bring them near."""
 
 
 class ScaledUpdates(Modifier):
@@ -103,7 +106,8 @@ class ScaledUpdates(Modifier):
         if len(state) == self._entries.get(optimizer):
             return False
         self._entries[optimizer] = len(state)
-        copy = next((key for key, value in state.items() if _is_copy(value, layer.parameter)), None)
+        tensors = {key: value for key, value in state.items() if key not in MOMENTS}
+        copy = next((key for key, value in tensors.items() if _is_copy(value, layer.parameter)), None)
         if copy is None:
             return False
         self._left_alone.add(optimizer)
@@ -120,5 +124,6 @@ class ScaledUpdates(Modifier):
 def _is_copy(value: object, weight: Tensor) -> bool:
     if not isinstance(value, Tensor) or value.shape != weight.shape or not value.is_floating_point():
         return False
-    ours, theirs = local(weight).float(), local(value).float()
+    ours = local(weight).float()
+    theirs = local(value).to(ours)  # it may be offloaded
     return bool((theirs - ours).norm() < NEAR * ours.norm())

@@ -163,3 +163,14 @@ def test_an_optimizer_that_holds_weights_itself_is_left_alone(kind: Callable[...
         found.append([*model.parameters()])
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_momentum_that_is_mostly_weight_decay_is_no_copy() -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1.0)  # it begins near the weight
+    st.SparseTraining(model, optimizer, method(schedule=st.from_scratch(1, 0)), STEPS, verbose=False)
+    train(model, optimizer, 1)
+    for layer in (model[0], model[2]):
+        weight = layer.weight
+        assert (optimizer.state[weight]["momentum_buffer"] - weight).norm() < 0.5 * weight.norm()
+    train(model, optimizer, 3, start=1)  # a warning would be an error
