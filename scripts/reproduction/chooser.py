@@ -28,7 +28,7 @@ MODELS = (
     ("", "ConvNet", "600", "image small"),
     ("", "ConvNet", "3000", "image small, ×5 steps"),
     ("pretrained", "MiniLM, attention too", "200", "encoder small"),
-    ("", "MiniLM, attention too", "1000", "encoder small, ×5 steps"),
+    ("", "MiniLM, attention too", "600", "encoder small, ×3 steps"),
     ("", "last blocks of SmolLM2, attention too", "80", "last blocks small"),
     ("", "EfficientNet-Lite0, 1 × 1 convolutions", "600", "EfficientNet small"),
 )

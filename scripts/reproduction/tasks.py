@@ -244,7 +244,7 @@ TASKS: dict[str, dict[str, Task]] = {
             _image("small", (32, 64, 128), 20_000, 32, 64, steps=3000), name="image small, ×5 steps", rows=MAIN_ROWS
         )
     },
-    "encoder-long": {"small": replace(_encoder("small", 1000), name="encoder small, ×5 steps")},
+    "encoder-long": {"small": replace(_encoder("small", 600), name="encoder small, ×3 steps")},
     "llama-short": {"small": _small_llama("×½ steps", steps=150)},
     "llama-all-linear": {"small": replace(_small_llama("attention too"), targets="all-linear")},
     "gpt-muon": {
