@@ -38,6 +38,7 @@ CHANGES = (
     ("as it is", "GPT small"),
     ("loss × 10", "GPT small, loss ×10"),
     ("loss × 0.1", "GPT small, loss ×0.1"),
+    ("learning rate × 4", "GPT small, learning rate ×4"),
     ("learning rate × 2", "GPT small, learning rate ×2"),
     ("learning rate × ½", "GPT small, learning rate ×½"),
     ("batch × 2", "GPT small, batch ×2"),

@@ -253,6 +253,7 @@ TASKS: dict[str, dict[str, Task]] = {
     "llama-muon": {"small": _small_llama("Muon", optimizer="muon", learning_rate=1.2e-2)},
     "gpt-loss-x10": {"small": _small_gpt("loss ×10", ROBUST_ROWS, loss_factor=10.0)},
     "gpt-loss-x0.1": {"small": _small_gpt("loss ×0.1", ROBUST_ROWS, loss_factor=0.1)},
+    "gpt-lr-x4": {"small": _small_gpt("learning rate ×4", ROBUST_ROWS, learning_rate=8e-3)},
     "gpt-lr-x2": {"small": _small_gpt("learning rate ×2", ROBUST_ROWS, learning_rate=4e-3)},
     "gpt-lr-x0.5": {"small": _small_gpt("learning rate ×½", ROBUST_ROWS, learning_rate=1e-3)},
     "gpt-batch-x2": {"small": _small_gpt("batch ×2", ROBUST_ROWS, batch=32)},
