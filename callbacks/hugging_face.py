@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 class HuggingFaceSparseTraining(SparseRun, TrainerCallback):
     """Train with 2:4 sparsity: add it to a ``transformers.Trainer``, change nothing else.
 
-    The twin of :class:`SparseTrainingCallback`, with the same arguments, phases and metrics. The run's length comes
-    from the trainer and follows it. After ``train()`` the layers are plain ones again, with zeros if the run ends
-    sparse, and one line, ``callback.training.ending``, says what the model is. While it trains, everything that is
-    saved from ``model.state_dict()`` is the sparse model: checkpoints, ``trainer.save_model()``,
+    The twin of :class:`SparseTrainingCallback`, with the same arguments but ``gather``, phases and metrics. The run's
+    length comes from the trainer and follows it. After ``train()`` the layers are plain ones again, with zeros if the
+    run ends sparse, and one line, ``callback.training.ending``, says what the model is. While it trains, everything
+    that is saved from ``model.state_dict()`` is the sparse model: checkpoints, ``trainer.save_model()``,
     ``model.save_pretrained()``. What resuming bit for bit needs besides is in a checkpoint's ``optimizer.pt``, so
     ``train(resume_from_checkpoint=...)`` finds it in any folder; with ``save_only_model=True`` there is none. With
     ``load_best_model_at_end`` the model ends as the best checkpoint has it.

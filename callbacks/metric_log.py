@@ -37,6 +37,7 @@ class MetricLog:
     ``sparsity/refresh_ms``                milliseconds of the last mask search
     ``sparsity/repack_ms``                 milliseconds of packing weights after the last step
     ``sparsity/operand_bytes``             bytes of packed weights on the device
+    ``sparsity/decay``                     λ of the masked decay in the next step; 0 where nothing is pulled
     ``sparsity/distillation``              T²·KL from the teacher on the last batch, in nats, of a method that distils
     ``sparsity/clock``                     successful optimizer steps
     =====================================  =========================================================================

@@ -86,7 +86,7 @@ def _parser() -> Parser:
 
 def _list_recipes(rest: Sequence[str]) -> int:
     if rest:
-        raise ValueError(f"recipes takes no argument, and {rest[0]!r} is given: leave it away.")
+        raise ValueError(f"recipes takes no argument, and {rest[0]!r} is given: leave it out.")
     for name, path in recipe_files().items():
         print(f"{name:32} {path.read_text().splitlines()[0].lstrip('# ')}")
     return 0

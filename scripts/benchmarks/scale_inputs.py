@@ -195,7 +195,7 @@ def models_of(options: argparse.Namespace) -> list[Model]:
             Model(one.name, one.parameters, one.sparse_share if given is None else given, one.rows) for one in chosen
         ]
     if options.model:
-        raise ValueError("--model goes with neither --layer nor --parameters: leave it away for your own model.")
+        raise ValueError("--model goes with neither --layer nor --parameters: leave it out for your own model.")
     if not options.layer:
         if given is None:
             raise ValueError("--parameters needs --sparse-share or --layer, to know how many of them are sparse.")

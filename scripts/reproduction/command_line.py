@@ -14,7 +14,8 @@ from .tasks import MODELS, TASKS, Task
 
 EXAMPLES = """
 examples:
-  scripts/reproduce_methods                                      # small GPT and images, all methods, three seeds
+  scripts/reproduce_methods                                      # every task and its methods, three seeds: many hours
+  scripts/reproduce_methods --task gpt --task image              # small GPT and images, all methods
   scripts/reproduce_methods --jobs 2                             # two runs at a time, the same numbers
   scripts/reproduce_methods --task image --method fst,\\ as\\ published --method recommended --seeds 1 --out runs/try
   scripts/reproduce_methods --model 124M --measured docs/results/gemm.csv   # on a GPU
@@ -36,7 +37,7 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"--model is {options.model}: task {name} has {', '.join(TASKS[name])}.")
     options.method = list(dict.fromkeys([DENSE, *options.method])) if options.method else []
     if options.keep and not options.out.with_suffix(".csv").exists():
-        parser.error(f"--keep needs a table, but there is no {options.out.with_suffix('.csv')}: leave it away.")
+        parser.error(f"--keep needs a table, but there is no {options.out.with_suffix('.csv')}: leave it out.")
     try:
         ratio_of(options)
     except (OSError, ValueError) as error:
@@ -63,11 +64,14 @@ def ratio_of(options: argparse.Namespace) -> Ratio:
 
 
 def command_of(options: argparse.Namespace) -> str:
-    """Return the command that makes the same comparison."""
-    words = ["scripts/reproduce_methods", *(f"--task {name}" for name in options.task), f"--model {options.model}"]
+    """Return the command that makes the same comparison; that of a row if only some were made."""
+    tasks = ["TASK"] if options.keep else options.task
+    words = ["scripts/reproduce_methods", *(f"--task {name}" for name in tasks), f"--model {options.model}"]
     words += [f"--steps {options.steps}"] if options.steps else []
     words += [f"--seeds {options.seeds}"]
-    if options.method:
+    if options.keep:
+        words += ["--method METHOD"]
+    elif options.method:
         words += [f"--method {shlex.quote(method)}" for method in options.method]
     words += ["--keep"] if options.keep else []
     return " ".join(words)

@@ -10,7 +10,7 @@ from rich.table import Table
 from .jobs import Failure
 from .ratios import Ratio
 from .summary import DENSE, Row, first_to_reach, mean_and_deviation
-from .tasks import Task
+from .tasks import TASKS, Task
 
 HEADER = ("method", "validation loss", "gap to dense", "accuracy", "sparse steps", "sparse FLOPs", "estimated time",
           "dense loss reached at", "ends", "violations", "steps", "seeds", "commit")  # fmt: skip
@@ -81,9 +81,9 @@ def write_markdown(
 ) -> None:
     """Write a table for every task, with its conditions."""
     lines = [f"# Methods compared: `{command}`", ""]
-    for name, (task, rows) in tables.items():
+    for task, rows in tables.values():
         header, body = _columns(rows, task)
-        lines += [f"## {name}", "", line(header), line(["---"] * len(header)), *map(line, body), ""]
+        lines += [f"## {_title(task)}", "", line(header), line(["---"] * len(header)), *map(line, body), ""]
         lines += [
             f"{task.subject}; {task.steps} steps, {seeds}, sparse layers: "
             f"`{_targets(task)}`, {_precision(task)}. {_verdict(rows)}",
@@ -96,6 +96,11 @@ def write_markdown(
     lines += [f"![gaps over the share of sparse FLOPs]({gaps})", "", f"![losses over estimated time]({losses})", ""]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines))
+
+
+def _title(task: Task) -> str:
+    options = [option for option, sizes in TASKS.items() if task.name in {size.name for size in sizes.values()}]
+    return f"{task.name} (`--task {options[0]}`)" if options else task.name
 
 
 def _words(ratio: Ratio, environment: str) -> list[str]:

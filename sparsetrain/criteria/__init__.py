@@ -6,6 +6,7 @@ from .gradients import Fisher, Movement, WeightGradient
 from .inputs import Wanda
 from .registry import CRITERIA, resolve_criterion
 from .stateless import Magnitude, Random
+from .statistics import StatisticCriterion
 
 __all__ = [
     "CRITERIA",
@@ -14,6 +15,7 @@ __all__ = [
     "Magnitude",
     "Movement",
     "Random",
+    "StatisticCriterion",
     "Wanda",
     "WeightGradient",
     "keep_dense_layers",

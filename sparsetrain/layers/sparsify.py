@@ -52,7 +52,7 @@ def sparsify_(
         model: Any module; its linear layers and convolutions are candidates.
         targets: As in :func:`sparsetrain.select_layers`.
         exclude: As in :func:`sparsetrain.select_layers`.
-        pattern: ``"transposable"`` or ``"row_wise"``.
+        pattern: As in :class:`sparsetrain.Method`.
         criterion: What ranks the entries: ``"magnitude"``, ``"random"`` or a :class:`sparsetrain.Criterion`, whose
             statistics, if it needs any, must be there.
         gradient: Rule of the weight gradient: ``"ste"``, ``"masked"`` or ``scaled(kept, pruned)``.

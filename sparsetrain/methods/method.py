@@ -45,7 +45,8 @@ class Method:
 
     Args:
         name: Shown in logs.
-        pattern: ``"transposable"`` or ``"row_wise"``.
+        pattern: ``"transposable"``, ``"row_wise"`` or ``"double_pruned"``, which is row-wise and pruned again along
+            ``out_features`` for the input gradient.
         criterion: What ranks the entries of a weight: a name or a :class:`sparsetrain.Criterion`.
         schedule: The phases.
         refresh_every: Optimizer steps between two mask searches in a sparse phase.
@@ -63,7 +64,7 @@ class Method:
             optimizer's step changes in their weights, its weight decay and a decay on gradients too, but not what a
             decay on weights does before it. Not for LBFGS, nor for optimizers that hold weights in their state.
         hysteresis: Bonus of entries that are kept now, as a fraction of the layer's mean score: masks flip less.
-        refit: When masks come into force behind a dense phase, move the entries they keep to where the layers' outputs
+        refit: When masks come into force after a dense phase, move the entries they keep to where the layers' outputs
             are closest to those of the dense weights, by least squares over the inputs of the last 32 steps.
         forward: ``"hard"``: products see ``W⊙M``; ``"soft"``: kept entries shrink by what is pruned beside them, times
             a factor that is fixed at the first sparse step.

@@ -56,8 +56,10 @@ def _changed_preset(name: str, arguments: dict[str, Any]) -> Method:
         if getattr(method, key) != getattr(default, key):
             raise ValueError(
                 f"method: {key!r} is given, and so is an argument of {name} that sets it ({', '.join(arguments)}): "
-                "leave one of them away."
+                "leave one of them out."
             )
+    # what a user wrote down holds for pretrained models too
+    changes.setdefault("if_pretrained", {key: of for key, of in method.if_pretrained.items() if key not in changes})
     return replace(method, **changes)
 
 
@@ -82,15 +84,15 @@ def _checked(arguments: dict[str, Any], owner: str, own: Sequence[str]) -> dict[
 
 def _no_argument(key: object, owner: str, own: Sequence[str], known: Sequence[str]) -> str:
     has = ", ".join([*own, "and the fields of Method"] if own else known)
-    if near := did_you_mean(key, [*own, *known]):
-        return f"method: {owner} has no argument {key!r}{near}; it has {has}."
     arguments = {name: list(inspect.signature(preset).parameters) for name, preset in PRESETS.items()}
     if owners := [name for name in arguments if key in arguments[name]]:
         return (
-            f"method: {owner} has no argument {key!r}, which is one of {', '.join(owners)}: leave it away, or give "
-            f"the method as a whole (method={owner}, method={owners[0]}); {owner} has {has}."
+            f"method: {owner} has no argument {key!r}, which is one of {', '.join(owners)}: leave it out "
+            f"(method={owner} alone drops all arguments), or take a preset that has it (preset={owners[0]!r}); "
+            f"{owner} has {has}."
         )
-    near = did_you_mean(key, {argument for every in arguments.values() for argument in every})
+    every = {argument for some in arguments.values() for argument in some}
+    near = did_you_mean(key, [*own, *known]) or did_you_mean(key, every)
     return f"method: {owner} has no argument {key!r}{near}; it has {has}."
 
 

@@ -303,7 +303,7 @@ def rounds(
     require_length("every", every)
     require("by", by, one_of(["layers", "density"], allowed="'layers' or 'density'"))
     if by == "density" and count not in (None, 2):
-        raise ValueError(f"count is {count!r}: by density there are 2 rounds, 3:4 and 2:4, so leave count away.")
+        raise ValueError(f"count is {count!r}: by density there are 2 rounds, 3:4 and 2:4, so leave count out.")
     count = 3 if count is None else count
     require("count", count, whole(1, of="rounds"))
     phases = [Phase("dense", start)] if start else []

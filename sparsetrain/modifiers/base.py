@@ -208,7 +208,7 @@ class Modifier:
         """Return low-rank adapters that it trains beside the weights, by layer name."""
         return {}
 
-    def metrics(self) -> dict[str, float | None]:
+    def metrics(self, run: Run) -> dict[str, float | None]:
         """Return numbers to log; None for what there is not yet."""
         return {}
 

@@ -172,7 +172,7 @@ class Distillation(Modifier):
         """Mix losses while masks are in force."""
         self.active = run.phase != "dense"
 
-    def metrics(self) -> dict[str, float | None]:
+    def metrics(self, run: Run) -> dict[str, float | None]:
         """Return the divergence on the last batch, nats."""
         return {"distillation": self.term}
 

@@ -26,8 +26,8 @@ class MaskedUpdates(Modifier):
 
     Example:
         >>> from sparsetrain.methods import fst
-        >>> MaskedUpdates(fst(decay=0.1), MaskedDecay(0.1)).metrics()
-        {'decay': 0.1}
+        >>> MaskedUpdates(fst(decay=0.1), MaskedDecay(0.1)).state_dict()
+        {'value': 0.1}
     """
 
     name = "decay"
@@ -79,9 +79,12 @@ class MaskedUpdates(Modifier):
         if self._decay.automatic:
             self._decay.adapt(flip_rate_ratio())
 
-    def metrics(self) -> dict[str, float | None]:
-        """Return λ, if there is a decay."""
-        return {"decay": self._decay.value if self._method.decay else None}
+    def metrics(self, run: Run) -> dict[str, float | None]:
+        """Return λ of the next step, 0 where nothing is pulled, if there is a decay."""
+        if not self._method.decay:
+            return {"decay": None}
+        pulls = run.pulled if run.phase == "dense" else run.active if run.phase == "sparse" else ()
+        return {"decay": self._decay.at(run.decay_age) if pulls else 0.0}
 
     def state_dict(self) -> dict[str, Any]:
         """Return λ."""

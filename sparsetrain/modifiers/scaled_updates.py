@@ -38,8 +38,8 @@ class ScaledUpdates(Modifier):
 
     Example:
         >>> from sparsetrain.methods import Method
-        >>> ScaledUpdates(Method(lr_factor=2.0)).metrics()
-        {}
+        >>> ScaledUpdates(Method(lr_factor=2.0)).name
+        'scaled_updates'
 
     Source: Dey, Bergsma, Hestness, "Sparse maximal update parameterization", NeurIPS 2024, arXiv 2405.15743, table 1:
     learning rates of Adam in proportion to 1 / density.

@@ -1,5 +1,6 @@
 """What a run is refused for when it is set up, before anything is changed."""
 
+import inspect
 import warnings
 from collections.abc import Sequence
 
@@ -11,12 +12,16 @@ from ..distributed.peers import is_parallel
 from ..layers.claims import run_of
 from ..layers.selection.report import SelectionReport, first_few
 from ..methods.method import Method
+from ..methods.presets import PRESETS
 from ..methods.schedule import Timeline
 from ..modifiers.base import Setup
 from ..modifiers.masked_decay import AUTO_START
 from ..modifiers.registry import check_all
 from .shard_checks import check_shards
 from .step_hooks import owned_parameters
+
+HEADS = ("warmup", "prune_at", "start")
+"""Arguments of presets that give the schedule a dense head."""
 
 
 def check_setup(setup: Setup, report: SelectionReport, backend: str) -> None:
@@ -58,10 +63,12 @@ def check_statistics(report: SelectionReport, method: Method) -> None:
     """
     missing = _missing(report, method)
     if missing and method.schedule.first_kind != "dense":
+        known = inspect.signature(PRESETS[method.name]).parameters if method.name in PRESETS else ()
+        argument = next((f" ({name})" for name in HEADS if name in known), "")
         raise ValueError(
             f"criterion is {resolve_criterion(method.criterion).name!r} but masks are searched before the first step, "
-            f"when it has no statistics of layer {missing[0]!r}: give the schedule a dense head of some steps (warmup, "
-            "prune_at or start), or use criterion='magnitude'."
+            f"when it has no statistics of layer {missing[0]!r}: give the schedule a dense head of some steps"
+            f"{argument}, or use criterion='magnitude'."
         )
 
 

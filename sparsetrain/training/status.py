@@ -106,12 +106,13 @@ class RunStatus:
         Returns:
             Always: ``clock`` (steps), ``sparse_layers`` (whose mask is in force), ``sparse_flops_share`` (of the
             layers' GEMMs, if all have as many tokens), ``violations`` (must be 0), ``refresh_ms`` and ``repack_ms``
-            (host time of the last search, and of packing after the last step), ``operand_bytes`` (packed weights on
-            the device); ``decay`` (λ) and ``distillation`` (T²·KL on the last batch, nats) if there is one. Once a mask
-            exists: the fields of :class:`PruneMetrics`; ``kept_fraction_at_refresh``, of every layer's master as the
-            last search of its mask saw it, as frozen masks zero what they prune; ``flip_rate`` and
-            ``virtual_flip_rate``, the fraction of entries that changed at the last refresh of a sparse or dense phase;
-            ``flip_rate_ratio``, the first over the second; ``age_mean`` (refreshes).
+            (host time of the last search, and of packing after the last step), ``operand_bytes`` (packed weights on the
+            device); ``decay`` (λ of the next step, 0 where nothing is pulled) and ``distillation`` (T²·KL on the last
+            batch, nats) if there is one. Once a mask exists: the fields of :class:`PruneMetrics`;
+            ``kept_fraction_at_refresh``, of every layer's master as the last search of its mask saw it, as frozen masks
+            zero what they prune; ``flip_rate`` and ``virtual_flip_rate``, the fraction of entries that changed at the
+            last refresh of a sparse or dense phase; ``flip_rate_ratio``, the first over the second; ``age_mean``
+            (refreshes).
         """
         if self._final is not None:
             return {key: value for key, value in self._final[0].items() if per_layer or not key.startswith("layer/")}
@@ -126,7 +127,7 @@ class RunStatus:
             "operand_bytes": sum(layer.operands.bytes for layer in layers),
         }
         for modifier in self._phases.modifiers:
-            values.update(modifier.metrics())
+            values.update(modifier.metrics(self._phases.run))
         if self.masks.exists:
             values.update(mask_metrics(self.masks, per_layer))
         return {key: float(value) for key, value in values.items() if value is not None}

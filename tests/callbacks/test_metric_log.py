@@ -1,6 +1,7 @@
 """Metrics of sparse training in loggers: at every mask search, once a step, whatever the logging steps are."""
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning_runs import Regression, batches
 
 from sparsetrain.callbacks import SparseTrainingCallback
+from sparsetrain.callbacks.metric_log import MetricLog
+from sparsetrain.methods import PRESETS
 
 MOVING = {"preset": "fst", "refresh_every": 3, "decay": 0.01, "dense_tail": 0, "warmup": 0}
 
@@ -47,6 +50,15 @@ def fit(folder: Path, steps: int, callbacks: list[Callback], **options: Any) -> 
 
 def net(method: Any, **options: Any) -> SparseTrainingCallback:
     return SparseTrainingCallback(method, targets=[r"net\..*"], **options)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_table_of_metrics_has_all_that_a_run_returns(preset: str, tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = fit(tmp_path, 8, [net(preset, track_age=True)], logger=recorder, log_every_n_steps=1)
+    assert trainer.callback_metrics
+    documented = set(re.findall(r"``(sparsity/\w+)``", MetricLog.__doc__ or ""))
+    assert {key for _, row in recorder.rows for key in row if key.startswith("sparsity/")} <= documented
 
 
 # the search of clock c is over at the end of the batch of step c - 1; that of clock 0 is logged with the first step

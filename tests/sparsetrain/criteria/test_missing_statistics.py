@@ -1,5 +1,6 @@
 """Criteria that observe: what counts in evaluation mode, and searches without statistics, which are never silent."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
-from sparsetrain.criteria import Wanda
-from sparsetrain.criteria.statistics import StatisticCriterion
+from sparsetrain.criteria import StatisticCriterion, Wanda
+from sparsetrain.methods import PRESETS
 
 STATISTICS = ("wanda", "weight_gradient", "fisher", "movement")
 PRUNE_AT = 4
@@ -157,11 +158,13 @@ def test_masks_before_the_first_step_are_refused(method: dict[str, Any], criteri
     model = mlp()
     with pytest.raises(
         ValueError, match=r"^criterion is '\w+' but masks are searched before the first step, .* head of"
-    ):
+    ) as refusal:
         st.SparseTraining(
             model, torch.optim.AdamW(model.parameters()), {**method, "criterion": criterion}, 40, verbose=False
         )
     assert type(model[0]) is nn.Linear
+    advised = {name for name in ("warmup", "prune_at", "start") if f"({name})" in str(refusal.value)}
+    assert advised == {"warmup", "prune_at", "start"} & inspect.signature(PRESETS[method["preset"]]).parameters.keys()
 
 
 @pytest.mark.parametrize("criterion", [*STATISTICS, LargestGradient()], ids=str)

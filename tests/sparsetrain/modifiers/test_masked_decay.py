@@ -24,9 +24,24 @@ def test_an_automatic_decay_follows_the_ratio_of_flip_rates() -> None:
         if training.refreshed and before["clock"] >= 7:
             ratio = after["flip_rate"] / after["virtual_flip_rate"]
             expected *= 1.5 if ratio > 0.95 else 1 / 1.5 if ratio < 0.60 else 1
+        if after["clock"] < 6:
+            assert after["decay"] == 0  # nothing is pulled in its head
+            continue
         assert after["decay"] == pytest.approx(expected)
         values.add(after["decay"])
     assert len(values) > 1
+
+
+def test_the_logged_decay_is_that_of_the_next_step() -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    method = {"preset": "recommended", "warmup": 4, "freeze": 3, "dense_tail": 3, "refresh_every": 2}
+    training = st.SparseTraining(model, optimizer, method, 12, verbose=False)
+    logged = [training.metrics()["decay"]]
+    for step in range(11):
+        train(model, optimizer, 1, start=step)
+        logged.append(training.metrics()["decay"])
+    assert logged == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5, 0, 0, 0, 0, 0, 0]
 
 
 def test_an_automatic_decay_needs_a_dense_phase_to_compare_with() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,6 +53,12 @@ def test_a_run_sees_by_the_norms_whether_its_model_was_trained(gain: Tensor | No
     assert training.method.criterion == criterion
     assert training.report.summary().endswith(f" || start: {start}")
     assert training.method.if_pretrained == {}
+
+
+@pytest.mark.parametrize("field", [{"decay_in_head": True}, {"decay_ramp": 0.1}, {"hysteresis": 0.1}], ids=str)
+def test_what_is_given_holds_for_pretrained_models_too(field: dict[str, Any]) -> None:
+    given, plain = (run_of(model_of(TRAINED), {"preset": "recommended", **own}).method for own in (field, {}))
+    assert given == replace(plain, **field)
 
 
 @pytest.mark.parametrize(
