@@ -1,11 +1,17 @@
+import ast
 import doctest
 import importlib
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 
 import sparsetrain
+from sparsetrain import callbacks
+
+RUNS = ("SparseTrainingCallback", "HuggingFaceSparseTraining", "Method")
+"""What documents show how to set up, whole but for what a reader has: calls of these are made."""
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +66,47 @@ def test_links_in_the_documents_point_to_files() -> None:
     ]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def _blocks() -> list[tuple[str, ast.Module]]:
+    """Return the python blocks of the documents, each with its document's name."""
+    found = []
+    for document in sorted(ROOT.glob("docs/**/*.md")):
+        for block in re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.S):
+            found.append((document.name, ast.parse(block)))
+    return found
+
+
+def test_runs_in_the_documents_can_be_set_up() -> None:
+    names = {name: getattr(callbacks, name) for name in callbacks.__all__}
+    names |= {name: getattr(sparsetrain, name) for name in sparsetrain.__all__}
+    made = 0
+    for document, block in _blocks():
+        for call in ast.walk(block):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id not in RUNS:
+                continue
+            used = {node.id for node in ast.walk(call) if isinstance(node, ast.Name)}
+            if used <= names.keys():
+                eval(compile(ast.Expression(call), document, "eval"), dict(names))
+                made += 1
+    assert made >= 15
+
+
+def test_modules_in_the_documents_are_imported_where_they_are_used() -> None:
+    for document, block in _blocks():
+        nodes = list(ast.walk(block))
+        imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        imported = {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
+        roots = {
+            node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        }
+        assert not (roots & {"sparsetrain", "st", "nn"}) - imported, document
+
+
+def test_dotted_names_in_the_documents_exist() -> None:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]:
+        for name in re.findall(r"`(sparsetrain(?:\.[A-Za-z_]+)+)[`(]", document.read_text()):
+            assert pkgutil.resolve_name(name) is not None, f"{document.name}: {name}"
 
 
 def test_a_missing_extra_is_one_sentence_with_the_command() -> None:
