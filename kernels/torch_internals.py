@@ -136,7 +136,7 @@ INIT_GROUP = "_init_group"
 
 
 def register_first_post_hook(optimizer: Optimizer, hook: Callable[..., None]) -> RemovableHandle:
-    """Register a hook that runs behind an optimizer's step before those that are there, for which there is no option.
+    """Register a hook that runs after an optimizer's step before those that are there, for which there is no option.
 
     Example:
         >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])

@@ -27,7 +27,7 @@ class Refresh:
 
 
 class History(Callback):
-    """Collects validations and mask searches; put it behind ``SparseTrainingCallback``.
+    """Collects validations and mask searches; put it after ``SparseTrainingCallback``.
 
     Args:
         loss: The metric to collect at validations.

@@ -17,7 +17,7 @@ def consolidate(arguments: Sequence[str]) -> int:
     """Write the dense weights of a checkpoint folder to a safetensors file, check them, and say what they are.
 
     Args:
-        arguments: The command line behind ``sparsetrain consolidate``.
+        arguments: The command line after ``sparsetrain consolidate``.
     """
     options = _parser().parse_args(list(arguments))
     from sparsetrain.checkpoint.consolidation import consolidate as write

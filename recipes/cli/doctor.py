@@ -40,7 +40,7 @@ def doctor(arguments: Sequence[str]) -> int:
     """Print what this machine has and what will run on it; the exit code is 0 when something will.
 
     Args:
-        arguments: The command line behind ``sparsetrain doctor``.
+        arguments: The command line after ``sparsetrain doctor``.
 
     Raises:
         ValueError: If an option is wrong.

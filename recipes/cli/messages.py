@@ -149,7 +149,7 @@ def _arguments_of(class_path: str) -> list[str]:
 
 
 def _names_in(module: str) -> list[str]:
-    """Return what may stand behind a module's name and a dot; modules that can be imported, for no name."""
+    """Return what may stand after a module's name and a dot; modules that can be imported, for no name."""
     if not module:
         return [found.name for found in pkgutil.iter_modules()]
     try:

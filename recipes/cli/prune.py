@@ -25,7 +25,7 @@ def prune(arguments: Sequence[str]) -> int:
     """Prune, retrain and report; writes ``pruned.ckpt`` and ``report.md`` into the output folder.
 
     Args:
-        arguments: The command line behind ``sparsetrain prune``.
+        arguments: The command line after ``sparsetrain prune``.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(list(arguments))

@@ -36,7 +36,7 @@ def find_recipe(name: str) -> str:
 
 
 def with_recipe_paths(arguments: Sequence[str]) -> list[str]:
-    """Replace the names of recipes behind ``--config`` and ``-c`` by their paths."""
+    """Replace the names of recipes after ``--config`` and ``-c`` by their paths."""
     resolved = []
     expects_name = False
     for argument in arguments:

@@ -44,7 +44,7 @@ def split_documents(
     Args:
         documents: Rows of one text column.
         fraction: Share of the documents for the second array.
-        max_bytes: Stop reading behind this many bytes.
+        max_bytes: Stop reading after this many bytes.
         num_proc: Processes that encode.
 
     Returns:

@@ -51,7 +51,7 @@ class EpochShuffle(DistributedSampler[int]):
             self.move(epoch, 0)
 
     def move(self, epoch: int, taken: int) -> None:
-        """Let the next iteration begin behind ``taken`` batches of an epoch."""
+        """Let the next iteration begin after ``taken`` batches of an epoch."""
         self.epoch, self.taken, self.fresh = epoch, taken, True
 
 
@@ -107,7 +107,7 @@ class ResumableLoader(DataLoader[Tensor]):
         return {"epoch": self.order.epoch, "taken": self.order.taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind the batches that were taken."""
+        """Go on after the batches that were taken."""
         self.order.move(state["epoch"], state["taken"])
 
 

@@ -12,7 +12,7 @@ from .sources import text_rows
 
 
 class StreamedBlocks:
-    """Batches of bytes of one rank, in the order of the source; behind its end it begins again.
+    """Batches of bytes of one rank, in the order of the source; after its end it begins again.
 
     Every rank reads documents of its own: files of its own if their number is a multiple of the ranks, every
     ``world``-th document otherwise. Nothing is downloaded or cached before it is read.
@@ -87,10 +87,10 @@ class StreamedBlocks:
         return f"{text}\n".encode() if text else b""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position behind the last batch, as plain values that JSON can hold."""
+        """Return the position after the last batch, as plain values that JSON can hold."""
         return {"rows": self._rows.state_dict(), "left": self._left.decode("latin-1")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind a position; of the same source, on as many ranks."""
+        """Go on after a position; of the same source, on as many ranks."""
         self._rows.load_state_dict(state["rows"])
         self._left = bytearray(state["left"], "latin-1")

@@ -118,7 +118,7 @@ class Log:
             wandb = require("wandb", "wandb", "--wandb")
             self._run = wandb.init(project=options.wandb, config=asdict(options))
         if self._writes and first:
-            print(f"goes on behind step {first}")
+            print(f"goes on after step {first}")
 
     def __call__(self, done: int, values: dict[str, Any]) -> None:
         """Write the values of a step, and the tokens a second since the last line."""

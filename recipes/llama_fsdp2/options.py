@@ -41,7 +41,7 @@ class Options:
         device: "cuda" or "cpu".
         replicas: Groups of ranks that each hold a whole copy (HSDP); 1 shards over all ranks.
         precision: Of gathered weights and activations; masters and reductions are in float32.
-        reshard: Free a block's gathered weights behind its forward and gather them again for its backward.
+        reshard: Free a block's gathered weights after its forward and gather them again for its backward.
         compile: Compile every block.
         activation_checkpointing: Keep a block's input alone, and compute the block again in the backward.
         output: Folder of checkpoints and of the final model.

@@ -50,7 +50,7 @@ def set_up(options: Options, mesh: DeviceMesh) -> Run:
         if options.wandb:
             require("wandb", "wandb", "--wandb")
         make_folder(options.output)
-        next(iter(stream()))  # of a stream of its own: positions are those behind batches that were trained on
+        next(iter(stream()))  # of a stream of its own: positions are those after batches that were trained on
     model = sharded_model(options, mesh)
     groups = weight_decay_groups(model.parameters(), options.weight_decay)
     fused = not (method and method.freeze_second_moments)  # a fused step writes second moments itself

@@ -1,7 +1,7 @@
 """The first product of every matmul backend by every algorithm, in processes of their own.
 
 An algorithm that faults takes the process's CUDA context along, and every later product with it. What is found is
-written line by line; after a fault a new process goes on behind it.
+written line by line; after a fault a new process goes on after it.
 """
 
 import argparse

@@ -86,7 +86,7 @@ class Run:
 
 
 class Watch(Callback):
-    """Collects validations, the share of sparse FLOPs of every step, and wrong masks; behind the sparse callback."""
+    """Collects validations, the share of sparse FLOPs of every step, and wrong masks; after the sparse callback."""
 
     def __init__(self, callback: SparseTrainingCallback, accuracy: str) -> None:
         self.validations: dict[int, Validation] = {}

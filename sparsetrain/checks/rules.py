@@ -16,7 +16,7 @@ class Rule:
         allowed: In words, after "it must be".
         accepts: Whether a value is of that kind.
         inside: Name and value to what is wrong with the parts of a value of that kind; None if it has none.
-        hint: Value to what is said behind the words.
+        hint: Value to what is said after the words.
 
     Example:
         >>> whole(1).complaint("steps", 0)

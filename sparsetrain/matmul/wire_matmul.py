@@ -1,4 +1,4 @@
-"""Products with a weight that came packed over the wire, which no dense weight stands behind."""
+"""Products with a weight that came packed over the wire, without a dense weight."""
 
 from typing import Any
 

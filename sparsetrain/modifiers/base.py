@@ -178,7 +178,7 @@ class Modifier:
         """Look at or change final gradients; the step may still be skipped."""
 
     def after_update(self, optimizer: Optimizer) -> Updated:
-        """Act right behind an optimizer's successful step; say what it has done of the engine's work."""
+        """Act right after an optimizer's successful step; say what it has done of the engine's work."""
         return Updated()
 
     def drop_step(self, optimizer: Optimizer) -> None:

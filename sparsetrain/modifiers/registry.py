@@ -18,12 +18,12 @@ from .soft_scales import SoftScales
 MODIFIERS: tuple[type[Modifier], ...] = (
     Distillation,  # refuses a step on a loss that was not mixed before anything of it is counted
     Observer,  # sees gradients as the task gives them
-    Refit,  # behind what copies a dense teacher, before what reads the weights of a phase
+    Refit,  # after what copies a dense teacher, before what reads the weights of a phase
     Adapters,
     SecondMoments,  # sees them before the decay is added
     LRRestart,  # before learning rates are read
     MaskedUpdates,  # the last that changes gradients or weights before the optimizer does
-    ScaledUpdates,  # behind what pulls at weights, and what tells an optimizer which it updates itself
+    ScaledUpdates,  # after what pulls at weights, and what tells an optimizer which it updates itself
     SoftScales,  # writes what products saw into weights, before frozen masks are written
     FrozenMoments,
     MomentClearing,

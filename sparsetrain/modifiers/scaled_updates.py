@@ -1,4 +1,4 @@
-"""A higher learning rate for layers with masks: their updates are lengthened behind the optimizer's."""
+"""A higher learning rate for layers with masks: their updates are lengthened after the optimizer's."""
 
 import warnings
 from collections.abc import Mapping

@@ -26,7 +26,7 @@ class StepHooks:
     Args:
         optimizers: The optimizers to hang on.
         adjust: Called with the optimizer and the scale of its gradients (a scalar tensor, or None for 1).
-        updated: Called with an optimizer right behind each of its steps, before any hook that was there first, and
+        updated: Called with an optimizer right after each of its steps, before any hook that was there first, and
             with whether it has stepped: not if it was skipped.
         written: Called with an optimizer after each of its successful steps, in the order of hooks.
         advance: Called after each completed round of steps.
@@ -53,7 +53,7 @@ class StepHooks:
             for optimizer in self._optimizers
             for handle in (
                 optimizer.register_step_pre_hook(self._before_step),
-                register_first_post_hook(optimizer, self._behind_update),
+                register_first_post_hook(optimizer, self._after_update),
                 optimizer.register_step_post_hook(self._after_step),
             )
         ]
@@ -84,7 +84,7 @@ class StepHooks:
             return args, {**kwargs, "closure": closure_then_adjust}
         return (args[0], closure_then_adjust, *args[2:]), kwargs
 
-    def _behind_update(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _after_update(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
         self._is_skipped = found_inf is not None and bool(found_inf)
         if not self._is_made_up:

@@ -127,7 +127,7 @@ def test_a_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("goes on behind step 3\nstep 4 | ")
+    assert done.stdout.startswith("goes on after step 3\nstep 4 | ")
     for part in ("step-00000006", "model"):
         expected, found = (content(run / part, tmp_path) for run in (folder / "straight", out))
         # positions in data are written in several ways; test_streamed_text.py resumes from those of resumed streams
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
 
 def test_fewer_ranks_take_the_weights_and_begin_the_data(folder: Path, tmp_path: Path) -> None:
     text = (folder / "fewer ranks.0.txt").read_text()
-    assert "is of 2 ranks: the data begin at their start.\ngoes on behind step 3\n" in text
+    assert "is of 2 ranks: the data begin at their start.\ngoes on after step 3\n" in text
     assert len(losses(text)) == 3
     assert losses(text)[0] < losses((folder / "straight.0.txt").read_text())[0] - 0.01
     assert content(folder / "fewer ranks" / "step-00000006", tmp_path)["world"] == 1

@@ -9,7 +9,7 @@ BLOCKS = frozenset(
     {"mlp", "ffn", "ffns", "ff", "feed_forward", "feedforward", "ffwd", "moe", "experts", "densereludense"}
     | {"intermediate"}
 )
-"""Components of a layer's name that put it into ``"mlp"``, with or without a number behind."""
+"""Components of a layer's name that put it into ``"mlp"``, with or without a number after it."""
 
 LAYER_NAMES = frozenset(
     {"fc1", "fc2", "linear1", "linear2", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "ffn_output"}

@@ -96,7 +96,7 @@ class SelectionReport:
         return tuple(choice for choice in self.sparse if choice.is_frozen)
 
     def why_dense(self) -> str:
-        """Return why layers in the targets stay dense: each reason behind the first layers that have it."""
+        """Return why layers in the targets stay dense: each reason after the first layers that have it."""
         layers: dict[str, list[str]] = {}
         for choice in self.dense:
             if choice.reason != NOT_IN_TARGETS:
