@@ -8,7 +8,7 @@ import pytest
 from script_modules import REPRODUCTION, importable
 
 ROOT = Path(__file__).parents[2]
-CARDS = sorted((ROOT / "docs" / "methods").glob("*.md"))
+CARDS = [*sorted((ROOT / "docs" / "methods").glob("*.md")), ROOT / "docs" / "refit.md"]
 CLAIM = re.compile(r"([-+]?\d+\.(\d+))\s±\s(\d+\.\d+)")
 
 
