@@ -50,7 +50,7 @@ def recommended(
         >>> recommended(start="pretrained").refit
         True
 
-    Source: the numbers that did best in ``docs/results/methods.md``; a penalty that grows before what it empties is
+    Source: the numbers, part by part, in ``docs/methods/recommended.md``; a penalty that grows before what it empties is
     taken away: Wang et al., "Neural Pruning via Growing Regularization", ICLR 2021, arXiv 2012.09243; of pretrained
     models, see ``refit`` of :class:`Method`.
     """

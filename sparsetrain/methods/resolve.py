@@ -59,7 +59,8 @@ def _changed_preset(name: str, arguments: dict[str, Any]) -> Method:
                 "leave one of them out."
             )
     # what a user wrote down holds for pretrained models too
-    changes.setdefault("if_pretrained", {key: of for key, of in method.if_pretrained.items() if key not in changes})
+    others = {key: value for key, value in method.if_pretrained.items() if key not in changes}
+    changes.setdefault("if_pretrained", others)
     return replace(method, **changes)
 
 
