@@ -50,8 +50,8 @@ def recommended(
         >>> recommended(start="pretrained").refit
         True
 
-    Source: the numbers, part by part, in ``docs/methods/recommended.md``; a penalty that grows before what it empties is
-    taken away: Wang et al., "Neural Pruning via Growing Regularization", ICLR 2021, arXiv 2012.09243; of pretrained
+    Source: the numbers, part by part, in ``docs/methods/recommended.md``; a penalty that grows before what it empties
+    is taken away: Wang et al., "Neural Pruning via Growing Regularization", ICLR 2021, arXiv 2012.09243; of pretrained
     models, see ``refit`` of :class:`Method`.
     """
     require_length("dense_tail", dense_tail)
