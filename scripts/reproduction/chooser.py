@@ -48,6 +48,16 @@ CHANGES = (
 )
 """By what is changed."""
 
+FACTORS = (
+    ("GPT, Muon", "GPT small, Muon"),
+    ("Llama, Muon", "Llama small, Muon"),
+    ("MiniLM, 200 steps", "encoder small"),
+    ("MiniLM, 600 steps", "encoder small, ×3 steps"),
+    ("last blocks of SmolLM2", "last blocks small"),
+    ("EfficientNet-Lite0", "EfficientNet small"),
+)
+"""By model, where less than twice the learning rate was tried."""
+
 
 class GapTable(NamedTuple):
     """A table of gaps to dense.
@@ -94,6 +104,15 @@ TABLES = {
             CHANGES,
             {
                 "recommended": "recommended",
+                "`lr_factor=1`": "recommended, lr_factor 1",
+            },
+        ),
+        GapTable(
+            ("",),
+            FACTORS,
+            {
+                "recommended, 2": "recommended",
+                "`lr_factor=2**0.5`": "recommended, lr_factor √2",
                 "`lr_factor=1`": "recommended, lr_factor 1",
             },
         ),
