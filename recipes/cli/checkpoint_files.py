@@ -71,7 +71,7 @@ def _require_file(path: str, subject: str) -> None:
     if not file.is_file():
         beside = sorted(entry.name for entry in file.parent.iterdir()) if file.parent.is_dir() else []
         near = did_you_mean(file.name, beside)
-        raise ValueError(f"{subject} is no file{near}: pass the path of a Lightning checkpoint.")
+        raise ValueError(f"{subject} is no file{near}: pass the path of a checkpoint file.")
     if file.stat().st_size == 0:
         raise ValueError(f"{subject} is empty: its save was interrupted, so pass another checkpoint.")
 

@@ -91,7 +91,10 @@ def test_pruning_a_recipe_trains_dense_first(tmp_path: Path, capsys: pytest.Capt
     ("arguments", "words"),
     [
         (["fit", "--config", "nowhere.yaml"], ["'nowhere.yaml'", "gpt_dense.yaml"]),
-        (["prune", "--checkpoint", "nowhere.ckpt"], ["'nowhere.ckpt'", "is no file"]),
+        (
+            ["prune", "--checkpoint", "nowhere.ckpt"],
+            ["'nowhere.ckpt'", "is no file: pass the path of a checkpoint file."],
+        ),
         (["prune", "--pattern", "row_wise"], ["--pattern goes with --checkpoint"]),
         (["fit", "--config", "gpt_dense", "--model.widht=3"], ["'widht'", "not accepted"]),
         (["fit", "--config", "gpt_dense", "--trainer.max_steps=abc"], ["trainer.max_steps", "abc", "int"]),
